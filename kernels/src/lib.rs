@@ -1,0 +1,1 @@
+//! CPU kernels of Tandem: slices in, slices out.

@@ -1,0 +1,1 @@
+//! Pretraining and distillation of small coding models.

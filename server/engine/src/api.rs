@@ -1,0 +1,372 @@
+//! What crosses the engine's boundary: token ids and sampling parameters in,
+//! tokens and usage out. No text, no HTTP, no JSON.
+
+use std::sync::Arc;
+use std::time::Duration;
+
+use arrayvec::ArrayVec;
+
+/// A token id in the vocabulary that target and draft share.
+pub type TokenId = u32;
+
+/// Which model answers a sequence.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub enum Lane {
+    /// The draft model alone.
+    Fast,
+    /// The target model, accelerated by speculation with the draft.
+    Deep,
+}
+
+/// How the next token is chosen from the logits.
+///
+/// Validated by [`SamplingParams::validate`]; the engine refuses values outside the stated ranges.
+#[derive(Clone, Debug, PartialEq)]
+pub struct SamplingParams {
+    /// 0 is greedy (plain argmax); otherwise logits are divided by it. Finite, `0.0..=100.0`.
+    pub temperature: f32,
+    /// Keep the `top_k` most likely tokens; 0 keeps all.
+    pub top_k: u32,
+    /// Keep the smallest set of tokens whose probability reaches this; `0.0 < top_p <= 1.0`.
+    pub top_p: f32,
+    /// Keep tokens at least this fraction as likely as the likeliest; `0.0..=1.0`.
+    pub min_p: f32,
+    /// Divides positive (multiplies negative) logits of tokens seen in prompt or output; 1 is off. `> 0`.
+    pub repetition_penalty: f32,
+    /// Subtracted once from the logit of every token in the output so far; `-2.0..=2.0`.
+    pub presence_penalty: f32,
+    /// Subtracted per occurrence in the output so far; `-2.0..=2.0`.
+    pub frequency_penalty: f32,
+    /// Added to the logits of the named tokens, before everything else; finite, `-100.0..=100.0`.
+    pub logit_bias: Vec<(TokenId, f32)>,
+    /// Seed of the noise. The caller draws one when its client named none.
+    pub seed: u64,
+    /// Report the log-probability of each output token and of this many most likely alternatives.
+    pub logprobs: Option<u8>,
+    /// The same for the prompt's tokens, reported once before the first output token.
+    pub prompt_logprobs: Option<u8>,
+    /// Tokens that end the sequence; they are not part of the output.
+    pub stop_token_ids: Vec<TokenId>,
+    /// At least this many tokens before a stop token may end the sequence
+    /// (stop tokens are masked out of the logits until then).
+    pub min_tokens: u32,
+    /// At most this many output tokens; 0 only scores the prompt (`prompt_logprobs`).
+    pub max_tokens: u32,
+}
+
+impl Default for SamplingParams {
+    fn default() -> Self {
+        SamplingParams {
+            temperature: 0.0,
+            top_k: 0,
+            top_p: 1.0,
+            min_p: 0.0,
+            repetition_penalty: 1.0,
+            presence_penalty: 0.0,
+            frequency_penalty: 0.0,
+            logit_bias: Vec::new(),
+            seed: 0,
+            logprobs: None,
+            prompt_logprobs: None,
+            stop_token_ids: Vec::new(),
+            min_tokens: 0,
+            max_tokens: 16,
+        }
+    }
+}
+
+/// The most alternatives that `logprobs` may ask for.
+pub const MAX_LOGPROBS: u8 = 20;
+
+impl SamplingParams {
+    /// Checks every range.
+    ///
+    /// # Errors
+    /// Names the first parameter that is outside its range, its value and the range.
+    pub fn validate(&self, vocab_size: usize) -> Result<(), EngineError> {
+        let fault = |name: &'static str, value: String, wanted: &'static str| {
+            Err(EngineError::InvalidParameter { name, value, wanted })
+        };
+        if !(0.0..=100.0).contains(&self.temperature) {
+            return fault("temperature", self.temperature.to_string(), "a number from 0 to 100");
+        }
+        if !(self.top_p > 0.0 && self.top_p <= 1.0) {
+            return fault("top_p", self.top_p.to_string(), "a number above 0 and at most 1");
+        }
+        if !(0.0..=1.0).contains(&self.min_p) {
+            return fault("min_p", self.min_p.to_string(), "a number from 0 to 1");
+        }
+        if !(self.repetition_penalty > 0.0 && self.repetition_penalty <= 100.0) {
+            return fault(
+                "repetition_penalty",
+                self.repetition_penalty.to_string(),
+                "a number above 0 and at most 100",
+            );
+        }
+        for (name, value) in
+            [("presence_penalty", self.presence_penalty), ("frequency_penalty", self.frequency_penalty)]
+        {
+            if !(-2.0..=2.0).contains(&value) {
+                return fault(name, value.to_string(), "a number from -2 to 2");
+            }
+        }
+        for &(id, bias) in &self.logit_bias {
+            if !(-100.0..=100.0).contains(&bias) {
+                return fault("logit_bias", bias.to_string(), "values from -100 to 100");
+            }
+            if id as usize >= vocab_size {
+                return fault("logit_bias", id.to_string(), "token ids inside the vocabulary");
+            }
+        }
+        for (name, count) in [("logprobs", self.logprobs), ("prompt_logprobs", self.prompt_logprobs)] {
+            if count.is_some_and(|count| count > MAX_LOGPROBS) {
+                return fault(name, count.unwrap_or(0).to_string(), "at most 20");
+            }
+        }
+        Ok(())
+    }
+}
+
+/// One generation to run.
+pub struct SubmitRequest {
+    /// Chosen by the caller, unique among the live ones; names the sequence in [`Command::Abort`].
+    pub id: SequenceId,
+    /// Which model answers.
+    pub lane: Lane,
+    /// The prompt; at least one token, all inside the vocabulary. Shared, so that `n` sequences of
+    /// one request hold one copy.
+    pub prompt: Arc<[TokenId]>,
+    /// How to sample.
+    pub params: SamplingParams,
+    /// Draft tokens a verification for this sequence: `None` lets the engine's policy choose, 0
+    /// turns speculation off. Never changes the output.
+    pub max_draft_tokens: Option<u8>,
+    /// Where the events go.
+    pub events: Box<dyn EventSink>,
+}
+
+/// Names a sequence.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
+pub struct SequenceId(pub u64);
+
+/// Everything that can be asked of the engine thread.
+pub enum Command {
+    /// Starts a sequence.
+    Submit(SubmitRequest),
+    /// Ends a sequence; its blocks are free when the current step ends. Unknown ids are ignored.
+    Abort(SequenceId),
+    /// Finishes what runs, refuses what is new, then the engine thread ends.
+    Drain,
+    /// Ends every sequence with [`FinishReason::Aborted`], then the engine thread ends.
+    Shutdown,
+}
+
+/// Where a sequence's events go: the sending half of a bounded channel.
+///
+/// The engine never blocks on it. After `Full` the same tokens are offered again at the next step;
+/// `Closed` aborts the sequence.
+pub trait EventSink: Send {
+    /// Hands one event over.
+    ///
+    /// # Errors
+    /// Gives the event back if the channel is full; [`SinkError::Closed`] if nobody listens.
+    fn try_send(&mut self, event: Event) -> Result<(), SinkError>;
+}
+
+/// Why an event was not taken.
+#[derive(Debug)]
+pub enum SinkError {
+    /// No room now; the event comes back.
+    Full(Event),
+    /// The receiver is gone.
+    Closed,
+}
+
+/// The most tokens one step can yield for a sequence: the longest draft and the bonus token.
+pub const MAX_TOKENS_PER_STEP: usize = MAX_DRAFT_TOKENS + 1;
+
+/// The longest draft that one verification takes.
+pub const MAX_DRAFT_TOKENS: usize = 16;
+
+/// Tokens that became final in one step.
+#[derive(Debug, Clone, Default)]
+pub struct TokenChunk {
+    /// In order; never empty.
+    pub tokens: ArrayVec<OutputToken, MAX_TOKENS_PER_STEP>,
+    /// One entry a token if `logprobs` was asked for, else empty.
+    pub logprobs: Vec<TokenLogprobs>,
+}
+
+/// One output token and who found it.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct OutputToken {
+    /// The token.
+    pub id: TokenId,
+    /// True if it was a draft token that the target accepted.
+    pub drafted: bool,
+}
+
+/// Log-probabilities at one position, natural logarithm, of the model's own distribution
+/// (before temperature, penalties and truncation).
+#[derive(Debug, Clone, PartialEq)]
+pub struct TokenLogprobs {
+    /// Of the token that stands at this position.
+    pub logprob: f32,
+    /// The likeliest tokens, most likely first (ties: lower id first).
+    pub top: Vec<(TokenId, f32)>,
+}
+
+/// What the engine says about a sequence, in this order: `PromptLogprobs` if asked for, any number
+/// of `Tokens`, then one `Finished` or `Failed`.
+#[derive(Debug, Clone)]
+pub enum Event {
+    /// One entry a prompt token; the first has no distribution to be judged by.
+    PromptLogprobs(Vec<Option<TokenLogprobs>>),
+    /// Tokens became final.
+    Tokens(TokenChunk),
+    /// The sequence ended. Nothing follows.
+    Finished(Finished),
+    /// The sequence could not be run (to the end). Nothing follows.
+    Failed(EngineError),
+}
+
+/// Why a sequence ended.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum FinishReason {
+    /// A stop token came up.
+    Stop(TokenId),
+    /// `max_tokens` were produced, or the context is full.
+    Length,
+    /// Aborted by the caller.
+    Aborted,
+}
+
+/// The closing account of a sequence.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub struct Finished {
+    /// Why it ended.
+    pub reason: FinishReason,
+    /// What it used.
+    pub usage: Usage,
+}
+
+/// Counts and times of one sequence.
+#[derive(Clone, Copy, Debug, Default, PartialEq)]
+pub struct Usage {
+    /// Tokens of the prompt.
+    pub num_prompt_tokens: u32,
+    /// Prompt tokens whose KV was found in the cache (0 until there is a prefix cache).
+    pub num_cached_tokens: u32,
+    /// Tokens of the output.
+    pub num_output_tokens: u32,
+    /// Draft tokens offered to the target.
+    pub num_draft_tokens: u32,
+    /// Of those, accepted.
+    pub num_accepted_tokens: u32,
+    /// Forward passes of the answering model after the prompt was computed.
+    pub num_decode_steps: u32,
+    /// From submission to the first forward pass.
+    pub queue_time: Duration,
+    /// From there to the first output token.
+    pub prefill_time: Duration,
+    /// From there to the last output token.
+    pub decode_time: Duration,
+}
+
+/// What can go wrong with a sequence or with the engine as a whole.
+#[derive(Debug, Clone, PartialEq, thiserror::Error)]
+pub enum EngineError {
+    /// A sampling parameter is out of its range.
+    #[error("{name} is {value}; it must be {wanted}")]
+    InvalidParameter {
+        /// The parameter.
+        name: &'static str,
+        /// What was given.
+        value: String,
+        /// What would be right.
+        wanted: &'static str,
+    },
+    /// The prompt holds no token.
+    #[error("the prompt is empty; at least one token is needed")]
+    EmptyPrompt,
+    /// A prompt token is not in the vocabulary.
+    #[error("prompt token {id} is outside the vocabulary of {vocab_size} tokens")]
+    TokenOutOfRange {
+        /// The offending id.
+        id: TokenId,
+        /// Size of the vocabulary.
+        vocab_size: usize,
+    },
+    /// The prompt leaves no room for output.
+    #[error(
+        "the prompt has {num_prompt_tokens} tokens and the context holds {max_model_len}: at most {} fit",
+        max_model_len - 1
+    )]
+    PromptTooLong {
+        /// Tokens of the prompt.
+        num_prompt_tokens: usize,
+        /// Tokens of the context.
+        max_model_len: usize,
+    },
+    /// The sequence can never fit the KV cache.
+    #[error(
+        "prompt and max_tokens need {needed_blocks} blocks of KV cache and there are {total_blocks}; \
+         ask for fewer tokens or start the server with more --kv-memory"
+    )]
+    KvCacheTooSmall {
+        /// Blocks it would take.
+        needed_blocks: usize,
+        /// Blocks there are.
+        total_blocks: usize,
+    },
+    /// Too many sequences wait.
+    #[error("the server is busy: {waiting} requests are waiting")]
+    QueueFull {
+        /// Sequences in the queue.
+        waiting: usize,
+    },
+    /// The engine is draining or has ended.
+    #[error("the server is shutting down")]
+    ShuttingDown,
+    /// The model gave logits that are not numbers.
+    #[error("the model produced logits that are not finite for this request")]
+    NonFiniteLogits,
+    /// A forward pass failed.
+    #[error("the forward pass failed: {0}")]
+    Forward(String),
+}
+
+/// Counters and gauges, copied out by the engine after each step for `/metrics` and `/health`.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct EngineStats {
+    /// Sequences waiting for room.
+    pub num_waiting: u64,
+    /// Sequences running.
+    pub num_running: u64,
+    /// Blocks of the KV cache, in all.
+    pub num_total_blocks: u64,
+    /// Blocks not in use.
+    pub num_free_blocks: u64,
+    /// Engine steps so far.
+    pub num_steps: u64,
+    /// Forward passes of the target.
+    pub num_target_passes: u64,
+    /// Forward passes of the draft.
+    pub num_draft_passes: u64,
+    /// Prompt tokens computed.
+    pub num_prompt_tokens: u64,
+    /// Output tokens of the fast lane.
+    pub num_fast_tokens: u64,
+    /// Output tokens of the deep lane.
+    pub num_deep_tokens: u64,
+    /// Draft tokens offered to the target.
+    pub num_draft_tokens: u64,
+    /// Of those, accepted.
+    pub num_accepted_tokens: u64,
+    /// Sequences that finished by themselves.
+    pub num_finished: u64,
+    /// Sequences aborted by their client.
+    pub num_aborted: u64,
+    /// Sequences that failed.
+    pub num_failed: u64,
+}

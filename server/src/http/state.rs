@@ -1,0 +1,180 @@
+//! What every handler shares: the engine, the models behind the lanes, keys and limits. Built once at
+//! start and never changed after, but for the flag that says the server is draining.
+
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::time::{SystemTime, UNIX_EPOCH};
+
+use tandem_engine::{EngineHandle, Lane};
+use tandem_models::{ChatTemplate, FimTokens, GenerationConfig, Tokenizer};
+
+use super::metrics::Metrics;
+
+/// One of the pair's models, as far as text is concerned.
+pub struct LaneModel {
+    /// The real name that `/v1/models` lists: a hub id or a folder's name.
+    pub name: String,
+    /// Its tokenizer. The pair's two have the same vocabulary and may be one and the same.
+    pub tokenizer: Arc<Tokenizer>,
+    /// Its chat template; without one `/v1/chat/completions` is refused.
+    pub chat_template: Option<Arc<ChatTemplate>>,
+    /// Stop tokens and default sampling parameters from its folder.
+    pub generation: GenerationConfig,
+}
+
+/// Bounds on what one request may ask for.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Limits {
+    /// Largest request body.
+    pub max_body_bytes: usize,
+    /// Most prompts in one completion request.
+    pub max_prompts: usize,
+    /// Most choices (`n`) for a prompt.
+    pub max_choices: usize,
+    /// Most stop strings, and most stop token ids.
+    pub max_stops: usize,
+    /// Longest stop string.
+    pub max_stop_bytes: usize,
+}
+
+impl Default for Limits {
+    fn default() -> Self {
+        Limits {
+            // About eight million tokens of text: longer than any context, short of a nuisance.
+            max_body_bytes: 32 << 20,
+            max_prompts: 128,
+            max_choices: 32,
+            max_stops: 16,
+            max_stop_bytes: 1024,
+        }
+    }
+}
+
+/// Everything needed to build an [`AppState`].
+pub struct AppConfig {
+    /// The running engine.
+    pub engine: EngineHandle,
+    /// The target, which answers the `deep` lane.
+    pub target: Option<LaneModel>,
+    /// The draft, which answers the `fast` lane.
+    pub draft: Option<LaneModel>,
+    /// Keys that clients must show one of; empty lets everyone in.
+    pub api_keys: Vec<String>,
+    /// Lets web pages of any origin call the server.
+    pub cors: bool,
+    /// Bounds on requests.
+    pub limits: Limits,
+}
+
+/// A [`LaneModel`] and what follows from it.
+pub struct ServedModel {
+    /// The lane it answers.
+    pub lane: Lane,
+    /// Name, tokenizer, template, defaults.
+    pub model: LaneModel,
+    /// Fill-in-the-middle tokens, if the vocabulary has them.
+    pub fim: Option<FimTokens>,
+    /// Tokens that end any answer.
+    pub stop_token_ids: Vec<u32>,
+    /// Tokens that end a fill-in-the-middle answer besides: another file or another gap begins.
+    pub fim_stop_token_ids: Vec<u32>,
+}
+
+/// Ends of text and of turn that models' own `eos_token_id` often leaves out.
+const END_TOKENS: &[&str] =
+    &["<|endoftext|>", "<|im_end|>", "<|eot_id|>", "<|end_of_text|>", "<end_of_turn>", "<|end|>", "</s>"];
+
+/// Tokens that start something else after the gap is filled.
+const FIM_END_TOKENS: &[&str] = &[
+    "<|fim_prefix|>",
+    "<|fim_suffix|>",
+    "<|fim_middle|>",
+    "<|fim_pad|>",
+    "<|repo_name|>",
+    "<|file_sep|>",
+    "<fim_prefix>",
+    "<fim_suffix>",
+    "<fim_middle>",
+    "<fim_pad>",
+    "<file_sep>",
+    "<EOT>",
+];
+
+impl ServedModel {
+    fn new(lane: Lane, model: LaneModel) -> Self {
+        let ids = |names: &[&str]| -> Vec<u32> {
+            names.iter().filter_map(|name| model.tokenizer.token_to_id(name)).collect()
+        };
+        let mut stop_token_ids = model.generation.eos_token_ids.clone();
+        stop_token_ids.extend(ids(END_TOKENS));
+        stop_token_ids.sort_unstable();
+        stop_token_ids.dedup();
+        let fim_stop_token_ids = ids(FIM_END_TOKENS);
+        let fim = FimTokens::detect(&model.tokenizer);
+        ServedModel { lane, model, fim, stop_token_ids, fim_stop_token_ids }
+    }
+}
+
+/// Shared by all handlers.
+pub struct AppState {
+    /// The engine.
+    pub engine: EngineHandle,
+    /// Behind the `deep` lane.
+    pub target: Option<ServedModel>,
+    /// Behind the `fast` lane.
+    pub draft: Option<ServedModel>,
+    /// Accepted keys; empty: no key needed.
+    pub api_keys: Vec<String>,
+    /// Cross-origin requests are allowed.
+    pub cors: bool,
+    /// Bounds on requests.
+    pub limits: Limits,
+    /// Counters and histograms.
+    pub metrics: Metrics,
+    /// Seconds since the epoch at start: the models' `created`.
+    pub started_at: u64,
+    draining: AtomicBool,
+}
+
+impl AppState {
+    /// The state of a server that is about to start.
+    ///
+    /// # Panics
+    /// If there is neither target nor draft.
+    pub fn new(config: AppConfig) -> Self {
+        assert!(config.target.is_some() || config.draft.is_some(), "a server needs a target or a draft");
+        AppState {
+            metrics: Metrics::new(config.engine.clone()),
+            engine: config.engine,
+            target: config.target.map(|model| ServedModel::new(Lane::Deep, model)),
+            draft: config.draft.map(|model| ServedModel::new(Lane::Fast, model)),
+            api_keys: config.api_keys,
+            cors: config.cors,
+            limits: config.limits,
+            started_at: unix_seconds(),
+            draining: AtomicBool::new(false),
+        }
+    }
+
+    /// The model behind a lane, if that lane is served.
+    pub fn served(&self, lane: Lane) -> Option<&ServedModel> {
+        match lane {
+            Lane::Deep => self.target.as_ref(),
+            Lane::Fast => self.draft.as_ref(),
+        }
+    }
+
+    /// True from the moment the server was asked to stop.
+    pub fn is_draining(&self) -> bool {
+        self.draining.load(Ordering::Relaxed)
+    }
+
+    pub(crate) fn start_draining(&self) {
+        self.draining.store(true, Ordering::Relaxed);
+    }
+}
+
+/// Seconds since the epoch.
+pub(crate) fn unix_seconds() -> u64 {
+    SystemTime::now().duration_since(UNIX_EPOCH).map_or(0, |elapsed| elapsed.as_secs())
+}

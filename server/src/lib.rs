@@ -1,0 +1,5 @@
+//! The server: HTTP in front of the engine. Text, templates and JSON live here; the engine sees
+//! token ids only.
+
+pub mod http;
+pub mod text;

@@ -1,0 +1,5 @@
+//! Text rules of a response that no model knows about.
+
+pub mod stop;
+
+pub use stop::StopMatcher;

@@ -1,0 +1,100 @@
+//! Named tensors of a checkpoint, wherever they lie. A store hands out views into memory it keeps
+//! mapped; nothing is copied or widened until somebody packs the weights.
+
+mod safetensors;
+
+use std::borrow::Cow;
+use std::path::Path;
+
+use crate::ModelError;
+
+pub use safetensors::SafetensorsStore;
+
+/// Element type of a stored tensor.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub enum Dtype {
+    /// IEEE single.
+    F32,
+    /// IEEE half.
+    F16,
+    /// The upper half of an IEEE single.
+    Bf16,
+}
+
+impl Dtype {
+    /// Bytes of one element.
+    pub const fn size_bytes(self) -> usize {
+        match self {
+            Dtype::F32 => 4,
+            Dtype::F16 | Dtype::Bf16 => 2,
+        }
+    }
+}
+
+/// One tensor: row-major, little-endian, not necessarily aligned to its element type.
+///
+/// Invariant: `data.len() == num_elements * dtype.size_bytes()`, checked by the store.
+#[derive(Clone, Copy, Debug)]
+pub struct TensorView<'a> {
+    /// Element type.
+    pub dtype: Dtype,
+    /// Extents, outermost first.
+    pub shape: &'a [usize],
+    /// The elements' bytes.
+    pub data: &'a [u8],
+}
+
+impl<'a> TensorView<'a> {
+    /// Elements in the tensor.
+    pub fn num_elements(&self) -> usize {
+        self.data.len() / self.dtype.size_bytes()
+    }
+
+    /// A copy of all elements, widened to f32 (exactly: both 16-bit types are subsets of f32).
+    pub fn to_f32(&self) -> Vec<f32> {
+        match self.dtype {
+            Dtype::F32 => self.data.as_chunks().0.iter().map(|&bytes| f32::from_le_bytes(bytes)).collect(),
+            Dtype::F16 => self.halves().map(|bits| half::f16::from_bits(bits).to_f32()).collect(),
+            Dtype::Bf16 => self.halves().map(|bits| half::bf16::from_bits(bits).to_f32()).collect(),
+        }
+    }
+
+    /// The bit patterns of a 16-bit tensor; borrowed if the mapping happens to be aligned.
+    /// `None` for f32.
+    pub fn bits16(&self) -> Option<Cow<'a, [u16]>> {
+        if self.dtype.size_bytes() != 2 {
+            return None;
+        }
+        match bytemuck::try_cast_slice(self.data) {
+            Ok(bits) if cfg!(target_endian = "little") => Some(Cow::Borrowed(bits)),
+            _ => Some(Cow::Owned(self.halves().collect())),
+        }
+    }
+
+    fn halves(&self) -> impl Iterator<Item = u16> + use<'a> {
+        self.data.as_chunks().0.iter().map(|&bytes| u16::from_le_bytes(bytes))
+    }
+}
+
+/// A source of named tensors.
+pub trait WeightStore: Send + Sync {
+    /// A view of tensor `name`.
+    ///
+    /// # Errors
+    /// If there is no such tensor, or its element type is not one of [`Dtype`].
+    fn tensor(&self, name: &str) -> Result<TensorView<'_>, ModelError>;
+
+    /// True if there is a tensor `name`.
+    fn contains(&self, name: &str) -> bool;
+
+    /// All tensor names, sorted.
+    fn names(&self) -> Vec<String>;
+}
+
+/// Opens the weights of the checkpoint folder `dir`.
+///
+/// # Errors
+/// If there are none, or they are damaged; see [`SafetensorsStore::open`].
+pub fn open(dir: &Path) -> Result<Box<dyn WeightStore>, ModelError> {
+    Ok(Box::new(SafetensorsStore::open(dir)?))
+}

@@ -1,0 +1,55 @@
+//! Activations times a packed weight matrix: `out[r][o] = sum over k of x[r][k] * w[o][k] (+ bias[o])`.
+//!
+//! Each output is one chain of fused multiply-adds over `k` ascending, starting at 0; the bias is added
+//! last. Lanes, registers, rows and threads run over outputs only.
+
+pub(crate) mod scalar;
+
+use std::ops::Range;
+
+use crate::pack::PackedMatrix;
+use crate::pool::ThreadPool;
+use crate::shared_out::SharedOut;
+
+/// The part of a product that one task computes.
+pub(crate) struct Tile<'a> {
+    /// `[num_rows, in_features]`
+    pub(crate) x: &'a [f32],
+    pub(crate) weights: &'a PackedMatrix,
+    pub(crate) bias: Option<&'a [f32]>,
+    pub(crate) rows: Range<usize>,
+    pub(crate) panels: Range<usize>,
+    /// `[num_rows, out_features]`
+    pub(crate) out: &'a SharedOut<'a>,
+}
+
+/// `out = x * w^T + bias`, with `x: [rows, in_features]`, `bias: [out_features]` and
+/// `out: [rows, out_features]`, rows being whatever `x` holds.
+///
+/// # Panics
+/// If a length does not fit the matrix.
+pub fn matmul(pool: &ThreadPool, x: &[f32], w: &PackedMatrix, bias: Option<&[f32]>, out: &mut [f32]) {
+    let (inp, outp) = (w.in_features(), w.out_features());
+    assert!(x.len() % inp == 0, "matmul: x has {} elements, not whole rows of {inp}", x.len());
+    let num_rows = x.len() / inp;
+    assert!(
+        out.len() == num_rows * outp,
+        "matmul: out has {} elements for shape [{num_rows}, {outp}]",
+        out.len()
+    );
+    if let Some(bias) = bias {
+        assert!(bias.len() == outp, "matmul: bias has {} elements for {outp} outputs", bias.len());
+    }
+    if num_rows == 0 || outp == 0 {
+        return;
+    }
+    let out = SharedOut::new(out);
+    let num_panels = w.num_panels();
+    let tasks = pool.num_tasks(num_panels, 1 + num_rows * inp / 16);
+    pool.run(tasks, &|i| {
+        let panels = i * num_panels / tasks..(i + 1) * num_panels / tasks;
+        let tile = Tile { x, weights: w, bias, rows: 0..num_rows, panels, out: &out };
+        // SAFETY: lengths are checked above; tasks have different panels, so different outputs.
+        unsafe { (pool.kernels().matmul)(&tile) }
+    });
+}

@@ -1,7 +1,27 @@
 //! Weights, configuration, tokenizer, chat template and the forward pass.
 
+pub mod backend;
 pub mod batch;
+pub mod checkpoint;
 pub mod config;
+pub mod decoder;
+pub mod error;
+pub mod family;
+mod files;
+pub mod generation;
+pub mod kv_cache;
+pub mod model;
+pub mod rope;
+mod validate;
+pub mod verify;
+pub mod weights;
 
+pub use backend::{BackendKind, CpuBackend, ReferenceBackend};
 pub use batch::ForwardBatch;
+pub use checkpoint::Checkpoint;
 pub use config::{DecoderConfig, RopeScaling};
+pub use decoder::{Decoder, load};
+pub use error::ModelError;
+pub use generation::GenerationConfig;
+pub use model::Model;
+pub use weights::{Dtype, TensorView, WeightStore};

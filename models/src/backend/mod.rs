@@ -1,0 +1,201 @@
+//! What a device must be able to do for [`crate::Decoder`]: a dozen operations on buffers that live on
+//! the device.
+//!
+//! **Architecture invariant**: no operation here waits for the device or copies to the host. A pass is
+//! [`Backend::upload`], then any number of operations that are merely put in order, then
+//! [`Backend::download`]. So a backend may queue them on a stream or record them as a graph: which
+//! operations run, and on which buffers, depends only on the *counts* of a batch (tokens, logits
+//! rows), never on its contents, which reach the operations through [`Backend::Inputs`].
+//!
+//! Activations are f32 in row-major `[rows, width]`; a buffer may be longer than what an operation
+//! uses of it. Weights keep the element type of their file where the device can.
+
+pub mod cpu;
+pub mod reference;
+
+use crate::batch::ForwardBatch;
+use crate::error::ModelError;
+use crate::kv_cache::KvLayout;
+use crate::rope::RopeTable;
+use crate::weights::TensorView;
+
+pub use cpu::CpuBackend;
+pub use reference::ReferenceBackend;
+
+/// Which backend computes a model.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub enum BackendKind {
+    /// The fast one for the machine's own processor.
+    Cpu,
+    /// Candle tensors on the CPU: slow, plain, for comparison.
+    Reference,
+}
+
+/// The heads of an attention layer. Queries, keys and values of a token lie side by side in one row:
+/// `num_heads` queries, `num_kv_heads` keys, `num_kv_heads` values, each of `head_dim`.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Heads {
+    /// Query heads.
+    pub num_heads: usize,
+    /// Key/value heads; divides `num_heads`.
+    pub num_kv_heads: usize,
+    /// Width of a head.
+    pub head_dim: usize,
+}
+
+impl Heads {
+    /// Width of a row of queries, and of attention's output.
+    pub fn q_width(&self) -> usize {
+        self.num_heads * self.head_dim
+    }
+
+    /// Width of a row of keys, and of values.
+    pub fn kv_width(&self) -> usize {
+        self.num_kv_heads * self.head_dim
+    }
+
+    /// Width of queries, keys and values side by side.
+    pub fn qkv_width(&self) -> usize {
+        self.q_width() + 2 * self.kv_width()
+    }
+}
+
+/// A device. Errors are for devices that can fail; arguments of wrong size are bugs and panic.
+pub trait Backend: Send {
+    /// Activations.
+    type Buffer: Send;
+    /// A weight matrix, `[out_features, in_features]`, in whatever form is fastest.
+    type Matrix: Send;
+    /// A bias or the weight of a norm.
+    type Vector: Send;
+    /// Keys and values of one layer.
+    type KvLayer: Send;
+    /// Rotary tables.
+    type Rope: Send;
+    /// What a pass needs to know of its [`ForwardBatch`].
+    type Inputs: Send;
+
+    /// Loads the matrix whose rows are the rows of `parts`, one part after the other. All parts are
+    /// `[_, in_features]`.
+    fn load_matrix(
+        &mut self,
+        parts: &[TensorView<'_>],
+        in_features: usize,
+    ) -> Result<Self::Matrix, ModelError>;
+
+    /// Loads the vector that is the concatenation of `parts`.
+    fn load_vector(&mut self, parts: &[TensorView<'_>]) -> Result<Self::Vector, ModelError>;
+
+    /// Loads rotary tables.
+    fn load_rope(&mut self, table: RopeTable) -> Result<Self::Rope, ModelError>;
+
+    /// Storage for one layer of a KV cache.
+    fn allocate_kv_layer(&mut self, layout: &KvLayout) -> Result<Self::KvLayer, ModelError>;
+
+    /// A buffer of `len` elements with any contents.
+    fn allocate_buffer(&mut self, len: usize) -> Result<Self::Buffer, ModelError>;
+
+    /// Inputs of no batch yet, for a KV cache of this layout.
+    fn allocate_inputs(&mut self, layout: &KvLayout) -> Result<Self::Inputs, ModelError>;
+
+    /// Host to device: makes `inputs` those of `batch`, which is known to be valid.
+    fn upload(&mut self, batch: &ForwardBatch, inputs: &mut Self::Inputs) -> Result<(), ModelError>;
+
+    /// Device to host: waits for the operations so far and overwrites `out` with the first `len`
+    /// elements of `x`.
+    fn download(&mut self, x: &Self::Buffer, len: usize, out: &mut Vec<f32>) -> Result<(), ModelError>;
+
+    /// `out[token] = table[token_ids[token]]` for every token of the pass.
+    fn embed(
+        &mut self,
+        inputs: &Self::Inputs,
+        table: &Self::Matrix,
+        out: &mut Self::Buffer,
+    ) -> Result<(), ModelError>;
+
+    /// `out = x / sqrt(mean(x^2) + eps) * weight`, row by row.
+    fn rms_norm(
+        &mut self,
+        rows: usize,
+        x: &Self::Buffer,
+        norm: Norm<'_, Self::Vector>,
+        out: &mut Self::Buffer,
+    ) -> Result<(), ModelError>;
+
+    /// `residual += x`, then `out` = the norm of `residual`.
+    fn add_rms_norm(
+        &mut self,
+        rows: usize,
+        residual: &mut Self::Buffer,
+        x: &Self::Buffer,
+        norm: Norm<'_, Self::Vector>,
+        out: &mut Self::Buffer,
+    ) -> Result<(), ModelError>;
+
+    /// `out = x * weight^T + bias`: `[rows, in_features]` to `[rows, out_features]`.
+    fn matmul(
+        &mut self,
+        rows: usize,
+        x: &Self::Buffer,
+        linear: Linear<'_, Self::Matrix, Self::Vector>,
+        out: &mut Self::Buffer,
+    ) -> Result<(), ModelError>;
+
+    /// Rotates the queries and keys of `qkv` (`[num_tokens, heads.qkv_width()]`) to their positions and
+    /// stores keys and values at their slots. Afterwards only the queries of `qkv` are defined.
+    fn rope_and_store(
+        &mut self,
+        inputs: &Self::Inputs,
+        heads: Heads,
+        rope: &Self::Rope,
+        qkv: &mut Self::Buffer,
+        kv: &mut Self::KvLayer,
+    ) -> Result<(), ModelError>;
+
+    /// Causal attention of the queries in `qkv` over each sequence's blocks of `kv`, softmax scaled by
+    /// `1 / sqrt(head_dim)`: `out` is `[num_tokens, heads.q_width()]`.
+    fn attention(
+        &mut self,
+        inputs: &Self::Inputs,
+        heads: Heads,
+        qkv: &Self::Buffer,
+        kv: &Self::KvLayer,
+        out: &mut Self::Buffer,
+    ) -> Result<(), ModelError>;
+
+    /// `out = silu(gate) * up`, where a row of `gate_up` is `width` gates, then `width` ups.
+    fn silu_mul(
+        &mut self,
+        rows: usize,
+        width: usize,
+        gate_up: &Self::Buffer,
+        out: &mut Self::Buffer,
+    ) -> Result<(), ModelError>;
+
+    /// `x[i] = x[logits_rows[i]]`, rows of `width`. In place: the rows ascend, so front to back no row
+    /// is overwritten before it is read.
+    fn pick_logits_rows(
+        &mut self,
+        inputs: &Self::Inputs,
+        width: usize,
+        x: &mut Self::Buffer,
+    ) -> Result<(), ModelError>;
+}
+
+/// RMSNorm's parameters.
+#[derive(Debug)]
+pub struct Norm<'a, V> {
+    /// One factor a channel.
+    pub weight: &'a V,
+    /// Added to the mean square.
+    pub eps: f32,
+}
+
+/// A projection's parameters.
+#[derive(Debug)]
+pub struct Linear<'a, M, V> {
+    /// `[out_features, in_features]`
+    pub weight: &'a M,
+    /// `[out_features]`
+    pub bias: Option<&'a V>,
+}

@@ -319,6 +319,9 @@ pub enum EngineError {
         /// Blocks there are.
         total_blocks: usize,
     },
+    /// The model of this lane is not loaded.
+    #[error("no model is loaded for the {} lane", match .0 { Lane::Fast => "fast", Lane::Deep => "deep" })]
+    LaneUnavailable(Lane),
     /// Too many sequences wait.
     #[error("the server is busy: {waiting} requests are waiting")]
     QueueFull {

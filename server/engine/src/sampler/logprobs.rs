@@ -1,0 +1,48 @@
+//! Log-probabilities of the model's own distribution: log-softmax of the untouched logits.
+
+use crate::api::{TokenId, TokenLogprobs};
+
+/// Scratch for picking the likeliest tokens.
+#[derive(Debug, Default)]
+pub(crate) struct LogprobScratch {
+    ranked: Vec<(TokenId, f32)>,
+}
+
+impl LogprobScratch {
+    /// The log-probability of `chosen` and of the `num_top` likeliest tokens.
+    pub(crate) fn compute(&mut self, logits: &[f32], chosen: TokenId, num_top: usize) -> TokenLogprobs {
+        let max = logits.iter().copied().fold(f32::NEG_INFINITY, f32::max);
+        let sum: f64 = logits.iter().map(|&l| f64::from(l - max).exp()).sum();
+        let log_sum = f64::from(max) + sum.ln();
+        let logprob = |logit: f32| (f64::from(logit) - log_sum) as f32;
+        let num_top = num_top.min(logits.len());
+        let mut top = Vec::with_capacity(num_top);
+        if num_top > 0 {
+            let by_rank = |a: &(TokenId, f32), b: &(TokenId, f32)| b.1.total_cmp(&a.1).then(a.0.cmp(&b.0));
+            self.ranked.clear();
+            self.ranked.extend(logits.iter().enumerate().map(|(id, &logit)| (id as TokenId, logit)));
+            if num_top < self.ranked.len() {
+                self.ranked.select_nth_unstable_by(num_top - 1, by_rank);
+            }
+            let best = &mut self.ranked[..num_top];
+            best.sort_unstable_by(by_rank);
+            top.extend(best.iter().map(|&(id, logit)| (id, logprob(logit))));
+        }
+        TokenLogprobs { logprob: logprob(logits[chosen as usize]), top }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn probabilities_sum_to_one_and_are_ranked() {
+        let logits = [0.5, 2.0, -1.0, 2.0, 0.0];
+        let got = LogprobScratch::default().compute(&logits, 2, 5);
+        assert_eq!(got.top.iter().map(|t| t.0).collect::<Vec<_>>(), [1, 3, 0, 4, 2]);
+        let sum: f64 = got.top.iter().map(|t| f64::from(t.1).exp()).sum();
+        assert!((sum - 1.0).abs() < 1e-6);
+        assert_eq!(got.logprob, got.top[4].1);
+    }
+}

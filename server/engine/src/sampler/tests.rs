@@ -1,0 +1,165 @@
+use super::*;
+use proptest::prelude::*;
+
+fn draw_at(logits: &[f32], params: &SamplingParams, position: usize) -> TokenId {
+    let draw = Draw { params, counts: None, provisional: &[], position, num_output_tokens: 0 };
+    Sampler::default().draw(logits, &draw).expect("finite logits")
+}
+
+/// The tokens that a textbook top-k, then top-p, then min-p would keep, with their probabilities.
+fn kept(logits: &[f32], params: &SamplingParams) -> Vec<(TokenId, f64)> {
+    let mut all: Vec<(TokenId, f64)> = logits
+        .iter()
+        .enumerate()
+        .map(|(id, &l)| (id as TokenId, (f64::from(l) / f64::from(params.temperature)).exp()))
+        .collect();
+    all.sort_by(|a, b| b.1.total_cmp(&a.1).then(a.0.cmp(&b.0)));
+    if params.top_k > 0 {
+        all.truncate(params.top_k as usize);
+    }
+    let total: f64 = all.iter().map(|t| t.1).sum();
+    let mut sum = 0.0;
+    let mut nucleus = Vec::new();
+    for &(id, w) in &all {
+        nucleus.push((id, w));
+        sum += w;
+        if sum >= f64::from(params.top_p) * total {
+            break;
+        }
+    }
+    let floor = f64::from(params.min_p) * nucleus[0].1;
+    nucleus.retain(|t| t.1 >= floor);
+    let total: f64 = nucleus.iter().map(|t| t.1).sum();
+    nucleus.into_iter().map(|(id, w)| (id, w / total)).collect()
+}
+
+/// Chi-square of `draws` draws at successive positions against the exact probabilities.
+fn chi_square(logits: &[f32], params: &SamplingParams, draws: usize) -> (f64, usize) {
+    let expected = kept(logits, params);
+    let mut counts = vec![0u32; logits.len()];
+    for position in 0..draws {
+        counts[draw_at(logits, params, position) as usize] += 1;
+    }
+    let inside: u32 = expected.iter().map(|&(id, _)| counts[id as usize]).sum();
+    assert_eq!(inside as usize, draws, "a token outside the candidates was drawn");
+    let statistic = expected
+        .iter()
+        .map(|&(id, p)| {
+            let e = p * draws as f64;
+            (f64::from(counts[id as usize]) - e).powi(2) / e
+        })
+        .sum();
+    (statistic, expected.len() - 1)
+}
+
+#[test]
+fn draws_follow_the_exact_probabilities() {
+    let logits = [1.0, 0.2, -0.5, 2.0, 0.9, -1.5, 0.0, 1.9];
+    let base = SamplingParams { temperature: 0.8, seed: 42, ..SamplingParams::default() };
+    for params in [
+        base.clone(),
+        SamplingParams { temperature: 1.7, ..base.clone() },
+        SamplingParams { top_k: 4, ..base.clone() },
+        SamplingParams { top_p: 0.8, ..base.clone() },
+        SamplingParams { min_p: 0.2, ..base.clone() },
+        SamplingParams { top_k: 6, top_p: 0.95, min_p: 0.05, ..base },
+    ] {
+        let (statistic, degrees) = chi_square(&logits, &params, 40_000);
+        // Above the 99.99th percentile for up to 7 degrees of freedom.
+        assert!(statistic < 30.0, "chi-square {statistic} with {degrees} degrees of freedom for {params:?}");
+    }
+}
+
+#[test]
+fn noise_of_different_seeds_is_independent_of_the_position() {
+    let logits = [0.0f32; 4];
+    let mut counts = [0u32; 4];
+    for seed in 0..8_000 {
+        let params = SamplingParams { temperature: 1.0, seed, ..SamplingParams::default() };
+        counts[draw_at(&logits, &params, 9) as usize] += 1;
+    }
+    assert!(counts.iter().all(|c| (1_800..2_200).contains(c)), "{counts:?}");
+}
+
+#[test]
+fn temperature_zero_is_argmax_and_ties_go_to_the_first() {
+    let params = SamplingParams::default();
+    assert_eq!(draw_at(&[0.0, 3.0, 3.0, -1.0], &params, 5), 1);
+}
+
+#[test]
+fn logits_that_are_not_numbers_are_refused() {
+    for bad in [f32::NAN, f32::INFINITY, f32::NEG_INFINITY] {
+        let mut logits = vec![0.0; 130];
+        logits[129] = bad;
+        let params = SamplingParams::default();
+        let draw =
+            Draw { params: &params, counts: None, provisional: &[], position: 0, num_output_tokens: 0 };
+        assert_eq!(Sampler::default().draw(&logits, &draw), Err(EngineError::NonFiniteLogits));
+    }
+}
+
+#[test]
+fn min_tokens_masks_stop_tokens() {
+    let params = SamplingParams { min_tokens: 2, stop_token_ids: vec![1], ..SamplingParams::default() };
+    for (num_output_tokens, expected) in [(0, 2), (1, 2), (2, 1)] {
+        let draw = Draw { params: &params, counts: None, provisional: &[], position: 7, num_output_tokens };
+        assert_eq!(Sampler::default().draw(&[0.0, 9.0, 3.0], &draw), Ok(expected));
+    }
+}
+
+proptest! {
+    /// Drawing with draft tokens provisional equals drawing once they are committed.
+    #[test]
+    fn provisional_tokens_count_like_committed_ones(
+        logits in prop::collection::vec(-4.0f32..4.0, 12),
+        prompt in prop::collection::vec(0u32..12, 1..6),
+        output in prop::collection::vec(0u32..12, 0..8),
+        split in 0usize..8,
+        temperature in prop_oneof![Just(0.0f32), Just(0.9f32)],
+    ) {
+        let params = SamplingParams {
+            temperature, seed: 3, repetition_penalty: 1.3, presence_penalty: 0.4, frequency_penalty: 0.2,
+            ..SamplingParams::default()
+        };
+        let split = split.min(output.len());
+        let draw = |committed: &[TokenId], provisional: &[TokenId]| {
+            let mut counts = TokenCounts::for_sequence(&prompt, &params).expect("penalties are on");
+            committed.iter().for_each(|&id| counts.push(id));
+            let draw = Draw {
+                params: &params, counts: Some(&counts), provisional,
+                position: prompt.len() + output.len(), num_output_tokens: output.len(),
+            };
+            Sampler::default().draw(&logits, &draw).expect("finite logits")
+        };
+        prop_assert_eq!(draw(&output, &[]), draw(&output[..split], &output[split..]));
+    }
+
+    /// Passing tokens over unseen never changes the winner.
+    #[test]
+    fn the_race_equals_gumbel_max(
+        logits in prop::collection::vec(-30.0f32..30.0, 1..300),
+        seed in any::<u64>(), position in 0usize..10_000, temperature in 0.05f32..3.0,
+    ) {
+        let params = SamplingParams { temperature, seed, ..SamplingParams::default() };
+        let noise = NoiseRow::new(seed, position as u64);
+        let score = |id: usize| {
+            let gumbel = -(-(-noise.complement(id as u32)).ln_1p()).ln();
+            f64::from(logits[id]) / f64::from(temperature) + gumbel
+        };
+        let expected = (0..logits.len()).max_by(|&a, &b| score(a).total_cmp(&score(b))).expect("not empty");
+        let got = draw_at(&logits, &params, position) as usize;
+        prop_assert!(got == expected || (score(got) - score(expected)).abs() < 1e-9);
+    }
+
+    /// Truncation never draws what the textbook would not keep.
+    #[test]
+    fn truncation_keeps_what_the_textbook_keeps(
+        logits in prop::collection::vec(-5.0f32..5.0, 1..60),
+        top_k in 0u32..20, top_p in 0.05f32..1.0, min_p in 0.0f32..0.5, position in 0usize..50,
+    ) {
+        let params = SamplingParams { temperature: 1.0, top_k, top_p, min_p, seed: 1, ..SamplingParams::default() };
+        let got = draw_at(&logits, &params, position);
+        prop_assert!(kept(&logits, &params).iter().any(|t| t.0 == got));
+    }
+}

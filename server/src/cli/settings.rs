@@ -1,0 +1,142 @@
+//! The settings as flags. Values stay text here: `config.rs` gives the three layers one set of rules
+//! and one kind of message.
+
+use std::path::PathBuf;
+
+use clap::Args;
+
+use crate::config::{self, ConfigError, Loaded, RawValue};
+
+/// Settings of every command that runs models.
+#[derive(Args, Clone, Debug, Default)]
+pub(crate) struct ModelSettings {
+    /// The large model: a folder (config.json, *.safetensors, tokenizer.json) or a hub id such as
+    /// Qwen/Qwen2.5-Coder-7B-Instruct, looked for in the local hub cache first. Without --target and
+    /// --draft the demo pair is used; with --target alone there is no fast lane and no speculation
+    #[arg(long, value_name = "MODEL", help_heading = "Models")]
+    target: Option<String>,
+
+    /// The small model, of the same vocabulary: answers the fast lane and drafts for the deep lane.
+    /// With --draft alone there is no deep lane
+    #[arg(long, value_name = "MODEL", help_heading = "Models")]
+    draft: Option<String>,
+
+    /// Tokens the draft proposes before each verification: a number up to 16, 0 for no speculation, or
+    /// auto. Changes speed, never the output [default: auto]
+    #[arg(long, value_name = "auto|N", help_heading = "Models")]
+    draft_tokens: Option<String>,
+
+    /// Longest prompt and output together, in tokens [default: what the model was made for]
+    #[arg(long, value_name = "TOKENS", help_heading = "Models")]
+    max_model_len: Option<String>,
+
+    /// What computes: cpu (Tandem's own kernels) or reference (slow and plain, for comparison)
+    /// [default: cpu]
+    #[arg(long, value_name = "cpu|reference", help_heading = "Machine")]
+    backend: Option<String>,
+
+    /// Threads that compute [default: one a CPU]
+    #[arg(long, value_name = "N", help_heading = "Machine")]
+    threads: Option<String>,
+
+    /// Memory for keys and values of running sequences, both models together, such as 512MiB or 2GiB
+    /// [default: what --max-num-seqs full contexts need, at most a quarter of the free memory]
+    #[arg(long, value_name = "SIZE", help_heading = "Machine")]
+    kv_memory: Option<String>,
+
+    /// TOML file with any of these settings under the same names [env: TANDEM_CONFIG]
+    #[arg(long, value_name = "FILE", help_heading = "Settings")]
+    config: Option<PathBuf>,
+
+    /// What to log on standard error: error, warn, info, debug, trace, or a filter such as
+    /// tandem=debug,warn. RUST_LOG is honoured too [default: info for serve, else warn]
+    #[arg(long, value_name = "FILTER", help_heading = "Settings")]
+    log: Option<String>,
+}
+
+/// Settings of `tandem serve`.
+#[derive(Args, Clone, Debug, Default)]
+pub(crate) struct ServeSettings {
+    /// Address to listen on; 0.0.0.0 for every interface [default: 127.0.0.1]
+    #[arg(long, value_name = "ADDRESS", help_heading = "Network")]
+    host: Option<String>,
+
+    /// Port to listen on; 0 takes a free one and prints it [default: 8080]
+    #[arg(long, value_name = "PORT", help_heading = "Network")]
+    port: Option<String>,
+
+    /// Key that clients must send as `Authorization: Bearer KEY`; repeat it for several. Prefer the
+    /// environment (TANDEM_API_KEY=KEY1,KEY2) or the file: flags show in process lists
+    #[arg(long, value_name = "KEY", help_heading = "Network")]
+    api_key: Vec<String>,
+
+    /// Origin that web pages may call from, such as https://example.org, or * for any; repeat it for
+    /// several [default: none]
+    #[arg(long, value_name = "ORIGIN", help_heading = "Network")]
+    cors: Vec<String>,
+
+    /// Sequences that run at the same time; further ones wait [default: 32]
+    #[arg(long, value_name = "N", help_heading = "Machine")]
+    max_num_seqs: Option<String>,
+
+    /// Sequences that may wait before new requests are refused with status 429 [default: 256]
+    #[arg(long, value_name = "N", help_heading = "Machine")]
+    max_waiting: Option<String>,
+
+    #[command(flatten)]
+    pub(crate) model: ModelSettings,
+}
+
+impl ModelSettings {
+    /// The settings given, by name.
+    pub(crate) fn flags(&self) -> Vec<(&'static str, RawValue)> {
+        given([
+            ("target", &self.target),
+            ("draft", &self.draft),
+            ("draft-tokens", &self.draft_tokens),
+            ("max-model-len", &self.max_model_len),
+            ("backend", &self.backend),
+            ("threads", &self.threads),
+            ("kv-memory", &self.kv_memory),
+            ("log", &self.log),
+        ])
+    }
+
+    /// Merges the given settings with environment and file.
+    pub(crate) fn load(&self) -> Result<Loaded, ConfigError> {
+        config::load(&self.flags(), self.config.as_deref(), environment())
+    }
+}
+
+impl ServeSettings {
+    /// The settings given, by name.
+    pub(crate) fn flags(&self) -> Vec<(&'static str, RawValue)> {
+        let mut flags = given([
+            ("host", &self.host),
+            ("port", &self.port),
+            ("max-num-seqs", &self.max_num_seqs),
+            ("max-waiting", &self.max_waiting),
+        ]);
+        for (key, values) in [("api-key", &self.api_key), ("cors", &self.cors)] {
+            if !values.is_empty() {
+                flags.push((key, values.clone()));
+            }
+        }
+        flags.extend(self.model.flags());
+        flags
+    }
+
+    /// Merges the given settings with environment and file.
+    pub(crate) fn load(&self) -> Result<Loaded, ConfigError> {
+        config::load(&self.flags(), self.model.config.as_deref(), environment())
+    }
+}
+
+fn given<const N: usize>(settings: [(&'static str, &Option<String>); N]) -> Vec<(&'static str, RawValue)> {
+    settings.into_iter().filter_map(|(key, value)| Some((key, vec![value.clone()?]))).collect()
+}
+
+/// The environment as text; variables that are no Unicode cannot hold a setting.
+fn environment() -> impl Iterator<Item = (String, String)> {
+    std::env::vars_os().filter_map(|(name, value)| Some((name.into_string().ok()?, value.into_string().ok()?)))
+}

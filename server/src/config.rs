@@ -1,0 +1,322 @@
+//! The settings, and where they come from: flags, `TANDEM_*` environment variables and one TOML file.
+//!
+//! One table, [`SETTINGS`], names every setting once; flag `--draft-tokens`, variable
+//! `TANDEM_DRAFT_TOKENS` and file key `draft-tokens` are derived from its name, so the three cannot
+//! drift apart. Layers are applied weakest first (default, file, environment, flag) and every layer's
+//! values are checked, also those that a stronger layer replaces: a wrong value is reported where it
+//! stands instead of on the day the stronger layer goes away.
+
+use std::fmt;
+use std::path::{Path, PathBuf};
+
+mod parse;
+
+use tandem_engine::{DraftTokens, MAX_DRAFT_TOKENS};
+
+/// Every setting, with its default value.
+#[derive(Clone, Debug, PartialEq)]
+pub(crate) struct Config {
+    /// Address or host name to listen on.
+    pub(crate) host: String,
+    /// Port to listen on; 0 lets the system choose.
+    pub(crate) port: u16,
+    /// The large model: a folder or a hub id.
+    pub(crate) target: Option<String>,
+    /// The small model: a folder or a hub id.
+    pub(crate) draft: Option<String>,
+    /// Draft tokens a verification.
+    pub(crate) draft_tokens: DraftTokens,
+    /// Which implementation computes.
+    pub(crate) backend: BackendKind,
+    /// Threads that compute; `None` is one a logical core.
+    pub(crate) threads: Option<usize>,
+    /// Bytes of KV cache, both models together; `None` is computed when the models are known.
+    pub(crate) kv_memory: Option<u64>,
+    /// Sequences that run at the same time.
+    pub(crate) max_num_seqs: usize,
+    /// Longest prompt and output together, in tokens; `None` is the model's own limit.
+    pub(crate) max_model_len: Option<usize>,
+    /// Requests that may wait for room before new ones are refused.
+    pub(crate) max_waiting: usize,
+    /// Keys that clients must show; empty lets everybody in.
+    pub(crate) api_keys: Vec<String>,
+    /// Origins that browsers may call from; `*` is any.
+    pub(crate) cors: Vec<String>,
+    /// What is logged, in `RUST_LOG` syntax.
+    pub(crate) log: String,
+}
+
+/// Which implementation runs the forward pass.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum BackendKind {
+    /// Tandem's own CPU kernels.
+    Cpu,
+    /// candle tensors: slow, plain, for comparison.
+    Reference,
+}
+
+impl Default for Config {
+    fn default() -> Self {
+        Config {
+            host: "127.0.0.1".to_owned(),
+            port: 8080,
+            target: None,
+            draft: None,
+            draft_tokens: DraftTokens::Auto,
+            backend: BackendKind::Cpu,
+            threads: None,
+            kv_memory: None,
+            max_num_seqs: 32,
+            max_model_len: None,
+            max_waiting: 256,
+            api_keys: Vec::new(),
+            cors: Vec::new(),
+            log: "info".to_owned(),
+        }
+    }
+}
+
+/// Where a value came from.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(crate) enum Origin {
+    /// A command-line flag.
+    Flag,
+    /// An environment variable.
+    Env,
+    /// The configuration file.
+    File(PathBuf),
+}
+
+/// A value as its layer gives it, before the setting's own rules are applied.
+pub(crate) type RawValue = Vec<String>;
+
+/// One setting: its name, what its values look like, and where they go.
+struct Setting {
+    key: &'static str,
+    wanted: &'static str,
+    /// True if it takes a list (a repeated flag, commas in the environment, an array in the file).
+    list: bool,
+    set: fn(&mut Config, &RawValue) -> Option<()>,
+}
+
+const fn one(
+    key: &'static str,
+    wanted: &'static str,
+    set: fn(&mut Config, &RawValue) -> Option<()>,
+) -> Setting {
+    Setting { key, wanted, list: false, set }
+}
+
+const fn many(
+    key: &'static str,
+    wanted: &'static str,
+    set: fn(&mut Config, &RawValue) -> Option<()>,
+) -> Setting {
+    Setting { key, wanted, list: true, set }
+}
+
+const SETTINGS: &[Setting] = &[
+    one("host", "an address or host name", |c, v| Some(c.host = parse::text(v)?)),
+    one("port", "a port from 0 to 65535", |c, v| Some(c.port = parse::number(v, 0, u16::MAX)?)),
+    one("target", "a model folder or hub id", |c, v| Some(c.target = parse::optional_text(v)?)),
+    one("draft", "a model folder or hub id", |c, v| Some(c.draft = parse::optional_text(v)?)),
+    one("draft-tokens", "`auto` or a number from 0 to 16", |c, v| {
+        Some(c.draft_tokens = parse::draft_tokens(v, MAX_DRAFT_TOKENS as u8)?)
+    }),
+    one("backend", "`cpu` or `reference`", |c, v| Some(c.backend = parse::backend(v)?)),
+    one("threads", "a number from 1 to 1024", |c, v| Some(c.threads = Some(parse::number(v, 1, 1024)?))),
+    one("kv-memory", "a size such as 512MiB or 2GiB", |c, v| {
+        Some(c.kv_memory = Some(parse::size_bytes(v)?))
+    }),
+    one("max-num-seqs", "a number from 1 to 4096", |c, v| Some(c.max_num_seqs = parse::number(v, 1, 4096)?)),
+    one("max-model-len", "a number of tokens from 2 up", |c, v| {
+        Some(c.max_model_len = Some(parse::number(v, 2, usize::MAX)?))
+    }),
+    one("max-waiting", "a number from 1 to 1000000", |c, v| {
+        Some(c.max_waiting = parse::number(v, 1, 1_000_000)?)
+    }),
+    many("api-key", "one or more keys, none of them empty", |c, v| Some(c.api_keys = parse::texts(v)?)),
+    many("cors", "one or more origins such as https://example.org, or *", |c, v| {
+        Some(c.cors = parse::origins(v)?)
+    }),
+    one("log", "a filter such as info, debug or tandem=debug,warn", |c, v| {
+        Some(c.log = parse::log_filter(v)?)
+    }),
+];
+
+/// The variable that names the configuration file when `--config` does not.
+const CONFIG_VARIABLE: &str = "TANDEM_CONFIG";
+
+/// Variables that belong to Tandem and are no settings.
+const OTHER_VARIABLES: &[&str] = &[CONFIG_VARIABLE, "TANDEM_ISA"];
+
+/// Why the settings cannot be used.
+#[derive(Debug, PartialEq, thiserror::Error)]
+pub(crate) enum ConfigError {
+    /// A value breaks its setting's rules.
+    #[error("{place} is {value:?}; it must be {wanted}")]
+    Value { place: String, value: String, wanted: &'static str },
+    /// The file holds a key that is no setting.
+    #[error("{}: unknown key `{key}`{}", path.display(), did_you_mean(nearest.as_deref()))]
+    UnknownKey { path: PathBuf, key: String, nearest: Option<String> },
+    /// The file cannot be read.
+    #[error("the configuration file {} cannot be read: {reason}", path.display())]
+    Unreadable { path: PathBuf, reason: String },
+    /// The file is not TOML.
+    #[error("the configuration file {} is not valid TOML: {reason}", path.display())]
+    NotToml { path: PathBuf, reason: String },
+}
+
+fn did_you_mean(nearest: Option<&str>) -> String {
+    match nearest {
+        Some(key) => format!("; did you mean `{key}`?"),
+        None => format!("; the keys are {}", SETTINGS.iter().map(|s| s.key).collect::<Vec<_>>().join(", ")),
+    }
+}
+
+/// The settings and what should be said about how they were found.
+#[derive(Debug)]
+pub(crate) struct Loaded {
+    /// The merged settings.
+    pub(crate) config: Config,
+    /// The file that was read.
+    pub(crate) file: Option<PathBuf>,
+    /// `TANDEM_*` variables that are not settings: probably misspelt ones.
+    pub(crate) warnings: Vec<String>,
+}
+
+/// Merges the three layers.
+///
+/// `flags` are the settings given on the command line; `file` is `--config`; `env` is the
+/// environment (passed in, so that tests need not change the process's own).
+///
+/// # Errors
+/// The first value that breaks its rules, or an unreadable or unknown part of the file.
+pub(crate) fn load(
+    flags: &[(&'static str, RawValue)],
+    file: Option<&Path>,
+    env: impl IntoIterator<Item = (String, String)>,
+) -> Result<Loaded, ConfigError> {
+    let env: Vec<(String, String)> = env.into_iter().filter(|(name, _)| name.starts_with("TANDEM_")).collect();
+    let file = file.map(Path::to_owned).or_else(|| {
+        env.iter().find(|(name, value)| name == CONFIG_VARIABLE && !value.is_empty()).map(|(_, v)| v.into())
+    });
+
+    let mut config = Config::default();
+    if let Some(path) = &file {
+        for (key, value) in read_file(path)? {
+            apply(&mut config, find(&key).expect("read_file returns known keys"), &value, &Origin::File(path.clone()))?;
+        }
+    }
+    let mut warnings = Vec::new();
+    for (name, value) in &env {
+        let Some(setting) = SETTINGS.iter().find(|s| env_name(s.key) == *name) else {
+            if !OTHER_VARIABLES.contains(&name.as_str()) {
+                warnings.push(unknown_variable(name));
+            }
+            continue;
+        };
+        // An empty variable is how shells and service managers spell "not set".
+        if !value.is_empty() {
+            let values = if setting.list { value.split(',').map(|v| v.trim().to_owned()).collect() } else { vec![value.clone()] };
+            apply(&mut config, setting, &values, &Origin::Env)?;
+        }
+    }
+    for (key, value) in flags {
+        apply(&mut config, find(key).expect("every flag is a setting: this is a bug"), value, &Origin::Flag)?;
+    }
+    Ok(Loaded { config, file, warnings })
+}
+
+fn find(key: &str) -> Option<&'static Setting> {
+    SETTINGS.iter().find(|setting| setting.key == key)
+}
+
+/// `draft-tokens` as `TANDEM_DRAFT_TOKENS`.
+fn env_name(key: &str) -> String {
+    format!("TANDEM_{}", key.to_uppercase().replace('-', "_"))
+}
+
+fn apply(config: &mut Config, setting: &Setting, value: &RawValue, origin: &Origin) -> Result<(), ConfigError> {
+    (setting.set)(config, value).ok_or_else(|| ConfigError::Value {
+        place: place(setting.key, origin),
+        // A key is a secret: the message goes to logs and terminals.
+        value: if setting.key == "api-key" { "(hidden)".to_owned() } else { value.join(",") },
+        wanted: setting.wanted,
+    })
+}
+
+/// How a message names the spot that a value came from.
+fn place(key: &str, origin: &Origin) -> String {
+    struct Spot<'a>(&'a str, &'a Origin);
+    impl fmt::Display for Spot<'_> {
+        fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+            match self.1 {
+                Origin::Flag => write!(f, "the flag --{}", self.0),
+                Origin::Env => write!(f, "the environment variable {}", env_name(self.0)),
+                Origin::File(path) => write!(f, "`{}` in {}", self.0, path.display()),
+            }
+        }
+    }
+    Spot(key, origin).to_string()
+}
+
+fn unknown_variable(name: &str) -> String {
+    let key = name.trim_start_matches("TANDEM_").to_lowercase().replace('_', "-");
+    match nearest(&key) {
+        Some(key) => format!("the environment variable {name} is no setting; did you mean {}?", env_name(&key)),
+        None => format!("the environment variable {name} is no setting and is ignored"),
+    }
+}
+
+/// The known key that `key` is most likely meant to be; `None` if none is close.
+fn nearest(key: &str) -> Option<String> {
+    let similarity = |known: &str| strsim::jaro_winkler(known, key);
+    SETTINGS
+        .iter()
+        .map(|setting| setting.key)
+        .max_by(|a, b| similarity(a).total_cmp(&similarity(b)))
+        // Below this, suggestions for short unrelated words begin to look like jokes.
+        .filter(|known| similarity(known) > 0.75)
+        .map(str::to_owned)
+}
+
+/// Reads the file into (key, value) pairs, all keys known.
+fn read_file(path: &Path) -> Result<Vec<(String, RawValue)>, ConfigError> {
+    let text = std::fs::read_to_string(path)
+        .map_err(|error| ConfigError::Unreadable { path: path.to_owned(), reason: error.to_string() })?;
+    let table: toml::Table = text
+        .parse()
+        .map_err(|error: toml::de::Error| ConfigError::NotToml { path: path.to_owned(), reason: error.to_string() })?;
+    let mut values = Vec::new();
+    for (written, value) in table {
+        // Both spellings are natural in TOML; the dashed one is the flag's.
+        let key = written.replace('_', "-");
+        let Some(setting) = find(&key) else {
+            return Err(ConfigError::UnknownKey { path: path.to_owned(), nearest: nearest(&key), key: written });
+        };
+        let raw = raw_value(&value, setting.list).ok_or_else(|| ConfigError::Value {
+            place: place(&key, &Origin::File(path.to_owned())),
+            value: if key == "api-key" { "(hidden)".to_owned() } else { value.to_string() },
+            wanted: setting.wanted,
+        })?;
+        values.push((key, raw));
+    }
+    Ok(values)
+}
+
+/// A TOML value as text; `None` for tables, dates, and arrays where one value is wanted.
+fn raw_value(value: &toml::Value, list: bool) -> Option<RawValue> {
+    let scalar = |value: &toml::Value| match value {
+        toml::Value::String(text) => Some(text.clone()),
+        toml::Value::Integer(number) => Some(number.to_string()),
+        _ => None,
+    };
+    match value {
+        toml::Value::Array(items) if list => items.iter().map(scalar).collect(),
+        value => Some(vec![scalar(value)?]),
+    }
+}
+
+#[cfg(test)]
+mod tests;

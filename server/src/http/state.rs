@@ -3,7 +3,7 @@
 
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
-use std::time::{SystemTime, UNIX_EPOCH};
+use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
 use tandem_engine::{EngineHandle, Lane};
 use tandem_models::{ChatTemplate, FimTokens, GenerationConfig, Tokenizer};
@@ -27,6 +27,8 @@ pub struct LaneModel {
 pub struct Limits {
     /// Largest request body.
     pub max_body_bytes: usize,
+    /// From a request's head to the last byte of its body.
+    pub body_timeout: Duration,
     /// Most prompts in one completion request.
     pub max_prompts: usize,
     /// Most choices (`n`) for a prompt.
@@ -42,6 +44,7 @@ impl Default for Limits {
         Limits {
             // About eight million tokens of text: longer than any context, short of a nuisance.
             max_body_bytes: 32 << 20,
+            body_timeout: Duration::from_secs(30),
             max_prompts: 128,
             max_choices: 32,
             max_stops: 16,

@@ -1,0 +1,292 @@
+//! What every protocol asks for and gets: prompts in, text out.
+//!
+//! A [`GenerationRequest`] becomes one sequence a choice. [`Generation`] turns the engine's events
+//! into text (detokenized, cut at stop strings) and an account. Dropping it frees its sequences: a
+//! closed connection needs no other handling.
+
+mod choice;
+
+use std::sync::Arc;
+use std::task::{Context, Poll};
+use std::time::Duration;
+
+use tandem_engine::{
+    EngineHandle, Event, EventSink, SamplingParams, SequenceId, SinkError, SubmitRequest,
+    TokenLogprobs,
+};
+use tokio::sync::mpsc;
+
+use super::error::ApiError;
+use super::metrics::TokenClock;
+use super::state::{AppState, ServedModel};
+use choice::Choice;
+
+/// Events that may wait for a slow client before its sequence pauses.
+const CHANNEL_CAPACITY: usize = 64;
+
+/// The internal request that every protocol is translated to.
+pub struct GenerationRequest {
+    /// At least one.
+    pub prompts: Vec<Prompt>,
+    /// Sequences for each prompt. The `i`-th uses `params.seed + i`.
+    pub num_choices: usize,
+    /// How to sample; `max_tokens` is each prompt's own.
+    pub params: SamplingParams,
+    /// Texts that end an answer.
+    pub stop: Vec<String>,
+    /// Draft tokens a verification; never changes the output.
+    pub max_draft_tokens: Option<u8>,
+}
+
+/// One prompt of a request.
+pub struct Prompt {
+    /// Its tokens.
+    pub tokens: Arc<[u32]>,
+    /// The bound on its answer.
+    pub max_tokens: u32,
+}
+
+/// New text of one choice.
+#[derive(Debug, Default)]
+pub struct Delta {
+    /// Never part of a stop string.
+    pub text: String,
+    /// The tokens whose text begins in what was released so far, if `logprobs` was asked for.
+    pub tokens: Vec<ScoredToken>,
+    /// Once, before any text, if `prompt_logprobs` was asked for.
+    pub prompt_logprobs: Option<Vec<Option<TokenLogprobs>>>,
+}
+
+/// An output token with its log-probabilities.
+#[derive(Clone, Debug, PartialEq)]
+pub struct ScoredToken {
+    /// The token.
+    pub id: u32,
+    /// Its own and its rivals'.
+    pub logprobs: TokenLogprobs,
+}
+
+/// Why an answer ended, for clients.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum EndReason {
+    /// A stop token or a stop string.
+    Stop,
+    /// `max_tokens`, or the context is full.
+    Length,
+}
+
+/// The account of a choice, or of several.
+#[derive(Clone, Copy, Debug, Default, PartialEq)]
+pub struct Account {
+    /// Tokens of the prompts, each counted once.
+    pub num_prompt_tokens: u64,
+    /// Of those, found in the cache.
+    pub num_cached_tokens: u64,
+    /// Tokens of the answers, those of a stop string included.
+    pub num_output_tokens: u64,
+    /// Draft tokens offered.
+    pub num_draft_tokens: u64,
+    /// Of those, accepted.
+    pub num_accepted_tokens: u64,
+    /// Longest wait for the first pass.
+    pub queue_time: Duration,
+    /// Longest prefill.
+    pub prefill_time: Duration,
+    /// Longest decode.
+    pub decode_time: Duration,
+}
+
+impl Account {
+    /// Output tokens a second of decoding; the first token comes from the prefill.
+    pub fn tokens_per_second(&self, num_sequences: usize) -> f64 {
+        let num_decoded = self.num_output_tokens.saturating_sub(num_sequences as u64);
+        let seconds = self.decode_time.as_secs_f64();
+        if seconds > 0.0 { num_decoded as f64 / seconds } else { 0.0 }
+    }
+}
+
+/// What [`Generation::poll_next`] found: the choice's new [`Delta`] is at [`Generation::delta`].
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Progress {
+    /// Which choice: `prompt * num_choices + i`.
+    pub index: usize,
+    /// Set when this was the choice's last.
+    pub end: Option<EndReason>,
+}
+
+/// A whole answer.
+#[derive(Debug)]
+pub struct CompletedChoice {
+    /// All of its deltas together.
+    pub answer: Delta,
+    /// Why it ended.
+    pub end: EndReason,
+}
+
+/// Running sequences of one request. Dropping it aborts those that have not ended.
+pub struct Generation {
+    choices: Vec<Choice>,
+    num_choices_per_prompt: usize,
+    num_running: usize,
+    /// Where the next poll begins, so that no choice starves the others.
+    next: usize,
+}
+
+impl Generation {
+    /// Submits every sequence of the request.
+    ///
+    /// # Errors
+    /// What the engine refuses; nothing keeps running then.
+    pub fn start(
+        state: &AppState,
+        served: &ServedModel,
+        request: &GenerationRequest,
+    ) -> Result<Generation, ApiError> {
+        let num_running = request.prompts.len() * request.num_choices;
+        let mut choices = Vec::with_capacity(num_running);
+        for prompt in &request.prompts {
+            for i in 0..request.num_choices {
+                let id = state.engine.next_id();
+                let (sender, receiver) = mpsc::channel(CHANNEL_CAPACITY);
+                let seed = request.params.seed.wrapping_add(i as u64);
+                state.engine.submit(SubmitRequest {
+                    id,
+                    lane: served.lane,
+                    prompt: prompt.tokens.clone(),
+                    params: SamplingParams { seed, max_tokens: prompt.max_tokens, ..request.params.clone() },
+                    max_draft_tokens: request.max_draft_tokens,
+                    events: Box::new(ChannelSink(sender)),
+                })?;
+                let sequence = RunningSequence { engine: state.engine.clone(), id, ended: false };
+                let clock = TokenClock::start(state.metrics.lane(served.lane));
+                let num_prompt_tokens = prompt.tokens.len();
+                let choice =
+                    Choice::new(sequence, receiver, served, &request.stop, clock, num_prompt_tokens);
+                choices.push(choice);
+            }
+        }
+        Ok(Generation { choices, num_choices_per_prompt: request.num_choices, num_running, next: 0 })
+    }
+
+    /// Waits for the next piece of any choice; `None` after all have ended.
+    ///
+    /// # Errors
+    /// If a sequence failed. The generation is over then.
+    pub fn poll_next(&mut self, cx: &mut Context<'_>) -> Poll<Option<Result<Progress, ApiError>>> {
+        if self.num_running == 0 {
+            return Poll::Ready(None);
+        }
+        let count = self.choices.len();
+        for offset in 0..count {
+            let index = (self.next + offset) % count;
+            let choice = &mut self.choices[index];
+            if choice.has_ended() {
+                continue;
+            }
+            match choice.poll_next(cx) {
+                Poll::Pending => {}
+                Poll::Ready(Err(error)) => {
+                    self.num_running = 0;
+                    return Poll::Ready(Some(Err(error)));
+                }
+                Poll::Ready(Ok(end)) => {
+                    self.num_running -= usize::from(end.is_some());
+                    self.next = (index + 1) % count;
+                    return Poll::Ready(Some(Ok(Progress { index, end })));
+                }
+            }
+        }
+        Poll::Pending
+    }
+
+    /// What the latest [`Progress`] of this choice brought.
+    pub fn delta(&self, index: usize) -> &Delta {
+        &self.choices[index].delta
+    }
+
+    /// True after the last choice has ended.
+    pub fn has_ended(&self) -> bool {
+        self.num_running == 0
+    }
+
+    /// Sequences of this request.
+    pub fn num_sequences(&self) -> usize {
+        self.choices.len()
+    }
+
+    /// The account of all choices that have ended: counts add up, times are the longest.
+    pub fn account(&self) -> Account {
+        let mut total = Account::default();
+        for (index, choice) in self.choices.iter().enumerate() {
+            let account = choice.account();
+            if index % self.num_choices_per_prompt == 0 {
+                total.num_prompt_tokens += account.num_prompt_tokens;
+                total.num_cached_tokens += account.num_cached_tokens;
+            }
+            total.num_output_tokens += account.num_output_tokens;
+            total.num_draft_tokens += account.num_draft_tokens;
+            total.num_accepted_tokens += account.num_accepted_tokens;
+            total.queue_time = total.queue_time.max(account.queue_time);
+            total.prefill_time = total.prefill_time.max(account.prefill_time);
+            total.decode_time = total.decode_time.max(account.decode_time);
+        }
+        total
+    }
+
+    /// Runs everything to its end.
+    ///
+    /// # Errors
+    /// If any sequence fails.
+    pub async fn collect(&mut self) -> Result<Vec<CompletedChoice>, ApiError> {
+        let mut answers: Vec<(Delta, EndReason)> =
+            self.choices.iter().map(|_| (Delta::default(), EndReason::Length)).collect();
+        while let Some(progress) = std::future::poll_fn(|cx| self.poll_next(cx)).await {
+            let Progress { index, end } = progress?;
+            let delta = &mut self.choices[index].delta;
+            let (answer, reason) = &mut answers[index];
+            answer.text.push_str(&delta.text);
+            answer.tokens.append(&mut delta.tokens);
+            if let Some(scores) = delta.prompt_logprobs.take() {
+                answer.prompt_logprobs = Some(scores);
+            }
+            if let Some(end) = end {
+                *reason = end;
+            }
+        }
+        Ok(answers.into_iter().map(|(answer, end)| CompletedChoice { answer, end }).collect())
+    }
+}
+
+/// Aborts its sequence unless that has ended.
+struct RunningSequence {
+    engine: EngineHandle,
+    id: SequenceId,
+    ended: bool,
+}
+
+impl RunningSequence {
+    fn abort(&self) {
+        self.engine.abort(self.id);
+    }
+}
+
+impl Drop for RunningSequence {
+    fn drop(&mut self) {
+        if !self.ended {
+            self.abort();
+        }
+    }
+}
+
+/// The engine's end of a sequence's channel.
+struct ChannelSink(mpsc::Sender<Event>);
+
+impl EventSink for ChannelSink {
+    fn try_send(&mut self, event: Event) -> Result<(), SinkError> {
+        self.0.try_send(event).map_err(|error| match error {
+            mpsc::error::TrySendError::Full(event) => SinkError::Full(event),
+            mpsc::error::TrySendError::Closed(_) => SinkError::Closed,
+        })
+    }
+}
+

@@ -1,0 +1,289 @@
+//! `/metrics`: the engine's counters, HTTP requests, time to first token and inter-token latency.
+//!
+//! Engine counters are read when scraped. The rest costs a mutex and a bucket search an
+//! observation; handles are taken once a request, so that no label is looked up per token.
+
+use std::sync::Arc;
+use std::sync::atomic::AtomicI64;
+use std::time::{Duration, Instant};
+
+use axum::body::{Body, Bytes};
+use axum::extract::{MatchedPath, Request, State};
+use axum::middleware::Next;
+use axum::response::{IntoResponse, Response};
+use http::header::CONTENT_TYPE;
+use http_body::{Frame, SizeHint};
+use prometheus_client::collector::Collector;
+use prometheus_client::encoding::{DescriptorEncoder, EncodeLabelSet, EncodeMetric, text};
+use prometheus_client::metrics::counter::{ConstCounter, Counter};
+use prometheus_client::metrics::family::Family;
+use prometheus_client::metrics::gauge::{ConstGauge, Gauge};
+use prometheus_client::metrics::histogram::Histogram;
+use prometheus_client::registry::{Registry, Unit};
+use tandem_engine::{EngineHandle, EngineStats, Lane};
+
+use super::error::{ApiError, ErrorKind};
+use super::state::AppState;
+
+/// Everything that `/metrics` shows.
+pub struct Metrics {
+    registry: Registry,
+    requests: Family<RequestLabels, Counter>,
+    request_seconds: Family<RouteLabels, Histogram, fn() -> Histogram>,
+    in_flight: Gauge<i64, AtomicI64>,
+    fast: LaneMetrics,
+    deep: LaneMetrics,
+}
+
+/// Latencies of one lane.
+#[derive(Clone)]
+pub struct LaneMetrics {
+    time_to_first_token: Histogram,
+    inter_token_latency: Histogram,
+}
+
+#[derive(Clone, Debug, Hash, PartialEq, Eq, EncodeLabelSet)]
+struct RequestLabels {
+    route: String,
+    status: u16,
+}
+
+#[derive(Clone, Debug, Hash, PartialEq, Eq, EncodeLabelSet)]
+struct RouteLabels {
+    route: String,
+}
+
+#[derive(Clone, Debug, Hash, PartialEq, Eq, EncodeLabelSet)]
+struct LaneLabels {
+    lane: &'static str,
+}
+
+const REQUEST_SECONDS: [f64; 14] =
+    [0.001, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 120.0];
+const FIRST_TOKEN_SECONDS: [f64; 14] =
+    [0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0];
+const INTER_TOKEN_SECONDS: [f64; 13] =
+    [0.0001, 0.00025, 0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0];
+
+impl Metrics {
+    /// Registers everything.
+    pub fn new(engine: EngineHandle) -> Self {
+        let mut registry = Registry::with_prefix("tandem");
+        registry.register_collector(Box::new(EngineCollector(engine)));
+
+        let requests = Family::default();
+        registry.register("http_requests", "Requests answered, by route and status", requests.clone());
+        let request_seconds =
+            Family::new_with_constructor((|| Histogram::new(REQUEST_SECONDS)) as fn() -> Histogram);
+        registry.register_with_unit(
+            "http_request_duration",
+            "From a request's head to the end of its response",
+            Unit::Seconds,
+            request_seconds.clone(),
+        );
+        let in_flight = Gauge::default();
+        registry.register("http_requests_in_flight", "Requests being answered", in_flight.clone());
+
+        let first =
+            Family::<LaneLabels, Histogram, _>::new_with_constructor(|| Histogram::new(FIRST_TOKEN_SECONDS));
+        let between =
+            Family::<LaneLabels, Histogram, _>::new_with_constructor(|| Histogram::new(INTER_TOKEN_SECONDS));
+        registry.register_with_unit(
+            "time_to_first_token",
+            "From a sequence's submission to its first token",
+            Unit::Seconds,
+            first.clone(),
+        );
+        registry.register_with_unit(
+            "inter_token_latency",
+            "Time between a sequence's tokens; tokens that came together share it evenly and count once",
+            Unit::Seconds,
+            between.clone(),
+        );
+        let lane = |lane| LaneMetrics {
+            time_to_first_token: first.get_or_create_owned(&LaneLabels { lane }),
+            inter_token_latency: between.get_or_create_owned(&LaneLabels { lane }),
+        };
+        let (fast, deep) = (lane("fast"), lane("deep"));
+        Metrics { registry, requests, request_seconds, in_flight, fast, deep }
+    }
+
+    /// Where a lane's sequences report their latencies.
+    pub fn lane(&self, lane: Lane) -> LaneMetrics {
+        match lane {
+            Lane::Fast => self.fast.clone(),
+            Lane::Deep => self.deep.clone(),
+        }
+    }
+}
+
+/// Watches one sequence's token times.
+pub struct TokenClock {
+    metrics: LaneMetrics,
+    last: Instant,
+    is_first: bool,
+}
+
+impl TokenClock {
+    /// Starts at the sequence's submission.
+    pub fn start(metrics: LaneMetrics) -> Self {
+        TokenClock { metrics, last: Instant::now(), is_first: true }
+    }
+
+    /// `num_tokens` came together.
+    pub fn tokens(&mut self, num_tokens: usize) {
+        let now = Instant::now();
+        let elapsed = (now - self.last).as_secs_f64();
+        self.last = now;
+        if std::mem::take(&mut self.is_first) {
+            self.metrics.time_to_first_token.observe(elapsed);
+        } else {
+            self.metrics.inter_token_latency.observe(elapsed / num_tokens.max(1) as f64);
+        }
+    }
+}
+
+/// Counts and times a request until its response is sent or dropped.
+pub(super) async fn measure(State(state): State<Arc<AppState>>, request: Request, next: Next) -> Response {
+    let route = request
+        .extensions()
+        .get::<MatchedPath>()
+        .map_or_else(|| "unmatched".to_owned(), |path| path.as_str().to_owned());
+    let metrics = &state.metrics;
+    metrics.in_flight.inc();
+    let mut guard = RequestGuard {
+        in_flight: metrics.in_flight.clone(),
+        seconds: metrics.request_seconds.get_or_create_owned(&RouteLabels { route: route.clone() }),
+        // Nginx's code for a client that left before it was answered.
+        status: 499,
+        route,
+        start: Instant::now(),
+        requests: metrics.requests.clone(),
+    };
+    let response = next.run(request).await;
+    guard.status = response.status().as_u16();
+    response.map(|inner| Body::new(MeasuredBody { inner, _guard: guard }))
+}
+
+struct RequestGuard {
+    route: String,
+    status: u16,
+    start: Instant,
+    requests: Family<RequestLabels, Counter>,
+    seconds: Histogram,
+    in_flight: Gauge<i64, AtomicI64>,
+}
+
+impl Drop for RequestGuard {
+    fn drop(&mut self) {
+        self.in_flight.dec();
+        self.seconds.observe(self.start.elapsed().as_secs_f64());
+        let labels = RequestLabels { route: std::mem::take(&mut self.route), status: self.status };
+        self.requests.get_or_create(&labels).inc();
+    }
+}
+
+struct MeasuredBody {
+    inner: Body,
+    _guard: RequestGuard,
+}
+
+impl http_body::Body for MeasuredBody {
+    type Data = Bytes;
+    type Error = axum::Error;
+
+    fn poll_frame(
+        mut self: std::pin::Pin<&mut Self>,
+        cx: &mut std::task::Context<'_>,
+    ) -> std::task::Poll<Option<Result<Frame<Bytes>, axum::Error>>> {
+        std::pin::Pin::new(&mut self.inner).poll_frame(cx)
+    }
+
+    fn is_end_stream(&self) -> bool {
+        self.inner.is_end_stream()
+    }
+
+    fn size_hint(&self) -> SizeHint {
+        self.inner.size_hint()
+    }
+}
+
+/// `GET /metrics`
+pub(super) async fn metrics(State(state): State<Arc<AppState>>) -> Response {
+    let mut page = String::new();
+    match text::encode(&mut page, &state.metrics.registry) {
+        Ok(()) => {
+            let content_type = "application/openmetrics-text; version=1.0.0; charset=utf-8";
+            ([(CONTENT_TYPE, content_type)], page).into_response()
+        }
+        Err(_) => ApiError::new(ErrorKind::Internal, "the metrics could not be written").into_response(),
+    }
+}
+
+struct EngineCollector(EngineHandle);
+
+impl std::fmt::Debug for EngineCollector {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.write_str("EngineCollector")
+    }
+}
+
+impl Collector for EngineCollector {
+    fn encode(&self, mut encoder: DescriptorEncoder<'_>) -> Result<(), std::fmt::Error> {
+        let stats = self.0.stats();
+        for (name, help, value) in gauges(&stats) {
+            let gauge = ConstGauge::new(i64::try_from(value).unwrap_or(i64::MAX));
+            gauge.encode(encoder.encode_descriptor(name, help, None, gauge.metric_type())?)?;
+        }
+        for (name, help, value) in counters(&stats) {
+            let counter = ConstCounter::new(value);
+            counter.encode(encoder.encode_descriptor(name, help, None, counter.metric_type())?)?;
+        }
+        let tokens = [("fast", stats.num_fast_tokens), ("deep", stats.num_deep_tokens)];
+        labelled(&mut encoder, "output_tokens", "Output tokens, by lane", "lane", tokens)?;
+        let passes = [("target", stats.num_target_passes), ("draft", stats.num_draft_passes)];
+        labelled(&mut encoder, "forward_passes", "Forward passes, by model", "model", passes)?;
+        let ends =
+            [("finished", stats.num_finished), ("aborted", stats.num_aborted), ("failed", stats.num_failed)];
+        labelled(&mut encoder, "sequences_ended", "Sequences that ended, by how", "reason", ends)
+    }
+}
+
+fn gauges(stats: &EngineStats) -> [(&'static str, &'static str, u64); 4] {
+    [
+        ("sequences_waiting", "Sequences waiting for room", stats.num_waiting),
+        ("sequences_running", "Sequences running", stats.num_running),
+        ("kv_blocks", "Blocks of the KV cache", stats.num_total_blocks),
+        ("kv_blocks_free", "Blocks of the KV cache not in use", stats.num_free_blocks),
+    ]
+}
+
+fn counters(stats: &EngineStats) -> [(&'static str, &'static str, u64); 4] {
+    [
+        ("engine_steps", "Steps of the engine", stats.num_steps),
+        ("prompt_tokens", "Prompt tokens computed", stats.num_prompt_tokens),
+        ("draft_tokens", "Draft tokens offered to the target", stats.num_draft_tokens),
+        ("draft_tokens_accepted", "Draft tokens that the target accepted", stats.num_accepted_tokens),
+    ]
+}
+
+fn labelled<const N: usize>(
+    encoder: &mut DescriptorEncoder<'_>,
+    name: &str,
+    help: &str,
+    label: &'static str,
+    values: [(&'static str, u64); N],
+) -> Result<(), std::fmt::Error> {
+    let metric_type = prometheus_client::metrics::MetricType::Counter;
+    let mut descriptor = encoder.encode_descriptor(name, help, None, metric_type)?;
+    for (value, count) in values {
+        let labels = [(label, value)];
+        ConstCounter::new(count).encode(descriptor.encode_family(&labels)?)?;
+    }
+    Ok(())
+}
+
+/// The time as milliseconds with microsecond resolution, for responses.
+pub(super) fn milliseconds(time: Duration) -> f64 {
+    time.as_micros() as f64 / 1000.0
+}

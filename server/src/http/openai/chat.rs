@@ -1,0 +1,252 @@
+//! `POST /v1/chat/completions`.
+
+use std::sync::Arc;
+
+use axum::Json;
+use axum::extract::State;
+use axum::response::{IntoResponse, Response};
+use serde::{Deserialize, Serialize};
+use serde_json::{Map, Value};
+use tandem_engine::MAX_LOGPROBS;
+use tandem_models::Tokenizer;
+
+use super::completions::{INLINE_TEXT_BYTES, encode, off_thread_if};
+use super::logprobs::ChatLogprobs;
+use super::params::{SharedFields, answer_tokens, in_range};
+use super::types::{Timings, Usage, finish_reason};
+use super::write::{ChunkWriter, Identity, json, response_id, with_headers};
+use crate::http::body::JsonBody;
+use crate::http::error::ApiError;
+use crate::http::generation::{Generation, GenerationRequest, Progress, Prompt};
+use crate::http::lanes::{Work, lane_name, resolve};
+use crate::http::sse::{self, EventEncoder};
+use crate::http::state::{AppState, ServedModel};
+
+/// The fields that only chat completions have.
+#[derive(Deserialize)]
+pub(super) struct ChatFields {
+    messages: Option<Vec<Map<String, Value>>>,
+    tools: Option<Value>,
+    max_completion_tokens: Option<i128>,
+    logprobs: Option<bool>,
+    top_logprobs: Option<i128>,
+    chat_template_kwargs: Option<Map<String, Value>>,
+}
+
+#[derive(Serialize)]
+struct ChatResponse {
+    id: String,
+    object: &'static str,
+    created: u64,
+    model: String,
+    choices: Vec<ChatChoice>,
+    usage: Usage,
+    seed: i128,
+    timings: Timings,
+}
+
+#[derive(Serialize)]
+struct ChatChoice {
+    index: usize,
+    message: ChatMessage,
+    logprobs: Option<ChatLogprobs>,
+    finish_reason: &'static str,
+}
+
+#[derive(Serialize)]
+struct ChatMessage {
+    role: &'static str,
+    content: String,
+    refusal: Option<String>,
+}
+
+pub(super) async fn chat_completions(
+    State(state): State<Arc<AppState>>,
+    JsonBody(shared, fields): JsonBody<SharedFields, ChatFields>,
+) -> Result<Response, ApiError> {
+    let served = resolve(&state, shared.model.as_deref(), Work::Chat)?;
+    let mut common = shared.resolve(served, &state.limits, &[])?;
+    common.params.logprobs = top_logprobs(fields.logprobs, fields.top_logprobs)?;
+    let has_logprobs = common.params.logprobs.is_some();
+    // Checked before the prompt is rendered; whether it fits beside the prompt is checked after.
+    let (param, asked) = match fields.max_completion_tokens {
+        Some(value) => ("max_completion_tokens", Some(value)),
+        None => ("max_tokens", shared.max_tokens),
+    };
+    let max_model_len = state.engine.max_model_len();
+    let asked = asked.map(|value| in_range(param, value, 1, max_model_len as i128)).transpose()?;
+
+    let tokens = render(served, fields).await?;
+    let max_tokens = answer_tokens(param, asked, None, tokens.len(), max_model_len, true)?;
+    let request = GenerationRequest {
+        prompts: vec![Prompt { tokens, max_tokens }],
+        num_choices: common.num_choices,
+        params: common.params,
+        stop: common.stop,
+        max_draft_tokens: common.max_draft_tokens,
+    };
+    let mut generation = Generation::start(&state, served, &request)?;
+
+    let seed = common.seed;
+    let object = if common.stream { "chat.completion.chunk" } else { "chat.completion" };
+    let identity = Identity::new(response_id("chatcmpl"), object, shared.model, seed);
+    let tokenizer = &served.model.tokenizer;
+    let response = if common.stream {
+        let encoder = ChatEncoder {
+            writer: ChunkWriter::new(&identity, common.include_usage),
+            has_begun: vec![false; generation.num_sequences()],
+            tokenizer: has_logprobs.then(|| tokenizer.clone()),
+        };
+        sse::respond(generation, encoder)
+    } else {
+        let answers = generation.collect().await?;
+        let account = generation.account();
+        let choices = answers.into_iter().enumerate().map(|(index, answer)| ChatChoice {
+            index,
+            logprobs: has_logprobs.then(|| ChatLogprobs::new(tokenizer, &answer.answer.tokens)),
+            message: ChatMessage { role: "assistant", content: answer.answer.text, refusal: None },
+            finish_reason: finish_reason(answer.end),
+        });
+        Json(ChatResponse {
+            choices: choices.collect(),
+            usage: Usage::from(&account),
+            timings: Timings::of(&generation, &account),
+            seed,
+            id: identity.id,
+            object: identity.object,
+            created: identity.created,
+            model: identity.model,
+        })
+        .into_response()
+    };
+    Ok(with_headers(response, lane_name(served.lane), seed))
+}
+
+fn top_logprobs(logprobs: Option<bool>, top: Option<i128>) -> Result<Option<u8>, ApiError> {
+    match (logprobs.unwrap_or(false), top) {
+        (true, top) => {
+            in_range("top_logprobs", top.unwrap_or(0), 0, MAX_LOGPROBS.into()).map(|count| Some(count as u8))
+        }
+        (false, None | Some(0)) => Ok(None),
+        (false, Some(_)) => Err(ApiError::invalid("top_logprobs", "top_logprobs needs logprobs to be true")),
+    }
+}
+
+/// Messages to tokens, by the model's chat template.
+async fn render(served: &ServedModel, fields: ChatFields) -> Result<Arc<[u32]>, ApiError> {
+    let Some(template) = served.model.chat_template.clone() else {
+        let message =
+            format!("the model {:?} has no chat template; use /v1/completions", served.model.name);
+        return Err(ApiError::invalid("model", message));
+    };
+    let mut messages = fields.messages.unwrap_or_default();
+    if messages.is_empty() {
+        return Err(ApiError::invalid("messages", "messages is empty; it must hold at least one message"));
+    }
+    let mut size_bytes = 0;
+    for (i, message) in messages.iter_mut().enumerate() {
+        size_bytes += normalise(i, message)?;
+    }
+    let tokenizer = served.model.tokenizer.clone();
+    let render = move || {
+        let messages = Value::Array(messages.into_iter().map(Value::Object).collect());
+        let extra = fields.chat_template_kwargs.unwrap_or_default();
+        let tools = fields.tools.as_ref().filter(|tools| !tools.is_null());
+        let text = template.render(&messages, tools, true, &extra).map_err(|error| {
+            ApiError::invalid("messages", format!("the model's chat template refused the messages: {error}"))
+        })?;
+        // The template writes the special tokens itself.
+        encode(&tokenizer, &text, false).map(Arc::from)
+    };
+    // Tools and keyword arguments are small beside the bound that decides here.
+    off_thread_if(size_bytes > INLINE_TEXT_BYTES, render).await
+}
+
+/// Checks a message's shape and joins text parts, which templates of text models do not know.
+/// Returns the size of its text.
+fn normalise(index: usize, message: &mut Map<String, Value>) -> Result<usize, ApiError> {
+    let path = |field: &str| format!("messages[{index}].{field}");
+    if !message.get("role").is_some_and(Value::is_string) {
+        return Err(ApiError::invalid(path("role"), format!("{} must be a string", path("role"))));
+    }
+    let content = match message.get("content") {
+        // Assistant messages that only call tools have none.
+        None | Some(Value::Null) => return Ok(0),
+        Some(Value::String(text)) => return Ok(text.len()),
+        Some(Value::Array(parts)) => join_parts(parts, &path("content"))?,
+        Some(_) => {
+            let message = format!("{} must be a string or an array of text parts", path("content"));
+            return Err(ApiError::invalid(path("content"), message));
+        }
+    };
+    let size_bytes = content.len();
+    message.insert("content".to_owned(), Value::String(content));
+    Ok(size_bytes)
+}
+
+fn join_parts(parts: &[Value], path: &str) -> Result<String, ApiError> {
+    let mut joined = String::new();
+    for (i, part) in parts.iter().enumerate() {
+        let kind = part.get("type").and_then(Value::as_str).unwrap_or("missing");
+        match (kind, part.get("text").and_then(Value::as_str)) {
+            ("text" | "input_text" | "output_text", Some(text)) => joined.push_str(text),
+            _ => {
+                let message =
+                    format!("{path}[{i}] has the type {kind:?}; only parts of type \"text\" are understood");
+                return Err(ApiError::invalid(format!("{path}[{i}]"), message));
+            }
+        }
+    }
+    Ok(joined)
+}
+
+struct ChatEncoder {
+    writer: ChunkWriter,
+    /// `[num_sequences]`: the chunk that names the role was written.
+    has_begun: Vec<bool>,
+    /// Set if log-probabilities are to be written.
+    tokenizer: Option<Arc<Tokenizer>>,
+}
+
+impl ChatEncoder {
+    fn logprobs(&self, generation: &Generation, index: usize, out: &mut Vec<u8>) {
+        out.extend_from_slice(b",\"logprobs\":");
+        match &self.tokenizer {
+            Some(tokenizer) => json(out, &ChatLogprobs::new(tokenizer, &generation.delta(index).tokens)),
+            None => out.extend_from_slice(b"null"),
+        }
+    }
+}
+
+impl EventEncoder for ChatEncoder {
+    fn progress(&mut self, generation: &Generation, progress: Progress, out: &mut Vec<u8>) {
+        let index = progress.index;
+        let delta = generation.delta(index);
+        if !std::mem::replace(&mut self.has_begun[index], true) {
+            self.writer.open(index, out);
+            out.extend_from_slice(b"\"delta\":{\"role\":\"assistant\",\"content\":\"\"},\"logprobs\":null");
+            self.writer.close(generation, None, out);
+        }
+        if !delta.text.is_empty() || !delta.tokens.is_empty() {
+            self.writer.open(index, out);
+            out.extend_from_slice(b"\"delta\":{\"content\":");
+            json(out, &delta.text);
+            out.push(b'}');
+            self.logprobs(generation, index, out);
+            self.writer.close(generation, None, out);
+        }
+        if let Some(end) = progress.end {
+            self.writer.open(index, out);
+            out.extend_from_slice(b"\"delta\":{},\"logprobs\":null");
+            self.writer.close(generation, Some(finish_reason(end)), out);
+        }
+    }
+
+    fn end(&mut self, generation: &Generation, out: &mut Vec<u8>) {
+        self.writer.end(generation, out);
+    }
+
+    fn error(&mut self, error: &ApiError, out: &mut Vec<u8>) {
+        ChunkWriter::error(error, out);
+    }
+}

@@ -1,0 +1,263 @@
+//! The fields that completions and chat completions share, and what they become.
+//!
+//! Integers are read as `i128`, so that any integer JSON can hold gets an answer about its range and
+//! not about its type. `null` is the same as absent. Fields not named here are ignored.
+
+use std::collections::HashMap;
+
+use rand::Rng;
+use serde::Deserialize;
+use tandem_engine::{MAX_DRAFT_TOKENS, SamplingParams};
+
+use crate::http::error::ApiError;
+use crate::http::state::{Limits, ServedModel};
+
+/// One string or several.
+#[derive(Debug, Deserialize)]
+#[serde(untagged, expecting = "expected a string or an array of strings")]
+pub(super) enum OneOrMany {
+    One(String),
+    Many(Vec<String>),
+}
+
+#[derive(Debug, Default, Deserialize)]
+pub(super) struct StreamOptions {
+    #[serde(default)]
+    pub(super) include_usage: Option<bool>,
+}
+
+#[derive(Debug, Default, Deserialize)]
+pub(super) struct Speculative {
+    #[serde(default)]
+    max_draft_tokens: Option<i128>,
+}
+
+/// The shared fields.
+#[derive(Debug, Default, Deserialize)]
+pub(super) struct SharedFields {
+    pub(super) model: Option<String>,
+    pub(super) max_tokens: Option<i128>,
+    pub(super) n: Option<i128>,
+    pub(super) stream: Option<bool>,
+    pub(super) stream_options: Option<StreamOptions>,
+    stop: Option<OneOrMany>,
+    seed: Option<i128>,
+    temperature: Option<f64>,
+    top_p: Option<f64>,
+    top_k: Option<i128>,
+    min_p: Option<f64>,
+    presence_penalty: Option<f64>,
+    frequency_penalty: Option<f64>,
+    repetition_penalty: Option<f64>,
+    logit_bias: Option<HashMap<String, f64>>,
+    min_tokens: Option<i128>,
+    ignore_eos: Option<bool>,
+    stop_token_ids: Option<Vec<i128>>,
+    speculative: Option<Speculative>,
+}
+
+/// What the shared fields become. `params.max_tokens` and the logprobs are left to the endpoint.
+pub(super) struct Shared {
+    pub(super) params: SamplingParams,
+    /// As the client wrote it, or as it was drawn.
+    pub(super) seed: i128,
+    pub(super) num_choices: usize,
+    pub(super) stop: Vec<String>,
+    pub(super) max_draft_tokens: Option<u8>,
+    pub(super) stream: bool,
+    pub(super) include_usage: bool,
+}
+
+/// Checks that `value` lies in `low..=high`.
+pub(super) fn in_range(param: &str, value: i128, low: i128, high: i128) -> Result<i128, ApiError> {
+    if (low..=high).contains(&value) {
+        return Ok(value);
+    }
+    Err(ApiError::invalid(param, format!("{param} is {value}; it must be an integer from {low} to {high}")))
+}
+
+fn number(param: &str, value: Option<f64>, default: f32) -> Result<f32, ApiError> {
+    let Some(value) = value else { return Ok(default) };
+    let narrow = value as f32;
+    if narrow.is_finite() {
+        return Ok(narrow);
+    }
+    Err(ApiError::invalid(param, format!("{param} is {value:e}; it must be a smaller number")))
+}
+
+impl SharedFields {
+    /// Resolves defaults and checks ranges that the engine does not know.
+    pub(super) fn resolve(
+        &self,
+        served: &ServedModel,
+        limits: &Limits,
+        extra_stop_token_ids: &[u32],
+    ) -> Result<Shared, ApiError> {
+        let num_choices = in_range("n", self.n.unwrap_or(1), 1, limits.max_choices as i128)? as usize;
+        // 53 bits: the largest integers that every JSON reader keeps whole.
+        let seed = self.seed.unwrap_or_else(|| i128::from(rand::rng().next_u64() >> 11));
+        in_range("seed", seed, i128::from(i64::MIN), i128::from(u64::MAX))?;
+        let draft_tokens = self.speculative.as_ref().and_then(|options| options.max_draft_tokens);
+        let max_draft_tokens = draft_tokens
+            .map(|value| in_range("speculative.max_draft_tokens", value, 0, MAX_DRAFT_TOKENS as i128))
+            .transpose()?
+            .map(|value| value as u8);
+        let params = SamplingParams {
+            seed: seed as u64,
+            stop_token_ids: self.stop_token_ids(served, limits, extra_stop_token_ids)?,
+            min_tokens: in_range("min_tokens", self.min_tokens.unwrap_or(0), 0, i128::from(u32::MAX))? as u32,
+            logit_bias: self.logit_bias()?,
+            ..self.distribution(served)?
+        };
+        Ok(Shared {
+            params,
+            seed,
+            num_choices,
+            stop: self.stop(limits)?,
+            max_draft_tokens,
+            stream: self.stream.unwrap_or(false),
+            include_usage: self.stream_options.as_ref().and_then(|o| o.include_usage).unwrap_or(false),
+        })
+    }
+
+    /// The fields that shape the distribution; what is not given comes from the model's
+    /// `generation_config.json`, else from OpenAI's defaults.
+    fn distribution(&self, served: &ServedModel) -> Result<SamplingParams, ApiError> {
+        let defaults = &served.model.generation;
+        let top_k = match self.top_k {
+            // -1 is how some clients say "all".
+            Some(value) => in_range("top_k", value, -1, i128::from(u32::MAX))?.max(0) as u32,
+            None => defaults.top_k.unwrap_or(0),
+        };
+        Ok(SamplingParams {
+            temperature: number("temperature", self.temperature, defaults.temperature.unwrap_or(1.0))?,
+            top_k,
+            top_p: number("top_p", self.top_p, defaults.top_p.unwrap_or(1.0))?,
+            min_p: number("min_p", self.min_p, 0.0)?,
+            repetition_penalty: number(
+                "repetition_penalty",
+                self.repetition_penalty,
+                defaults.repetition_penalty.unwrap_or(1.0),
+            )?,
+            presence_penalty: number("presence_penalty", self.presence_penalty, 0.0)?,
+            frequency_penalty: number("frequency_penalty", self.frequency_penalty, 0.0)?,
+            ..SamplingParams::default()
+        })
+    }
+
+    fn stop_token_ids(
+        &self,
+        served: &ServedModel,
+        limits: &Limits,
+        extra: &[u32],
+    ) -> Result<Vec<u32>, ApiError> {
+        let mut ids = Vec::new();
+        if !self.ignore_eos.unwrap_or(false) {
+            ids.extend_from_slice(&served.stop_token_ids);
+            ids.extend_from_slice(extra);
+        }
+        let given = self.stop_token_ids.as_deref().unwrap_or_default();
+        if given.len() > limits.max_stops {
+            return Err(too_many("stop_token_ids", given.len(), limits.max_stops));
+        }
+        let last = served.model.tokenizer.vocab_size() as i128 - 1;
+        for &id in given {
+            ids.push(in_range("stop_token_ids", id, 0, last)? as u32);
+        }
+        ids.sort_unstable();
+        ids.dedup();
+        Ok(ids)
+    }
+
+    fn stop(&self, limits: &Limits) -> Result<Vec<String>, ApiError> {
+        let stops: &[String] = match &self.stop {
+            None => &[],
+            Some(OneOrMany::One(stop)) => std::slice::from_ref(stop),
+            Some(OneOrMany::Many(stops)) => stops,
+        };
+        if stops.len() > limits.max_stops {
+            return Err(too_many("stop", stops.len(), limits.max_stops));
+        }
+        for stop in stops {
+            if stop.is_empty() || stop.len() > limits.max_stop_bytes {
+                let message = format!(
+                    "a stop string has {} bytes; it must have 1 to {}",
+                    stop.len(),
+                    limits.max_stop_bytes
+                );
+                return Err(ApiError::invalid("stop", message));
+            }
+        }
+        Ok(stops.to_vec())
+    }
+
+    fn logit_bias(&self) -> Result<Vec<(u32, f32)>, ApiError> {
+        let mut biases = Vec::new();
+        for (token, &bias) in self.logit_bias.iter().flatten() {
+            let id = token.parse::<u32>().map_err(|_| {
+                ApiError::invalid("logit_bias", format!("logit_bias has the key {token:?}; keys must be token ids"))
+            })?;
+            biases.push((id, number("logit_bias", Some(bias), 0.0)?));
+        }
+        // A map has no order; the engine gets one.
+        biases.sort_unstable_by_key(|(id, _)| *id);
+        Ok(biases)
+    }
+}
+
+fn too_many(param: &str, count: usize, limit: usize) -> ApiError {
+    ApiError::invalid(param, format!("{param} has {count} entries; at most {limit} are taken"))
+}
+
+/// The tokens that an answer may have.
+///
+/// `strict`: a bound that the client set and that does not fit beside the prompt is an error, as with
+/// OpenAI's chat; otherwise it is lowered to what fits.
+pub(super) fn answer_tokens(
+    param: &str,
+    asked: Option<i128>,
+    default: Option<u32>,
+    num_prompt_tokens: usize,
+    max_model_len: usize,
+    strict: bool,
+) -> Result<u32, ApiError> {
+    let room = max_model_len.saturating_sub(num_prompt_tokens);
+    if room == 0 {
+        let error = tandem_engine::EngineError::PromptTooLong { num_prompt_tokens, max_model_len };
+        return Err(error.into());
+    }
+    if let Some(asked) = asked
+        && strict
+        && asked > room as i128
+    {
+        let message = format!(
+            "the prompt has {num_prompt_tokens} tokens and {param} is {asked}, together {}; \
+             the context holds {max_model_len}",
+            asked.saturating_add(num_prompt_tokens as i128)
+        );
+        return Err(ApiError::invalid(param, message).with_code("context_length_exceeded"));
+    }
+    let wanted = asked.or(default.map(i128::from)).unwrap_or(room as i128);
+    Ok(wanted.min(room as i128) as u32)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::answer_tokens;
+
+    #[test]
+    fn an_answer_is_bounded_by_what_the_prompt_leaves() {
+        let tokens = |asked, default, prompt, strict| {
+            answer_tokens("max_tokens", asked, default, prompt, 100, strict).map_err(|error| error.message)
+        };
+        assert_eq!(tokens(None, Some(16), 10, false), Ok(16));
+        assert_eq!(tokens(None, Some(16), 95, false), Ok(5));
+        assert_eq!(tokens(None, None, 60, true), Ok(40));
+        assert_eq!(tokens(Some(40), None, 60, true), Ok(40));
+        assert_eq!(tokens(Some(41), None, 60, false), Ok(40));
+        let error = tokens(Some(41), None, 60, true).unwrap_err();
+        assert!(error.contains("60") && error.contains("41") && error.contains("100"), "{error}");
+        let error = tokens(Some(1), None, 100, false).unwrap_err();
+        assert!(error.contains("100"), "{error}");
+    }
+}

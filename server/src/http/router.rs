@@ -1,0 +1,48 @@
+//! The route table, and what stands before every route: keys, metrics, CORS, errors as JSON.
+
+use std::sync::Arc;
+
+use axum::Router;
+use axum::middleware::{from_fn_with_state, map_response};
+use axum::response::{IntoResponse, Response};
+use axum::routing::get;
+use http::{Method, Uri};
+use tower_http::cors::CorsLayer;
+
+use super::error::{ApiError, ErrorKind};
+use super::state::AppState;
+use super::{auth, health, metrics, openai};
+
+/// All of the server's routes over `state`.
+pub fn router(state: Arc<AppState>) -> Router {
+    let cors = state.cors;
+    let app = Router::new()
+        .merge(openai::routes())
+        .route("/health", get(health::health))
+        .route("/metrics", get(metrics::metrics))
+        .fallback(no_such_path)
+        .method_not_allowed_fallback(wrong_method)
+        .layer(from_fn_with_state(state.clone(), auth::require_key))
+        .layer(from_fn_with_state(state.clone(), metrics::measure))
+        .layer(map_response(no_sniffing))
+        .with_state(state);
+    // Outermost: a preflight request carries no key.
+    if cors { app.layer(CorsLayer::very_permissive().allow_credentials(false)) } else { app }
+}
+
+async fn no_such_path(method: Method, uri: Uri) -> Response {
+    let message = format!("there is no {method} {}; see docs/API.md for the paths there are", uri.path());
+    ApiError::new(ErrorKind::NotFound, message).with_code("unknown_path").into_response()
+}
+
+async fn wrong_method(method: Method, uri: Uri) -> Response {
+    let message = format!("{} does not take {method}; the Allow header names what it takes", uri.path());
+    ApiError::new(ErrorKind::MethodNotAllowed, message).with_code("method_not_allowed").into_response()
+}
+
+/// Model output is never to be taken for a page.
+async fn no_sniffing(mut response: Response) -> Response {
+    let value = http::HeaderValue::from_static("nosniff");
+    response.headers_mut().insert(http::header::X_CONTENT_TYPE_OPTIONS, value);
+    response
+}

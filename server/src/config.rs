@@ -12,6 +12,7 @@ use std::path::{Path, PathBuf};
 mod parse;
 
 use tandem_engine::{DraftTokens, MAX_DRAFT_TOKENS};
+use tandem_models::BackendKind;
 
 /// Every setting, with its default value.
 #[derive(Clone, Debug, PartialEq)]
@@ -40,19 +41,10 @@ pub(crate) struct Config {
     pub(crate) max_waiting: usize,
     /// Keys that clients must show; empty lets everybody in.
     pub(crate) api_keys: Vec<String>,
-    /// Origins that browsers may call from; `*` is any.
-    pub(crate) cors: Vec<String>,
-    /// What is logged, in `RUST_LOG` syntax.
-    pub(crate) log: String,
-}
-
-/// Which implementation runs the forward pass.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(crate) enum BackendKind {
-    /// Tandem's own CPU kernels.
-    Cpu,
-    /// candle tensors: slow, plain, for comparison.
-    Reference,
+    /// Web pages of any origin may call.
+    pub(crate) cors: bool,
+    /// What is logged, in `RUST_LOG` syntax; `None` leaves it to `RUST_LOG`, then to the command.
+    pub(crate) log: Option<String>,
 }
 
 impl Default for Config {
@@ -70,8 +62,8 @@ impl Default for Config {
             max_model_len: None,
             max_waiting: 256,
             api_keys: Vec::new(),
-            cors: Vec::new(),
-            log: "info".to_owned(),
+            cors: false,
+            log: None,
         }
     }
 }
@@ -136,11 +128,9 @@ const SETTINGS: &[Setting] = &[
         Some(c.max_waiting = parse::number(v, 1, 1_000_000)?)
     }),
     many("api-key", "one or more keys, none of them empty", |c, v| Some(c.api_keys = parse::texts(v)?)),
-    many("cors", "one or more origins such as https://example.org, or *", |c, v| {
-        Some(c.cors = parse::origins(v)?)
-    }),
+    one("cors", "true or false", |c, v| Some(c.cors = parse::boolean(v)?)),
     one("log", "a filter such as info, debug or tandem=debug,warn", |c, v| {
-        Some(c.log = parse::log_filter(v)?)
+        Some(c.log = Some(parse::log_filter(v)?))
     }),
 ];
 
@@ -228,6 +218,12 @@ pub(crate) fn load(
     Ok(Loaded { config, file, warnings })
 }
 
+/// The names of all settings.
+#[cfg(test)]
+pub(crate) fn keys() -> impl Iterator<Item = &'static str> {
+    SETTINGS.iter().map(|setting| setting.key)
+}
+
 fn find(key: &str) -> Option<&'static Setting> {
     SETTINGS.iter().find(|setting| setting.key == key)
 }
@@ -310,6 +306,7 @@ fn raw_value(value: &toml::Value, list: bool) -> Option<RawValue> {
     let scalar = |value: &toml::Value| match value {
         toml::Value::String(text) => Some(text.clone()),
         toml::Value::Integer(number) => Some(number.to_string()),
+        toml::Value::Boolean(truth) => Some(truth.to_string()),
         _ => None,
     };
     match value {

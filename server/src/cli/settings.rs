@@ -70,10 +70,16 @@ pub(crate) struct ServeSettings {
     #[arg(long, value_name = "KEY", help_heading = "Network")]
     api_key: Vec<String>,
 
-    /// Origin that web pages may call from, such as https://example.org, or * for any; repeat it for
-    /// several [default: none]
-    #[arg(long, value_name = "ORIGIN", help_heading = "Network")]
-    cors: Vec<String>,
+    /// Let web pages of any origin call the server [default: false]
+    #[arg(
+        long,
+        value_name = "true|false",
+        num_args = 0..=1,
+        require_equals = true,
+        default_missing_value = "true",
+        help_heading = "Network"
+    )]
+    cors: Option<String>,
 
     /// Sequences that run at the same time; further ones wait [default: 32]
     #[arg(long, value_name = "N", help_heading = "Machine")]
@@ -116,11 +122,10 @@ impl ServeSettings {
             ("port", &self.port),
             ("max-num-seqs", &self.max_num_seqs),
             ("max-waiting", &self.max_waiting),
+            ("cors", &self.cors),
         ]);
-        for (key, values) in [("api-key", &self.api_key), ("cors", &self.cors)] {
-            if !values.is_empty() {
-                flags.push((key, values.clone()));
-            }
+        if !self.api_key.is_empty() {
+            flags.push(("api-key", self.api_key.clone()));
         }
         flags.extend(self.model.flags());
         flags

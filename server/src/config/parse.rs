@@ -3,8 +3,9 @@
 use std::str::FromStr;
 
 use tandem_engine::DraftTokens;
+use tandem_models::BackendKind;
 
-use super::{BackendKind, RawValue};
+use super::RawValue;
 
 fn only(value: &RawValue) -> Option<&str> {
     match value.as_slice() {
@@ -72,16 +73,12 @@ pub(super) fn size_bytes(value: &RawValue) -> Option<u64> {
     (1.0..9_007_199_254_740_992.0).contains(&bytes).then_some(bytes as u64)
 }
 
-/// `*`, or `scheme://host[:port]` with nothing after it, as browsers send it.
-pub(super) fn origins(value: &RawValue) -> Option<Vec<String>> {
-    let origins = texts(value)?;
-    let well_formed = |origin: &String| {
-        origin == "*"
-            || origin.split_once("://").is_some_and(|(scheme, host)| {
-                !scheme.is_empty() && !host.is_empty() && host.bytes().all(|b| b.is_ascii_graphic() && b != b'/')
-            })
-    };
-    origins.iter().all(well_formed).then_some(origins)
+pub(super) fn boolean(value: &RawValue) -> Option<bool> {
+    match only(value)? {
+        "true" | "1" | "yes" | "on" => Some(true),
+        "false" | "0" | "no" | "off" => Some(false),
+        _ => None,
+    }
 }
 
 pub(super) fn log_filter(value: &RawValue) -> Option<String> {

@@ -1,0 +1,178 @@
+//! `tandem serve`: settings, models, listener, and the lines that tell a newcomer what to do next.
+
+use std::fmt::Write as _;
+use std::io::Write as _;
+use std::net::SocketAddr;
+use std::process::ExitCode;
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+use anyhow::Context as _;
+use tandem::http::{AppConfig, AppState, Limits, ServeOptions, serve, shutdown_signal};
+use tandem_engine::DraftTokens;
+use tokio::net::TcpListener;
+
+use super::settings::ServeSettings;
+use super::terminal;
+use crate::config::{Config, Loaded};
+use crate::runtime::{self, ModelInfo, Runtime};
+
+pub(super) fn run(settings: &ServeSettings) -> anyhow::Result<ExitCode> {
+    let started = Instant::now();
+    let Loaded { config, file, warnings } = settings.load()?;
+    terminal::init_logging(config.log.as_deref(), "info");
+    for warning in warnings {
+        tracing::warn!("{warning}");
+    }
+    if let Some(file) = file {
+        tracing::info!("settings read from {}", file.display());
+    }
+    // The engine and the pool have threads of their own; what is left for these is parsing and sockets.
+    let tokio = tokio::runtime::Builder::new_multi_thread().worker_threads(2).enable_all().build()?;
+    tokio.block_on(async {
+        // Bound before the models are loaded: a port in use is said at once.
+        let listener = TcpListener::bind((config.host.as_str(), config.port))
+            .await
+            .with_context(|| format!("cannot listen on {}:{}", config.host, config.port))?;
+        let address = listener.local_addr()?;
+        let runtime = {
+            let config = config.clone();
+            tokio::task::spawn_blocking(move || runtime::start(&config)).await??
+        };
+        print(&greeting(&config, &runtime, address, started.elapsed()));
+
+        let Runtime { engine, engine_thread, target, draft, .. } = runtime;
+        let state = Arc::new(AppState::new(AppConfig {
+            engine,
+            target: target.map(|(_, text)| text),
+            draft: draft.map(|(_, text)| text),
+            api_keys: config.api_keys,
+            cors: config.cors,
+            limits: Limits::default(),
+        }));
+        let options = ServeOptions::default();
+        serve(listener, state, options, async {
+            shutdown_signal().await;
+            eprintln!(
+                "stopping: no new requests; running answers have {} seconds to finish (Ctrl-C again: at once)",
+                options.grace_period.as_secs()
+            );
+        })
+        .await?;
+        if engine_thread.join().is_err() {
+            anyhow::bail!("the engine's thread panicked");
+        }
+        Ok(ExitCode::SUCCESS)
+    })
+}
+
+/// Written at once: scripts wait for these lines.
+fn print(text: &str) {
+    let mut stdout = std::io::stdout().lock();
+    // Somebody who closed our standard output still wants the server.
+    let _ = stdout.write_all(text.as_bytes());
+    let _ = stdout.flush();
+}
+
+fn greeting(config: &Config, runtime: &Runtime, address: SocketAddr, ready: Duration) -> String {
+    let mut text = String::new();
+    // Writing to a String cannot fail.
+    let mut line = |name: &str, value: String| {
+        let _ = writeln!(text, "  {name:<8} {value}");
+    };
+    let target = runtime.target.as_ref().map(|(info, _)| info);
+    let draft = runtime.draft.as_ref().map(|(info, _)| info);
+    if let Some(info) = target {
+        line("target", describe(info));
+    }
+    if let Some(info) = draft {
+        line("draft", describe(info));
+    }
+    line("lanes", lanes(target, draft, config.draft_tokens));
+    line(
+        "context",
+        format!(
+            "{} tokens a sequence; KV cache {} = {} blocks of {} tokens ({} tokens)",
+            runtime.max_model_len,
+            terminal::bytes(runtime.kv.size_bytes),
+            runtime.kv.num_blocks,
+            runtime.kv.block_size,
+            runtime.kv.num_tokens()
+        ),
+    );
+    line(
+        "machine",
+        format!("{} threads, {} kernels", runtime.threads, tandem_kernels::isa::active().name()),
+    );
+    line(
+        "ready",
+        format!("after {:.2} s (models {:.2} s)", ready.as_secs_f64(), runtime.load_time.as_secs_f64()),
+    );
+    let url = url(address);
+    format!("tandem {} on {url}\n{text}\nTry it:\n{}", env!("CARGO_PKG_VERSION"), curl(&url, config))
+}
+
+fn describe(info: &ModelInfo) -> String {
+    format!(
+        "{}  {} parameters, {}, {}  ({})",
+        info.name,
+        terminal::count(info.num_parameters),
+        terminal::bytes(info.size_bytes),
+        format!("{:?}", info.dtype).to_lowercase(),
+        info.dir.display()
+    )
+}
+
+fn lanes(target: Option<&ModelInfo>, draft: Option<&ModelInfo>, draft_tokens: DraftTokens) -> String {
+    let speculation = match (draft, draft_tokens) {
+        (None, _) => "no draft, so no speculation".to_owned(),
+        (Some(_), DraftTokens::Fixed(0)) => "speculation off".to_owned(),
+        (Some(_), DraftTokens::Fixed(1)) => "1 draft token a verification".to_owned(),
+        (Some(_), DraftTokens::Fixed(count)) => format!("{count} draft tokens a verification"),
+        (Some(_), DraftTokens::Auto) => "draft tokens chosen as it runs".to_owned(),
+    };
+    match (target, draft) {
+        (Some(_), Some(_)) => format!("fast = draft; deep = target ({speculation}); auto"),
+        (Some(_), None) => format!("deep = target ({speculation}); auto = deep"),
+        _ => "fast = draft; auto = fast (no target, so no deep lane)".to_owned(),
+    }
+}
+
+/// The address as a client on this machine would write it.
+fn url(address: SocketAddr) -> String {
+    if address.ip().is_unspecified() {
+        format!("http://127.0.0.1:{}", address.port())
+    } else {
+        format!("http://{address}")
+    }
+}
+
+fn curl(url: &str, config: &Config) -> String {
+    let key = if config.api_keys.is_empty() { "" } else { " -H \"Authorization: Bearer $TANDEM_KEY\"" };
+    format!(
+        "  curl -N {url}/v1/completions -H 'Content-Type: application/json'{key} \\\n    \
+         -d '{{\"model\": \"auto\", \"prompt\": \"def fibonacci(n):\\n\", \"max_tokens\": 96, \"stream\": true}}'\n"
+    )
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_address_can_be_pasted() {
+        assert_eq!(url("0.0.0.0:80".parse().expect("an address")), "http://127.0.0.1:80");
+        assert_eq!(url("10.0.0.1:8080".parse().expect("an address")), "http://10.0.0.1:8080");
+        assert_eq!(url("[::1]:8080".parse().expect("an address")), "http://[::1]:8080");
+    }
+
+    #[test]
+    fn the_curl_line_holds_json_and_no_key() {
+        let config = Config { api_keys: vec!["secret".to_owned()], ..Config::default() };
+        let text = curl("http://h:1", &config);
+        let body = text.split("-d '").nth(1).and_then(|rest| rest.rsplit_once('\'')).expect("a body").0;
+        let body: serde_json::Value = serde_json::from_str(body).expect("JSON");
+        assert_eq!(body["prompt"], "def fibonacci(n):\n");
+        assert!(text.contains("$TANDEM_KEY") && !text.contains("secret"));
+    }
+}

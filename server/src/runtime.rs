@@ -1,0 +1,349 @@
+//! From settings to a running engine: finds the pair, loads both models side by side, sizes the KV
+//! cache, starts the engine's thread.
+
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+use std::thread::JoinHandle;
+use std::time::{Duration, Instant};
+
+use anyhow::{Context as _, bail};
+use tandem::http::LaneModel;
+use tandem_engine::{EngineConfig, EngineHandle, Models};
+use tandem_kernels::ThreadPool;
+use tandem_models::{BackendKind, ChatTemplate, Checkpoint, Dtype, HubOptions, Model, Tokenizer};
+
+use crate::config::Config;
+
+/// Tokens a block of the KV cache holds: small enough that a short completion wastes little, large
+/// enough that block tables stay short.
+const BLOCK_SIZE: usize = 16;
+
+/// Tokens of one forward pass. A longer prompt takes several, so that sequences which decode wait for
+/// at most this much of it.
+const MAX_NUM_BATCHED_TOKENS: usize = 512;
+
+/// What is said about a loaded model.
+#[derive(Clone, Debug)]
+pub(crate) struct ModelInfo {
+    /// The name that `/v1/models` lists.
+    pub(crate) name: String,
+    /// Where it was found.
+    pub(crate) dir: PathBuf,
+    /// Weights, each counted once.
+    pub(crate) num_parameters: u64,
+    /// Their bytes in the file.
+    pub(crate) size_bytes: u64,
+    /// The element type that most of them have.
+    pub(crate) dtype: Dtype,
+}
+
+/// Storage for keys and values.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct KvInfo {
+    pub(crate) num_blocks: usize,
+    pub(crate) block_size: usize,
+    pub(crate) size_bytes: u64,
+}
+
+impl KvInfo {
+    /// Tokens that fit, of all sequences together.
+    pub(crate) fn num_tokens(&self) -> usize {
+        self.num_blocks * self.block_size
+    }
+}
+
+/// A running engine and everything that the front needs beside it.
+pub(crate) struct Runtime {
+    pub(crate) engine: EngineHandle,
+    /// Ends after [`EngineHandle::drain`] or [`EngineHandle::shutdown`].
+    pub(crate) engine_thread: JoinHandle<()>,
+    pub(crate) target: Option<(ModelInfo, LaneModel)>,
+    pub(crate) draft: Option<(ModelInfo, LaneModel)>,
+    pub(crate) kv: KvInfo,
+    pub(crate) max_model_len: usize,
+    pub(crate) threads: usize,
+    pub(crate) load_time: Duration,
+}
+
+/// Loads the pair and starts the engine.
+///
+/// # Errors
+/// A model that is missing, broken or no match for the other; settings that cannot work with it.
+pub(crate) fn start(config: &Config) -> anyhow::Result<Runtime> {
+    let started = Instant::now();
+    let (target_dir, draft_dir) = find_pair(config)?;
+    let threads = config.threads.unwrap_or_else(default_threads);
+    let pool = thread_pool(threads)?;
+
+    let (target, draft) = side_by_side(target_dir, draft_dir, |dir| Opened::open(&dir))?;
+    if let (Some(target), Some(draft)) = (&target, &draft) {
+        // Before the weights: a wrong pair should not cost the minutes that large ones take.
+        tandem_models::check_pair(
+            (&target.checkpoint, &target.text.tokenizer),
+            (&draft.checkpoint, &draft.text.tokenizer),
+        )?;
+    }
+    let load = |opened: Opened| opened.load(config.backend, &pool);
+    let (target, draft) = side_by_side(target, draft, load)?;
+
+    let loaded = || target.iter().chain(&draft);
+    let bytes_per_token: usize = loaded().map(|loaded| loaded.model.kv_bytes_per_token()).sum();
+    let context = loaded().map(|loaded| (loaded.model.config().max_position_embeddings, &loaded.info.name)).min();
+    let (longest, limiting) = context.expect("find_pair returns at least one model: this is a bug");
+    let wanted_len = match config.max_model_len {
+        Some(len) if len > longest => {
+            bail!("--max-model-len is {len}; {limiting} holds at most {longest} tokens of context")
+        }
+        Some(len) => len,
+        None => longest,
+    };
+    let kv = size_kv_cache(config, bytes_per_token, wanted_len)?;
+    let max_model_len = wanted_len.min(kv.num_tokens());
+    if max_model_len < wanted_len {
+        tracing::warn!(
+            "the KV cache holds {max_model_len} tokens, so the context is limited to that instead of \
+             {wanted_len}; --kv-memory raises it"
+        );
+    }
+
+    let engine_config = EngineConfig {
+        block_size: kv.block_size,
+        num_blocks: kv.num_blocks,
+        max_num_seqs: config.max_num_seqs,
+        max_num_batched_tokens: MAX_NUM_BATCHED_TOKENS,
+        max_waiting: config.max_waiting,
+        max_model_len,
+        draft_tokens: config.draft_tokens,
+    };
+    let (target_model, target) = split(target);
+    let (draft_model, draft) = split(draft);
+    let models = Models { target: target_model, draft: draft_model };
+    let (engine, engine_thread) = EngineHandle::spawn(engine_config, models)?;
+    Ok(Runtime { engine, engine_thread, target, draft, kv, max_model_len, threads, load_time: started.elapsed() })
+}
+
+/// One model, loaded.
+struct Loaded {
+    model: Box<dyn Model>,
+    info: ModelInfo,
+    text: LaneModel,
+}
+
+fn split(loaded: Option<Loaded>) -> (Option<Box<dyn Model>>, Option<(ModelInfo, LaneModel)>) {
+    match loaded {
+        Some(Loaded { model, info, text }) => (Some(model), Some((info, text))),
+        None => (None, None),
+    }
+}
+
+/// Runs `work` for both models at the same time.
+fn side_by_side<T: Send, U: Send>(
+    target: Option<T>,
+    draft: Option<T>,
+    work: impl Fn(T) -> anyhow::Result<U> + Sync,
+) -> anyhow::Result<(Option<U>, Option<U>)> {
+    std::thread::scope(|scope| {
+        let draft = draft.map(|draft| scope.spawn(|| work(draft)));
+        let target = target.map(&work).transpose();
+        let draft = draft.map(|thread| thread.join().expect("loading does not panic: this is a bug")).transpose();
+        Ok((target?, draft?))
+    })
+}
+
+/// The threads that compute: shared by both models, which never run at the same time.
+///
+/// # Errors
+/// If `TANDEM_ISA` names an instruction set that is unknown or that this CPU lacks.
+pub(crate) fn thread_pool(threads: usize) -> anyhow::Result<Arc<ThreadPool>> {
+    let isa = tandem_kernels::isa::detect()?;
+    Ok(Arc::new(ThreadPool::with_isa(threads, isa)?))
+}
+
+/// One thread a CPU that this process may use.
+pub(crate) fn default_threads() -> usize {
+    std::thread::available_parallelism().map_or(1, usize::from)
+}
+
+/// A model folder read as far as text goes; the weights are mapped and not yet loaded.
+struct Opened {
+    checkpoint: Checkpoint,
+    text: LaneModel,
+}
+
+impl Opened {
+    fn open(dir: &Path) -> anyhow::Result<Self> {
+        let mut checkpoint = Checkpoint::open(dir)?;
+        checkpoint.name = display_name(&checkpoint);
+        let tokenizer = Arc::new(Tokenizer::from_dir(dir)?);
+        let chat_template = ChatTemplate::from_dir(dir, &tokenizer)?.map(Arc::new);
+        let text = LaneModel {
+            name: checkpoint.name.clone(),
+            tokenizer,
+            chat_template,
+            generation: checkpoint.generation.clone(),
+        };
+        Ok(Opened { checkpoint, text })
+    }
+
+    fn load(self, backend: BackendKind, pool: &Arc<ThreadPool>) -> anyhow::Result<Loaded> {
+        let model = tandem_models::load(&self.checkpoint, backend, Arc::clone(pool))
+            .with_context(|| format!("cannot load {}", self.checkpoint.name))?;
+        let info = describe(&self.checkpoint)?;
+        Ok(Loaded { model, info, text: self.text })
+    }
+}
+
+/// The checkpoint's own name, with its parent's where that says more: pairs often lie in
+/// `NAME/target` and `NAME/draft`.
+fn display_name(checkpoint: &Checkpoint) -> String {
+    let parent = || {
+        let full = std::path::absolute(&checkpoint.dir).ok()?;
+        Some(full.parent()?.file_name()?.to_str()?.to_owned())
+    };
+    match (checkpoint.name.as_str(), parent()) {
+        ("target" | "draft", Some(parent)) => format!("{parent}/{}", checkpoint.name),
+        (name, _) => name.to_owned(),
+    }
+}
+
+fn describe(checkpoint: &Checkpoint) -> anyhow::Result<ModelInfo> {
+    let mut num_parameters = 0;
+    let mut sizes = [(Dtype::F32, 0u64), (Dtype::F16, 0), (Dtype::Bf16, 0)];
+    for tensor_name in checkpoint.weights.names() {
+        let tensor = checkpoint.weights.tensor(&tensor_name)?;
+        num_parameters += tensor.num_elements() as u64;
+        for (dtype, size_bytes) in &mut sizes {
+            if *dtype == tensor.dtype {
+                *size_bytes += tensor.data.len() as u64;
+            }
+        }
+    }
+    let size_bytes = sizes.iter().map(|(_, size)| size).sum();
+    let (dtype, _) = sizes.into_iter().max_by_key(|(_, size)| *size).expect("three sizes");
+    Ok(ModelInfo { name: checkpoint.name.clone(), dir: checkpoint.dir.clone(), num_parameters, size_bytes, dtype })
+}
+
+/// The folders of target and draft; at least one is there.
+fn find_pair(config: &Config) -> anyhow::Result<(Option<PathBuf>, Option<PathBuf>)> {
+    if config.target.is_none() && config.draft.is_none() {
+        let demo = find_demo_pair()?;
+        return Ok((Some(demo.join("target")), Some(demo.join("draft"))));
+    }
+    let options = HubOptions::from_env();
+    let resolve = |spec: &Option<String>| {
+        spec.as_ref().map(|spec| tandem_models::source::resolve(spec, &options)).transpose()
+    };
+    Ok((resolve(&config.target)?, resolve(&config.draft)?))
+}
+
+/// The folder of the pair that is shipped with Tandem.
+///
+/// # Errors
+/// Names the folders that were looked at and says how to name models.
+pub(crate) fn find_demo_pair() -> anyhow::Result<PathBuf> {
+    let candidates = demo_candidates(std::env::current_exe().ok().as_deref());
+    match candidates.iter().find(|folder| is_pair(folder)) {
+        Some(folder) => Ok(folder.clone()),
+        None => {
+            let looked_at: String =
+                candidates.iter().map(|folder| format!("\n  {}", folder.display())).collect();
+            bail!(
+                "no model was named and the demo pair is in none of these folders:{looked_at}\n\
+                 Name a pair with --target FOLDER --draft FOLDER (or hub ids such as \
+                 Qwen/Qwen2.5-Coder-7B-Instruct), or one model alone with either of the two."
+            )
+        }
+    }
+}
+
+fn is_pair(folder: &Path) -> bool {
+    ["target", "draft"].iter().all(|role| folder.join(role).join("config.json").is_file())
+}
+
+/// Where the demo pair may lie: the working directory, beside the binary, where packages put it, and
+/// the source tree that the binary was built from.
+fn demo_candidates(executable: Option<&Path>) -> Vec<PathBuf> {
+    let mut folders = vec![PathBuf::from("models/demo")];
+    if let Some(beside) = executable.and_then(Path::parent) {
+        folders.push(beside.join("models/demo"));
+        folders.push(beside.join("../share/tandem/demo"));
+    }
+    folders.push(Path::new(env!("CARGO_MANIFEST_DIR")).join("../models/demo"));
+    folders
+}
+
+/// Decides how many blocks there are.
+fn size_kv_cache(config: &Config, bytes_per_token: usize, max_model_len: usize) -> anyhow::Result<KvInfo> {
+    let block_bytes = (bytes_per_token * BLOCK_SIZE) as u64;
+    let budget = match config.kv_memory {
+        Some(budget) => budget,
+        None => {
+            // A full context for every sequence, within a quarter of what is free.
+            let blocks = config.max_num_seqs as u64 * max_model_len.div_ceil(BLOCK_SIZE) as u64;
+            (blocks * block_bytes).min(available_memory() / 4).max(block_bytes)
+        }
+    };
+    let num_blocks = budget / block_bytes;
+    if num_blocks == 0 {
+        bail!(
+            "--kv-memory is {budget} bytes; one block of {BLOCK_SIZE} tokens takes {block_bytes} bytes with \
+             these models"
+        );
+    }
+    // Slots are counted in u32.
+    let num_blocks = num_blocks.min(u64::from(u32::MAX) / BLOCK_SIZE as u64) as usize;
+    Ok(KvInfo { num_blocks, block_size: BLOCK_SIZE, size_bytes: num_blocks as u64 * block_bytes })
+}
+
+/// Bytes that can be used without swapping: the system's word, bounded by the container's limit.
+fn available_memory() -> u64 {
+    // Where the system says nothing, assume a small machine.
+    const UNKNOWN: u64 = 2 << 30;
+    let system = std::fs::read_to_string("/proc/meminfo").ok().and_then(|text| {
+        let line = text.lines().find(|line| line.starts_with("MemAvailable:"))?;
+        line.split_whitespace().nth(1)?.parse::<u64>().ok().map(|kib| kib * 1024)
+    });
+    let read = |path: &str| std::fs::read_to_string(path).ok()?.trim().parse::<u64>().ok();
+    let container = read("/sys/fs/cgroup/memory.max")
+        .map(|limit| limit.saturating_sub(read("/sys/fs/cgroup/memory.current").unwrap_or(0)));
+    system.unwrap_or(UNKNOWN).min(container.unwrap_or(u64::MAX))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn kv_memory_becomes_whole_blocks() {
+        let config = Config { kv_memory: Some(1 << 20), ..Config::default() };
+        let kv = size_kv_cache(&config, 1000, 2048).expect("fits");
+        assert_eq!((kv.num_blocks, kv.num_tokens()), (65, 65 * 16));
+        assert_eq!(kv.size_bytes, 65 * 16_000);
+    }
+
+    #[test]
+    fn too_little_kv_memory_is_refused_with_both_numbers() {
+        let config = Config { kv_memory: Some(15_999), ..Config::default() };
+        let message = size_kv_cache(&config, 1000, 2048).unwrap_err().to_string();
+        assert!(message.contains("15999 bytes") && message.contains("16000 bytes"), "{message}");
+    }
+
+    #[test]
+    fn without_kv_memory_every_sequence_gets_a_full_context_if_the_machine_can() {
+        let config = Config { max_num_seqs: 2, ..Config::default() };
+        let kv = size_kv_cache(&config, 4, 100).expect("fits");
+        assert_eq!(kv.num_blocks, 2 * 7);
+        let config = Config { max_num_seqs: 4096, ..Config::default() };
+        let kv = size_kv_cache(&config, 1 << 20, 1 << 20).expect("fits");
+        assert!(kv.size_bytes <= available_memory().max(4 << 30), "{}", kv.size_bytes);
+    }
+
+    #[test]
+    fn the_demo_pair_is_looked_for_where_it_may_lie() {
+        let folders = demo_candidates(Some(Path::new("/opt/tandem/bin/tandem")));
+        assert_eq!(folders[0], Path::new("models/demo"));
+        assert_eq!(folders[1], Path::new("/opt/tandem/bin/models/demo"));
+        assert_eq!(folders[2], Path::new("/opt/tandem/bin/../share/tandem/demo"));
+        assert!(folders[3].ends_with("../models/demo"));
+    }
+}

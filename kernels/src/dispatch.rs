@@ -34,6 +34,108 @@ static SCALAR: Kernels = Kernels {
     exp_sub: sampling::scalar::exp_sub,
 };
 
+/// Compiles the vector version of every kernel for one instruction set.
+#[cfg(target_arch = "x86_64")]
+macro_rules! vector_kernels {
+    ($table:ident, $isa:expr, $features:literal, $simd:ty,
+     matmul: { rows: $matmul_rows:literal, wide: $wide:literal },
+     attention: { rows: $attention_rows:literal, tiles: $tiles:literal, columns: $columns:literal }) => {
+        struct $table;
+
+        impl matmul::vector::Target for $table {
+            const MAX_ROWS: usize = $matmul_rows;
+            const WIDE: bool = $wide;
+
+            unsafe fn block<W: matmul::vector::Format, const R: usize, const P: usize>(
+                block: &matmul::vector::Block,
+            ) {
+                #[target_feature(enable = $features)]
+                unsafe fn block_with<W: matmul::vector::Format, const R: usize, const P: usize>(
+                    block: &matmul::vector::Block,
+                ) {
+                    // SAFETY: the caller's promise.
+                    unsafe { matmul::vector::block::<$simd, W, R, P>(block) }
+                }
+                // SAFETY: the caller's promise.
+                unsafe { block_with::<W, R, P>(block) }
+            }
+        }
+
+        impl attention::vector::Target for $table {
+            const MAX_ROWS: usize = $attention_rows;
+
+            unsafe fn group<const R: usize>(task: &attention::Task<'_>, first_row: usize) {
+                #[target_feature(enable = $features)]
+                unsafe fn group_with<const R: usize>(task: &attention::Task<'_>, first_row: usize) {
+                    // SAFETY: the caller's promise.
+                    unsafe { attention::vector::group::<$simd, R, $tiles, $columns>(task, first_row) }
+                }
+                // SAFETY: the caller's promise.
+                unsafe { group_with::<R>(task, first_row) }
+            }
+        }
+
+        impl $table {
+            vector_kernels!(@wrap $features, $simd,
+                rms_norm = norm::vector::rms_norm(x: &[f32], weight: &[f32], eps: f32, out: &mut [f32]);
+                add = norm::vector::add(sum: &mut [f32], x: &[f32]);
+                rope = rope::vector::rope(head: &mut [f32], cos: &[f32], sin: &[f32]);
+                silu_mul = activation::vector::silu_mul(gate: &[f32], up: &[f32], out: &mut [f32]);
+                exp_sub = sampling::vector::exp_sub(x: &[f32], max: f32, out: &mut [f32]);
+            );
+
+            #[target_feature(enable = $features)]
+            unsafe fn argmax(values: &[f32]) -> usize {
+                // SAFETY: the caller's promise.
+                unsafe { sampling::vector::argmax::<$simd>(values) }
+            }
+
+            #[target_feature(enable = $features)]
+            unsafe fn all_finite(values: &[f32]) -> bool {
+                // SAFETY: the caller's promise.
+                unsafe { sampling::vector::all_finite::<$simd>(values) }
+            }
+
+            const KERNELS: Kernels = Kernels {
+                isa: $isa,
+                matmul: matmul::vector::matmul::<$table>,
+                rms_norm: Self::rms_norm,
+                add: Self::add,
+                rope: Self::rope,
+                silu_mul: Self::silu_mul,
+                attention: attention::vector::attention::<$table>,
+                argmax: Self::argmax,
+                all_finite: Self::all_finite,
+                exp_sub: Self::exp_sub,
+            };
+        }
+    };
+    (@wrap $features:literal, $simd:ty,
+     $($name:ident = $op:ident::vector::$kernel:ident($($arg:ident: $type:ty),*);)*) => {
+        $(
+            #[target_feature(enable = $features)]
+            unsafe fn $name($($arg: $type),*) {
+                // SAFETY: the caller's promise.
+                unsafe { $op::vector::$kernel::<$simd>($($arg),*) }
+            }
+        )*
+    };
+}
+
+#[cfg(target_arch = "x86_64")]
+vector_kernels!(
+    Avx512, Isa::Avx512, "avx512f,avx512bw,avx512dq,avx512vl,avx2,fma,f16c", crate::simd::avx512::Avx512,
+    matmul: { rows: 8, wide: true },
+    attention: { rows: 6, tiles: 4, columns: 4 }
+);
+
+#[cfg(target_arch = "x86_64")]
+vector_kernels!(
+    Avx2, Isa::Avx2, "avx2,fma,f16c", crate::simd::avx2::Avx2,
+    matmul: { rows: 6, wide: false },
+    attention: { rows: 3, tiles: 2, columns: 2 }
+);
+
 /// The kernels of an instruction set.
 ///
 /// # Panics
@@ -41,6 +143,10 @@ static SCALAR: Kernels = Kernels {
 pub(crate) fn kernels(isa: Isa) -> &'static Kernels {
     assert!(isa.is_available(), "kernels of {isa} on a processor without it: this is a bug");
     match isa {
-        Isa::Scalar | Isa::Avx2 | Isa::Avx512 => &SCALAR,
+        #[cfg(target_arch = "x86_64")]
+        Isa::Avx2 => &Avx2::KERNELS,
+        #[cfg(target_arch = "x86_64")]
+        Isa::Avx512 => &Avx512::KERNELS,
+        _ => &SCALAR,
     }
 }

@@ -27,6 +27,7 @@ pub mod pool;
 pub mod rope;
 pub mod sampling;
 mod shared_out;
+mod simd;
 
 pub use isa::Isa;
 pub use pack::PackedMatrix;

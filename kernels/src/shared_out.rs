@@ -20,6 +20,11 @@ impl<'a> SharedOut<'a> {
         SharedOut { start: out.as_mut_ptr(), len: out.len(), _borrow: PhantomData }
     }
 
+    /// The first element. Writing through it has the rules of [`part`](Self::part).
+    pub(crate) fn start(&self) -> *mut f32 {
+        self.start
+    }
+
     /// Elements `offset..offset + len`.
     ///
     /// # Safety

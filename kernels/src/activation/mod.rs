@@ -1,6 +1,7 @@
 //! The gate of a SwiGLU layer: `silu(gate) * up`, with `silu(g) = g / (1 + exp(-g))`.
 
 pub(crate) mod scalar;
+pub(crate) mod vector;
 
 use crate::pool::ThreadPool;
 use crate::shared_out::SharedOut;

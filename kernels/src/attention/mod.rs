@@ -16,6 +16,7 @@
 //! The query heads of a group and the tokens of a sequence share each key and value that is read.
 
 pub(crate) mod scalar;
+pub(crate) mod vector;
 
 use std::ops::Range;
 
@@ -25,6 +26,11 @@ use crate::shared_out::SharedOut;
 
 /// Keys of a chunk. Part of what the results are.
 pub const CHUNK: usize = 128;
+
+/// Widest head: bounds the copy of keys whose block size is not a multiple of 16.
+pub const MAX_HEAD_DIM: usize = 512;
+
+const _: () = assert!(CHUNK % crate::LANES == 0);
 
 /// The inputs of one layer's attention. Row `i` of sequence `s` is the token at position
 /// `context_lens[s] - num_tokens(s) + i`; keys and values of this pass are already written.
@@ -64,6 +70,17 @@ pub(crate) struct Task<'a> {
     pub(crate) out: &'a SharedOut<'a>,
 }
 
+impl Task<'_> {
+    /// First element of the tile that holds `position`, in either storage, and the token's offset in
+    /// its block.
+    #[inline]
+    pub(crate) fn locate(&self, position: usize) -> (usize, usize) {
+        let layout = &self.args.layout;
+        let block = self.args.blocks(self.sequence)[position / layout.block_size];
+        (layout.tile(block as usize, self.kv_head), position % layout.block_size)
+    }
+}
+
 impl PagedAttention<'_> {
     /// Query heads that share a key/value head.
     pub(crate) fn group(&self) -> usize {
@@ -93,6 +110,7 @@ impl PagedAttention<'_> {
             "attention: empty layout {:?}",
             self.layout
         );
+        assert!(head_dim <= MAX_HEAD_DIM, "attention: head_dim {head_dim}; at most {MAX_HEAD_DIM}");
         assert!(
             self.num_heads > 0 && self.num_heads % num_kv_heads == 0,
             "attention: {} query heads over {num_kv_heads} key/value heads",

@@ -58,21 +58,14 @@ fn attend(task: &Task<'_>, q: &[f32], position: usize, out: &mut [f32]) {
     }
 }
 
-/// First element of the key tile that holds `position`, and the offset of the token in its block.
-fn locate(task: &Task<'_>, position: usize) -> (usize, usize) {
-    let layout = &task.args.layout;
-    let block = task.args.blocks(task.sequence)[position / layout.block_size];
-    (layout.tile(block as usize, task.kv_head), position % layout.block_size)
-}
-
 fn score(task: &Task<'_>, q: &[f32], position: usize) -> f32 {
-    let (tile, offset) = locate(task, position);
+    let (tile, offset) = task.locate(position);
     let keys = task.args.k_cache[tile + offset..].iter().step_by(task.args.layout.block_size);
     q.iter().zip(keys).fold(0.0, |sum, (&q, &k)| q.mul_add(k, sum))
 }
 
 fn value(task: &Task<'_>, position: usize, d: usize) -> f32 {
-    let (tile, offset) = locate(task, position);
+    let (tile, offset) = task.locate(position);
     let KvLayout { head_dim, .. } = task.args.layout;
     task.args.v_cache[tile + offset * head_dim + d]
 }

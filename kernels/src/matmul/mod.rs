@@ -4,6 +4,7 @@
 //! last. Lanes, registers, rows and threads run over outputs only.
 
 pub(crate) mod scalar;
+pub(crate) mod vector;
 
 use std::ops::Range;
 

@@ -5,6 +5,7 @@
 //! halves (8, 4, 2, 1).
 
 pub(crate) mod scalar;
+pub(crate) mod vector;
 
 use crate::pool::ThreadPool;
 use crate::shared_out::SharedOut;

@@ -4,6 +4,7 @@
 //! `(a, b) -> (fma(a, cos, -(b * sin)), fma(b, cos, a * sin))`.
 
 pub(crate) mod scalar;
+pub(crate) mod vector;
 
 use crate::pool::ThreadPool;
 use crate::shared_out::SharedOut;

@@ -1,6 +1,7 @@
 //! What a sampler does to a row of logits. One row, one thread: rows are sampled in the engine's thread.
 
 pub(crate) mod scalar;
+pub(crate) mod vector;
 
 use std::sync::OnceLock;
 
@@ -58,4 +59,67 @@ pub fn log_sum_exp(x: &[f32]) -> f64 {
         sum += exps.iter().map(|&e| f64::from(e)).sum::<f64>();
     }
     f64::from(max) + sum.ln()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::isa::Isa;
+
+    /// Deterministic, with ties, both zeros, NaN and infinities.
+    fn rows() -> impl Iterator<Item = Vec<f32>> {
+        (0..400usize).map(|seed| {
+            let len = [1, 2, 15, 16, 17, 33, 65, 300, 2048, 2049, 4500][seed % 11];
+            let value = |i: usize| match (i + 1).wrapping_mul(2654435761 + 97 * seed) >> 9 & 63 {
+                0 if seed % 3 == 0 => f32::NAN,
+                1 if seed % 5 == 0 => f32::INFINITY,
+                2 if seed % 2 == 0 => f32::NEG_INFINITY,
+                3 => -0.0,
+                4 => 0.0,
+                bits => bits as f32 - if seed % 7 == 0 { 64.0 } else { 20.0 },
+            };
+            (0..len).map(value).collect()
+        })
+    }
+
+    #[test]
+    fn every_instruction_set_agrees_with_the_specification() {
+        for isa in Isa::available() {
+            let kernels = dispatch::kernels(isa);
+            for row in rows() {
+                let mut exps = vec![0.0; row.len()];
+                let mut expected = exps.clone();
+                scalar::exp_sub(&row, 3.5, &mut expected);
+                // SAFETY: the instruction set is available; lengths are equal.
+                unsafe {
+                    assert_eq!((kernels.argmax)(&row), scalar::argmax(&row), "{isa}");
+                    assert_eq!((kernels.all_finite)(&row), scalar::all_finite(&row), "{isa}");
+                    (kernels.exp_sub)(&row, 3.5, &mut exps);
+                }
+                for (got, expected) in exps.iter().zip(&expected) {
+                    assert!(got.to_bits() == expected.to_bits() || got.is_nan() && expected.is_nan());
+                }
+            }
+        }
+    }
+
+    #[test]
+    fn argmax_takes_the_first_of_equals_and_never_a_nan() {
+        assert_eq!(argmax(&[f32::NAN, 1.0, 3.0, 3.0, f32::NAN]), 2);
+        assert_eq!(argmax(&[f32::NAN; 40]), 0);
+        assert_eq!(argmax(&[f32::NEG_INFINITY; 40]), 0);
+        let mut row = vec![0.0; 5000];
+        row[4999] = 1e-30;
+        assert_eq!(argmax(&row), 4999);
+        row[4998] = f32::INFINITY;
+        assert_eq!(argmax(&row), 4998);
+        assert!(!all_finite(&row));
+    }
+
+    #[test]
+    fn log_sum_exp_of_a_known_row() {
+        let row: Vec<f32> = (1..=4).map(|i| (i as f32).ln() + 50.0).collect();
+        assert!((log_sum_exp(&row) - 50.0 - 10f64.ln()).abs() < 1e-5);
+        assert_eq!(log_sum_exp(&[f32::NEG_INFINITY; 3]), f64::NEG_INFINITY);
+    }
 }

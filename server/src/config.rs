@@ -117,9 +117,7 @@ const SETTINGS: &[Setting] = &[
     }),
     one("backend", "`cpu` or `reference`", |c, v| Some(c.backend = parse::backend(v)?)),
     one("threads", "a number from 1 to 1024", |c, v| Some(c.threads = Some(parse::number(v, 1, 1024)?))),
-    one("kv-memory", "a size such as 512MiB or 2GiB", |c, v| {
-        Some(c.kv_memory = Some(parse::size_bytes(v)?))
-    }),
+    one("kv-memory", "a size such as 512MiB or 2GiB", |c, v| Some(c.kv_memory = Some(parse::size_bytes(v)?))),
     one("max-num-seqs", "a number from 1 to 4096", |c, v| Some(c.max_num_seqs = parse::number(v, 1, 4096)?)),
     one("max-model-len", "a number of tokens from 2 up", |c, v| {
         Some(c.max_model_len = Some(parse::number(v, 2, usize::MAX)?))
@@ -187,7 +185,8 @@ pub(crate) fn load(
     file: Option<&Path>,
     env: impl IntoIterator<Item = (String, String)>,
 ) -> Result<Loaded, ConfigError> {
-    let env: Vec<(String, String)> = env.into_iter().filter(|(name, _)| name.starts_with("TANDEM_")).collect();
+    let env: Vec<(String, String)> =
+        env.into_iter().filter(|(name, _)| name.starts_with("TANDEM_")).collect();
     let file = file.map(Path::to_owned).or_else(|| {
         env.iter().find(|(name, value)| name == CONFIG_VARIABLE && !value.is_empty()).map(|(_, v)| v.into())
     });
@@ -195,7 +194,12 @@ pub(crate) fn load(
     let mut config = Config::default();
     if let Some(path) = &file {
         for (key, value) in read_file(path)? {
-            apply(&mut config, find(&key).expect("read_file returns known keys"), &value, &Origin::File(path.clone()))?;
+            apply(
+                &mut config,
+                find(&key).expect("read_file returns known keys"),
+                &value,
+                &Origin::File(path.clone()),
+            )?;
         }
     }
     let mut warnings = Vec::new();
@@ -208,7 +212,11 @@ pub(crate) fn load(
         };
         // An empty variable is how shells and service managers spell "not set".
         if !value.is_empty() {
-            let values = if setting.list { value.split(',').map(|v| v.trim().to_owned()).collect() } else { vec![value.clone()] };
+            let values = if setting.list {
+                value.split(',').map(|v| v.trim().to_owned()).collect()
+            } else {
+                vec![value.clone()]
+            };
             apply(&mut config, setting, &values, &Origin::Env)?;
         }
     }
@@ -233,7 +241,12 @@ fn env_name(key: &str) -> String {
     format!("TANDEM_{}", key.to_uppercase().replace('-', "_"))
 }
 
-fn apply(config: &mut Config, setting: &Setting, value: &RawValue, origin: &Origin) -> Result<(), ConfigError> {
+fn apply(
+    config: &mut Config,
+    setting: &Setting,
+    value: &RawValue,
+    origin: &Origin,
+) -> Result<(), ConfigError> {
     (setting.set)(config, value).ok_or_else(|| ConfigError::Value {
         place: place(setting.key, origin),
         // A key is a secret: the message goes to logs and terminals.
@@ -260,7 +273,9 @@ fn place(key: &str, origin: &Origin) -> String {
 fn unknown_variable(name: &str) -> String {
     let key = name.trim_start_matches("TANDEM_").to_lowercase().replace('_', "-");
     match nearest(&key) {
-        Some(key) => format!("the environment variable {name} is no setting; did you mean {}?", env_name(&key)),
+        Some(key) => {
+            format!("the environment variable {name} is no setting; did you mean {}?", env_name(&key))
+        }
         None => format!("the environment variable {name} is no setting and is ignored"),
     }
 }
@@ -281,15 +296,20 @@ fn nearest(key: &str) -> Option<String> {
 fn read_file(path: &Path) -> Result<Vec<(String, RawValue)>, ConfigError> {
     let text = std::fs::read_to_string(path)
         .map_err(|error| ConfigError::Unreadable { path: path.to_owned(), reason: error.to_string() })?;
-    let table: toml::Table = text
-        .parse()
-        .map_err(|error: toml::de::Error| ConfigError::NotToml { path: path.to_owned(), reason: error.to_string() })?;
+    let table: toml::Table = text.parse().map_err(|error: toml::de::Error| ConfigError::NotToml {
+        path: path.to_owned(),
+        reason: error.to_string(),
+    })?;
     let mut values = Vec::new();
     for (written, value) in table {
         // Both spellings are natural in TOML; the dashed one is the flag's.
         let key = written.replace('_', "-");
         let Some(setting) = find(&key) else {
-            return Err(ConfigError::UnknownKey { path: path.to_owned(), nearest: nearest(&key), key: written });
+            return Err(ConfigError::UnknownKey {
+                path: path.to_owned(),
+                nearest: nearest(&key),
+                key: written,
+            });
         };
         let raw = raw_value(&value, setting.list).ok_or_else(|| ConfigError::Value {
             place: place(&key, &Origin::File(path.to_owned())),

@@ -7,7 +7,7 @@ use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
 use anyhow::{Context as _, bail};
-use tandem::http::LaneModel;
+use tandem::http::{AppConfig, AppState, LaneModel, Limits};
 use tandem_engine::{EngineConfig, EngineHandle, Models};
 use tandem_kernels::ThreadPool;
 use tandem_models::{BackendKind, ChatTemplate, Checkpoint, Dtype, HubOptions, Model, Tokenizer};
@@ -65,6 +65,21 @@ pub(crate) struct Runtime {
     pub(crate) load_time: Duration,
 }
 
+impl Runtime {
+    /// What the HTTP side works on, and the engine's thread, which ends after the engine was told to.
+    pub(crate) fn into_state(self, api_keys: Vec<String>, cors: bool) -> (AppState, JoinHandle<()>) {
+        let state = AppState::new(AppConfig {
+            engine: self.engine,
+            target: self.target.map(|(_, text)| text),
+            draft: self.draft.map(|(_, text)| text),
+            api_keys,
+            cors,
+            limits: Limits::default(),
+        });
+        (state, self.engine_thread)
+    }
+}
+
 /// Loads the pair and starts the engine.
 ///
 /// # Errors
@@ -88,7 +103,8 @@ pub(crate) fn start(config: &Config) -> anyhow::Result<Runtime> {
 
     let loaded = || target.iter().chain(&draft);
     let bytes_per_token: usize = loaded().map(|loaded| loaded.model.kv_bytes_per_token()).sum();
-    let context = loaded().map(|loaded| (loaded.model.config().max_position_embeddings, &loaded.info.name)).min();
+    let context =
+        loaded().map(|loaded| (loaded.model.config().max_position_embeddings, &loaded.info.name)).min();
     let (longest, limiting) = context.expect("find_pair returns at least one model: this is a bug");
     let wanted_len = match config.max_model_len {
         Some(len) if len > longest => {
@@ -119,7 +135,16 @@ pub(crate) fn start(config: &Config) -> anyhow::Result<Runtime> {
     let (draft_model, draft) = split(draft);
     let models = Models { target: target_model, draft: draft_model };
     let (engine, engine_thread) = EngineHandle::spawn(engine_config, models)?;
-    Ok(Runtime { engine, engine_thread, target, draft, kv, max_model_len, threads, load_time: started.elapsed() })
+    Ok(Runtime {
+        engine,
+        engine_thread,
+        target,
+        draft,
+        kv,
+        max_model_len,
+        threads,
+        load_time: started.elapsed(),
+    })
 }
 
 /// One model, loaded.
@@ -145,7 +170,8 @@ fn side_by_side<T: Send, U: Send>(
     std::thread::scope(|scope| {
         let draft = draft.map(|draft| scope.spawn(|| work(draft)));
         let target = target.map(&work).transpose();
-        let draft = draft.map(|thread| thread.join().expect("loading does not panic: this is a bug")).transpose();
+        let draft =
+            draft.map(|thread| thread.join().expect("loading does not panic: this is a bug")).transpose();
         Ok((target?, draft?))
     })
 }
@@ -220,7 +246,13 @@ fn describe(checkpoint: &Checkpoint) -> anyhow::Result<ModelInfo> {
     }
     let size_bytes = sizes.iter().map(|(_, size)| size).sum();
     let (dtype, _) = sizes.into_iter().max_by_key(|(_, size)| *size).expect("three sizes");
-    Ok(ModelInfo { name: checkpoint.name.clone(), dir: checkpoint.dir.clone(), num_parameters, size_bytes, dtype })
+    Ok(ModelInfo {
+        name: checkpoint.name.clone(),
+        dir: checkpoint.dir.clone(),
+        num_parameters,
+        size_bytes,
+        dtype,
+    })
 }
 
 /// The folders of target and draft; at least one is there.

@@ -81,7 +81,10 @@ pub(super) fn run(args: &DistillArgs) -> anyhow::Result<ExitCode> {
     };
     let report = match tandem_train::distill(&options) {
         Err(tandem_train::TrainError::Interrupted { step, dir }) => {
-            eprintln!("stopped after step {step}; continue with the same command and --resume ({})", dir.display());
+            eprintln!(
+                "stopped after step {step}; continue with the same command and --resume ({})",
+                dir.display()
+            );
             return Ok(ExitCode::from(130));
         }
         outcome => outcome?,
@@ -104,6 +107,10 @@ pub(super) fn run(args: &DistillArgs) -> anyhow::Result<ExitCode> {
         println!("  agreement   {:.1} % of the target's first choices", 100.0 * pair.greedy_agreement);
         println!("  accepted    {:.2} tokens a verification with four drafted", pair.mean_accepted_length);
     }
-    println!("serve the pair:  tandem serve --target {} --draft {}", report.target.display(), report.out.display());
+    println!(
+        "serve the pair:  tandem serve --target {} --draft {}",
+        report.target.display(),
+        report.out.display()
+    );
     Ok(ExitCode::SUCCESS)
 }

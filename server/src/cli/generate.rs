@@ -11,14 +11,15 @@ use anyhow::{Context as _, bail};
 use clap::{Args, ValueEnum};
 use serde_json::json;
 use tandem::http::state::ServedModel;
-use tandem::http::{AppConfig, AppState, Limits};
-use tandem_engine::{Event, EventSink, Finished, FinishReason, Lane, SamplingParams, SinkError, SubmitRequest};
+use tandem_engine::{
+    Event, EventSink, FinishReason, Finished, Lane, SamplingParams, SinkError, SubmitRequest,
+};
 use tandem_models::Detokenizer;
 
 use super::settings::ModelSettings;
 use super::terminal;
 use crate::config::Loaded;
-use crate::runtime::{self, Runtime};
+use crate::runtime;
 
 const LONG_ABOUT: &str = "\
 Generate once in the terminal, streaming.
@@ -107,15 +108,7 @@ pub(super) fn run(args: &GenerateArgs) -> anyhow::Result<ExitCode> {
     let text = read_prompt(args)?;
     // One sequence needs one context.
     config.max_num_seqs = 1;
-    let Runtime { engine, engine_thread, target, draft, .. } = runtime::start(&config)?;
-    let state = AppState::new(AppConfig {
-        engine,
-        target: target.map(|(_, text)| text),
-        draft: draft.map(|(_, text)| text),
-        api_keys: Vec::new(),
-        cors: false,
-        limits: Limits::default(),
-    });
+    let (state, engine_thread) = runtime::start(&config)?.into_state(Vec::new(), false);
     let lane = match args.lane {
         Some(LaneChoice::Fast) => Lane::Fast,
         Some(LaneChoice::Deep) => Lane::Deep,
@@ -183,7 +176,9 @@ fn read_prompt(args: &GenerateArgs) -> anyhow::Result<String> {
 fn encode(args: &GenerateArgs, served: &ServedModel, text: &str) -> anyhow::Result<Vec<u32>> {
     let tokenizer = &served.model.tokenizer;
     if let Some(suffix) = &args.suffix {
-        let unknown = || format!("{} was not trained to fill gaps: it has no fill-in-the-middle tokens", served.model.name);
+        let unknown = || {
+            format!("{} was not trained to fill gaps: it has no fill-in-the-middle tokens", served.model.name)
+        };
         let fim = served.fim.as_ref().with_context(unknown)?;
         return fim.encode_psm(tokenizer, text, suffix)?.with_context(unknown);
     }
@@ -212,7 +207,8 @@ impl EventSink for ChannelSink {
 
 /// Writes the answer as it comes; `None` if whoever read our output has gone.
 fn show(events: &mpsc::Receiver<Event>, mut detokenizer: Detokenizer) -> anyhow::Result<Option<Finished>> {
-    let mut out = Painter { out: std::io::stdout().lock(), colour: terminal::colour_stdout(), painted: false };
+    let mut out =
+        Painter { out: std::io::stdout().lock(), colour: terminal::colour_stdout(), painted: false };
     loop {
         match events.recv().context("the engine ended without an answer")? {
             Event::PromptLogprobs(_) => {}

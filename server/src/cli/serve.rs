@@ -8,7 +8,7 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use anyhow::Context as _;
-use tandem::http::{AppConfig, AppState, Limits, ServeOptions, serve, shutdown_signal};
+use tandem::http::{ServeOptions, serve, shutdown_signal};
 use tandem_engine::DraftTokens;
 use tokio::net::TcpListener;
 
@@ -41,17 +41,9 @@ pub(super) fn run(settings: &ServeSettings) -> anyhow::Result<ExitCode> {
         };
         print(&greeting(&config, &runtime, address, started.elapsed()));
 
-        let Runtime { engine, engine_thread, target, draft, .. } = runtime;
-        let state = Arc::new(AppState::new(AppConfig {
-            engine,
-            target: target.map(|(_, text)| text),
-            draft: draft.map(|(_, text)| text),
-            api_keys: config.api_keys,
-            cors: config.cors,
-            limits: Limits::default(),
-        }));
+        let (state, engine_thread) = runtime.into_state(config.api_keys, config.cors);
         let options = ServeOptions::default();
-        serve(listener, state, options, async {
+        serve(listener, Arc::new(state), options, async {
             shutdown_signal().await;
             eprintln!(
                 "stopping: no new requests; running answers have {} seconds to finish (Ctrl-C again: at once)",
@@ -100,10 +92,7 @@ fn greeting(config: &Config, runtime: &Runtime, address: SocketAddr, ready: Dura
             runtime.kv.num_tokens()
         ),
     );
-    line(
-        "machine",
-        format!("{} threads, {} kernels", runtime.threads, tandem_kernels::isa::active().name()),
-    );
+    line("machine", format!("{} threads, {} kernels", runtime.threads, tandem_kernels::isa::active().name()));
     line(
         "ready",
         format!("after {:.2} s (models {:.2} s)", ready.as_secs_f64(), runtime.load_time.as_secs_f64()),

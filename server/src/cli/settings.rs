@@ -143,5 +143,6 @@ fn given<const N: usize>(settings: [(&'static str, &Option<String>); N]) -> Vec<
 
 /// The environment as text; variables that are no Unicode cannot hold a setting.
 fn environment() -> impl Iterator<Item = (String, String)> {
-    std::env::vars_os().filter_map(|(name, value)| Some((name.into_string().ok()?, value.into_string().ok()?)))
+    std::env::vars_os()
+        .filter_map(|(name, value)| Some((name.into_string().ok()?, value.into_string().ok()?)))
 }

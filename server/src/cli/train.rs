@@ -66,7 +66,10 @@ pub(super) fn run(args: &TrainArgs) -> anyhow::Result<ExitCode> {
     };
     let report = match tandem_train::train(&options) {
         Err(tandem_train::TrainError::Interrupted { step, dir }) => {
-            eprintln!("stopped after step {step}; continue with the same command and --resume ({})", dir.display());
+            eprintln!(
+                "stopped after step {step}; continue with the same command and --resume ({})",
+                dir.display()
+            );
             return Ok(ExitCode::from(130));
         }
         outcome => outcome?,

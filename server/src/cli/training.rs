@@ -6,7 +6,8 @@ use std::sync::atomic::{AtomicBool, Ordering};
 
 use clap::{Args, ValueEnum};
 use tandem_train::{
-    Budget, CorpusOptions, CorpusSummary, ModelShape, OptimizerKind, RunOptions, SampleMix, Schedule, WeightDtype,
+    Budget, CorpusOptions, CorpusSummary, ModelShape, OptimizerKind, RunOptions, SampleMix, Schedule,
+    WeightDtype,
 };
 
 /// Which files are training text.
@@ -47,7 +48,10 @@ impl CorpusArgs {
         match self.extensions.as_slice() {
             [] => {}
             [all] if all == "*" => options.extensions.clear(),
-            named => options.extensions = named.iter().map(|e| e.trim().trim_start_matches('.').to_owned()).collect(),
+            named => {
+                options.extensions =
+                    named.iter().map(|e| e.trim().trim_start_matches('.').to_owned()).collect()
+            }
         }
         options
     }
@@ -304,7 +308,9 @@ fn command_line(arguments: impl Iterator<Item = String>) -> String {
     let quoted = arguments.enumerate().map(|(i, argument)| match i {
         // The path of the binary says something about this machine and nothing about the model.
         0 => "tandem".to_owned(),
-        _ if argument.bytes().all(|b| b.is_ascii_alphanumeric() || b"-_./=,:+".contains(&b)) && !argument.is_empty() => {
+        _ if argument.bytes().all(|b| b.is_ascii_alphanumeric() || b"-_./=,:+".contains(&b))
+            && !argument.is_empty() =>
+        {
             argument
         }
         _ => format!("'{}'", argument.replace('\'', r"'\''")),

@@ -68,7 +68,10 @@ pub(super) fn run(args: &VerifyArgs) -> anyhow::Result<ExitCode> {
         let demo = runtime::find_demo_pair()?;
         dirs.extend([demo.join("target"), demo.join("draft")]);
     }
-    println!("fast backend: cpu, {}, {threads} threads; reference: candle", tandem_kernels::isa::active().name());
+    println!(
+        "fast backend: cpu, {}, {threads} threads; reference: candle",
+        tandem_kernels::isa::active().name()
+    );
     let mut all_passed = true;
     for dir in &dirs {
         let checkpoint = Checkpoint::open(dir)?;

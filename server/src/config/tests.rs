@@ -154,7 +154,8 @@ fn an_unknown_variable_is_warned_about_and_ignored() {
 
 #[test]
 fn a_table_or_an_array_in_the_place_of_one_value_is_refused() {
-    for text in ["port = [1, 2]\n", "port = { a = 1 }\n", "threads = 1.5\n", "cors = 2\n", "host = [\"a\"]\n"] {
+    for text in ["port = [1, 2]\n", "port = { a = 1 }\n", "threads = 1.5\n", "cors = 2\n", "host = [\"a\"]\n"]
+    {
         let file = file(text);
         let error = load(&[], Some(file.path()), env(&[])).unwrap_err();
         assert!(matches!(error, ConfigError::Value { .. }), "{text}: {error}");

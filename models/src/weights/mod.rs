@@ -9,6 +9,7 @@ use std::path::Path;
 use crate::ModelError;
 
 pub use safetensors::SafetensorsStore;
+pub(crate) use safetensors::{INDEX_FILE, SINGLE_FILE, read_index};
 
 /// Element type of a stored tensor.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]

@@ -1,0 +1,19 @@
+//! Text on one side, token ids on the other: tokenizer, incremental detokenizer, chat template,
+//! fill-in-the-middle prompts. Nothing here touches weights or the engine.
+
+mod bytecode;
+mod chat_template;
+mod detokenizer;
+mod environment;
+mod fim;
+mod meter;
+mod python;
+mod strftime;
+mod tokenizer;
+
+pub(crate) use chat_template::CHAT_TEMPLATE_FILES;
+pub use chat_template::{ChatTemplate, TemplateError};
+pub use detokenizer::Detokenizer;
+pub use fim::FimTokens;
+pub use tokenizer::Tokenizer;
+pub(crate) use tokenizer::{TOKENIZER_CONFIG_FILE, TOKENIZER_FILE};

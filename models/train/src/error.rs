@@ -48,9 +48,15 @@ pub enum TrainError {
         /// The folder.
         dir: PathBuf,
     },
-    /// The output folder holds a finished or interrupted run and resuming was not asked for.
-    #[error("{dir} already holds a run; resume it or name another output folder", dir = dir.display())]
+    /// The output folder holds an interrupted run and resuming was not asked for.
+    #[error("{dir} holds an unfinished run; resume it or name another output folder", dir = dir.display())]
     OutputExists {
+        /// The folder.
+        dir: PathBuf,
+    },
+    /// There is nothing to resume.
+    #[error("{dir} holds a finished run; there is nothing to resume", dir = dir.display())]
+    Finished {
         /// The folder.
         dir: PathBuf,
     },

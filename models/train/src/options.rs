@@ -35,7 +35,7 @@ pub struct DistillOptions {
     pub target: PathBuf,
     /// Folder that receives the draft.
     pub out: PathBuf,
-    /// Shape of the draft; its vocabulary size is taken from the target.
+    /// Shape of the draft; vocabulary size and longest context are taken from the target.
     pub shape: ModelShape,
     /// How samples are cut from the corpus.
     pub mix: SampleMix,
@@ -88,8 +88,8 @@ pub struct CorpusOptions {
 impl Default for CorpusOptions {
     fn default() -> Self {
         let extensions = [
-            "c", "cc", "cpp", "cs", "css", "go", "h", "hpp", "html", "java", "js", "jsx", "kt", "lua", "md", "php",
-            "pl", "py", "rb", "rs", "scala", "sh", "sql", "swift", "toml", "ts", "tsx", "yaml", "yml",
+            "c", "cc", "cpp", "cs", "css", "go", "h", "hpp", "html", "java", "js", "jsx", "kt", "lua", "md",
+            "php", "pl", "py", "rb", "rs", "scala", "sh", "sql", "swift", "toml", "ts", "tsx", "yaml", "yml",
         ];
         Self {
             dir: PathBuf::new(),
@@ -104,7 +104,7 @@ impl Default for CorpusOptions {
 /// Shape of a Llama/Qwen2-style decoder with a tied head.
 #[derive(Clone, Debug, PartialEq)]
 pub struct ModelShape {
-    /// Entries of the vocabulary, special tokens included.
+    /// Entries of the vocabulary, special tokens included; a tokenizer that is given decides itself.
     pub vocab_size: usize,
     /// Width of the residual stream.
     pub hidden: usize,

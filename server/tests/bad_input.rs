@@ -1,0 +1,180 @@
+//! Bad input gets a clear error in OpenAI's shape, and the server goes on.
+
+mod support;
+
+use http::{Method, StatusCode};
+use serde_json::{Value, json};
+use support::{TestOptions, TestServer};
+use tandem::http::Limits;
+
+const COMPLETIONS: &str = "/v1/completions";
+const CHAT: &str = "/v1/chat/completions";
+
+/// Asserts a 400 whose message holds every one of `words`.
+async fn refused(server: &TestServer, path: &str, body: &str, param: Option<&str>, words: &[&str]) {
+    let answer = server.post_text(path, body).await;
+    assert_eq!(answer.status, StatusCode::BAD_REQUEST, "{body} gave {:?}", answer.body);
+    let error = answer.error();
+    assert_eq!(error["type"], "invalid_request_error");
+    assert_eq!(error["param"].as_str(), param, "{body} gave {error}");
+    let message = error["message"].as_str().expect("a message");
+    for word in words {
+        assert!(message.contains(word), "{body} gave {message:?}, without {word:?}");
+    }
+}
+
+#[tokio::test]
+async fn every_fault_is_named() {
+    let server = TestServer::plain().await;
+    let long = format!("{{\"prompt\": \"{}\"}}", "x y ".repeat(400));
+    let cases: &[(&str, Option<&str>, &[&str])] = &[
+        ("", None, &["empty"]),
+        ("{\"prompt\": \"a\",\n \"n\" 1}", None, &["line 2 column"]),
+        ("{\"prompt\": \"a\"} {}", None, &["trailing"]),
+        ("[1]", None, &["fit"]),
+        ("{}", Some("prompt"), &["prompt"]),
+        ("{\"prompt\": \"\"}", Some("prompt"), &["empty"]),
+        ("{\"prompt\": []}", Some("prompt"), &["prompt"]),
+        ("{\"prompt\": [[]]}", Some("prompt"), &["empty"]),
+        ("{\"prompt\": 7}", Some("prompt"), &["array of token ids"]),
+        ("{\"prompt\": [-1]}", Some("prompt"), &["array of token ids"]),
+        ("{\"prompt\": [4000000000]}", Some("prompt"), &["4000000000", "vocabulary"]),
+        (&long, Some("prompt"), &["256"]),
+        ("{\"prompt\": \"a\", \"max_tokens\": -1}", Some("max_tokens"), &["-1", "1 to 256"]),
+        ("{\"prompt\": \"a\", \"max_tokens\": 0}", Some("max_tokens"), &["0", "1 to 256"]),
+        ("{\"prompt\": \"a\", \"max_tokens\": 9223372036854775808}", Some("max_tokens"), &["9223372036854775808"]),
+        ("{\"prompt\": \"a\", \"max_tokens\": 1.5}", Some("max_tokens"), &["1.5"]),
+        ("{\"prompt\": \"a\", \"max_tokens\": \"many\"}", Some("max_tokens"), &["many"]),
+        ("{\"prompt\": \"a\", \"temperature\": \"NaN\"}", Some("temperature"), &["NaN"]),
+        ("{\"prompt\": \"a\", \"temperature\": NaN}", None, &["line 1 column"]),
+        ("{\"prompt\": \"a\", \"temperature\": 1e999}", None, &["out of range"]),
+        ("{\"prompt\": \"a\", \"temperature\": 1e308}", Some("temperature"), &["smaller"]),
+        ("{\"prompt\": \"a\", \"temperature\": -0.1}", Some("temperature"), &["0 to 100"]),
+        ("{\"prompt\": \"a\", \"top_p\": 0}", Some("top_p"), &["0"]),
+        ("{\"prompt\": \"a\", \"top_k\": -2}", Some("top_k"), &["-2"]),
+        ("{\"prompt\": \"a\", \"min_p\": 1.5}", Some("min_p"), &["1.5"]),
+        ("{\"prompt\": \"a\", \"presence_penalty\": 3}", Some("presence_penalty"), &["3", "2"]),
+        ("{\"prompt\": \"a\", \"repetition_penalty\": 0}", Some("repetition_penalty"), &["0"]),
+        ("{\"prompt\": \"a\", \"n\": 0}", Some("n"), &["0"]),
+        ("{\"prompt\": \"a\", \"n\": 1000000}", Some("n"), &["1000000", "32"]),
+        ("{\"prompt\": \"a\", \"n\": 2, \"best_of\": 3}", Some("best_of"), &["best_of is 3", "n is 2"]),
+        ("{\"prompt\": \"a\", \"logprobs\": 21}", Some("logprobs"), &["21", "20"]),
+        ("{\"prompt\": \"a\", \"stop\": \"\"}", Some("stop"), &["0 bytes"]),
+        ("{\"prompt\": \"a\", \"stop\": 3}", Some("stop"), &["array of strings"]),
+        ("{\"prompt\": \"a\", \"stop_token_ids\": [-1]}", Some("stop_token_ids"), &["-1"]),
+        ("{\"prompt\": \"a\", \"logit_bias\": {\"x\": 1}}", Some("logit_bias"), &["\"x\""]),
+        ("{\"prompt\": \"a\", \"logit_bias\": {\"999999\": 1}}", Some("logit_bias"), &["999999"]),
+        ("{\"prompt\": \"a\", \"logit_bias\": {\"1\": 101}}", Some("logit_bias"), &["101"]),
+        ("{\"prompt\": \"a\", \"seed\": 1e40}", Some("seed"), &["seed"]),
+        ("{\"prompt\": \"a\", \"seed\": 36893488147419103232}", Some("seed"), &["seed"]),
+        (
+            "{\"prompt\": \"a\", \"speculative\": {\"max_draft_tokens\": 99}}",
+            Some("speculative.max_draft_tokens"),
+            &["99", "16"],
+        ),
+        ("{\"prompt\": \"a\", \"suffix\": \"b\", \"echo\": true}", Some("echo"), &["suffix"]),
+    ];
+    for (body, param, words) in cases {
+        refused(&server, COMPLETIONS, body, *param, words).await;
+    }
+    let deep = format!("{{\"prompt\": {}", "[".repeat(100_000));
+    refused(&server, COMPLETIONS, &deep, None, &["recursion"]).await;
+
+    let cases: &[(&str, Option<&str>, &[&str])] = &[
+        ("{}", Some("messages"), &["empty"]),
+        ("{\"messages\": []}", Some("messages"), &["empty"]),
+        ("{\"messages\": \"hello\"}", Some("messages"), &["string"]),
+        ("{\"messages\": [{}]}", Some("messages[0].role"), &["role"]),
+        ("{\"messages\": [{\"role\": \"user\", \"content\": 5}]}", Some("messages[0].content"), &["text parts"]),
+        ("{\"messages\": [{\"role\": \"user\", \"content\": \"a\"}], \"max_tokens\": 0}", Some("max_tokens"), &["0"]),
+        (
+            "{\"messages\": [{\"role\": \"user\", \"content\": \"a\"}], \"top_logprobs\": 3}",
+            Some("top_logprobs"),
+            &["logprobs"],
+        ),
+    ];
+    for (body, param, words) in cases {
+        refused(&server, CHAT, body, *param, words).await;
+    }
+    // It is alive and nothing was left behind.
+    let answer = server.post(COMPLETIONS, &json!({ "prompt": "a", "unknown": { "field": [1] } })).await;
+    assert_eq!(answer.status, 200);
+    assert_eq!(server.engine.stats().num_running, 0);
+    server.stop().await;
+}
+
+#[tokio::test]
+async fn unknown_models_and_paths_and_wrong_methods_are_json() {
+    let server = TestServer::plain().await;
+    for path in [COMPLETIONS, CHAT] {
+        let request =
+            json!({ "model": "gpt-4", "prompt": "a", "messages": [{ "role": "user", "content": "a" }] });
+        let answer = server.post(path, &request).await;
+        assert_eq!(answer.status, 404);
+        let error = answer.error();
+        assert_eq!(error["code"], "model_not_found");
+        for name in ["fast", "deep", "auto", "big-model", "small-model"] {
+            assert!(error["message"].as_str().expect("a message").contains(name), "{error}");
+        }
+    }
+    let missing = server.get("/v1/nothing").await;
+    assert_eq!(missing.status, 404);
+    assert!(missing.error()["message"].as_str().expect("a message").contains("/v1/nothing"));
+    let wrong = server.get(COMPLETIONS).await;
+    assert_eq!(wrong.status, 405);
+    assert_eq!(wrong.headers["allow"], "POST");
+    assert_eq!(wrong.error()["code"], "method_not_allowed");
+    let typed = server.request(Method::POST, COMPLETIONS, &[("content-type", "text/plain")], "{}").await;
+    assert_eq!(typed.status, 415);
+    assert!(typed.error()["message"].as_str().expect("a message").contains("text/plain"));
+    server.stop().await;
+}
+
+#[tokio::test]
+async fn a_large_body_is_refused_with_an_answer() {
+    let limits = Limits { max_body_bytes: 1000, ..Limits::default() };
+    let server = TestServer::start(TestOptions { limits, ..TestOptions::default() }).await;
+    for size in [1001, 1500, 100_000] {
+        let body = format!("{{\"prompt\": \"{}\"}}", "x".repeat(size - 14));
+        let answer = server.post_text(COMPLETIONS, &body).await;
+        assert_eq!(answer.status, 413, "{size} bytes");
+        assert!(answer.error()["message"].as_str().expect("a message").contains("1000"));
+    }
+    server.stop().await;
+}
+
+#[tokio::test]
+async fn a_full_queue_asks_to_come_back() {
+    let options = TestOptions { max_waiting: 2, max_model_len: 2048, ..TestOptions::default() };
+    let server = TestServer::start(options).await;
+    let answer = server
+        .post(COMPLETIONS, &json!({ "prompt": "a", "n": 32, "max_tokens": 2000, "ignore_eos": true }))
+        .await;
+    assert_eq!(answer.status, 429);
+    assert_eq!(answer.error()["code"], "queue_full");
+    let seconds: u32 = answer.headers["retry-after"].to_str().expect("text").parse().expect("seconds");
+    assert!((1..=30).contains(&seconds));
+    server.until("the refused request's sequences are gone", |stats| stats.num_running + stats.num_waiting == 0).await;
+    server.stop().await;
+}
+
+#[tokio::test]
+async fn numbers_at_the_edges_never_break_the_server() {
+    let server = TestServer::plain().await;
+    let fields = [
+        "max_tokens", "n", "seed", "temperature", "top_p", "top_k", "min_p", "presence_penalty",
+        "frequency_penalty", "repetition_penalty", "min_tokens", "logprobs", "best_of",
+    ];
+    let values = ["-1", "0", "2147483648", "9223372036854775808", "1e308", "-1e308", "\"NaN\"", "null"];
+    for field in fields {
+        for value in values {
+            let body = format!("{{\"prompt\": \"a\", \"max_tokens\": 2, \"{field}\": {value}}}");
+            let body = if field == "max_tokens" { body.replacen("\"max_tokens\": 2, ", "", 1) } else { body };
+            let answer = server.post_text(COMPLETIONS, &body).await;
+            let is_handled = answer.status == 200 || answer.status == 400;
+            assert!(is_handled, "{body} gave {} {:?}", answer.status, answer.body);
+            let _: Value = answer.json();
+        }
+    }
+    server.stop().await;
+}

@@ -1,0 +1,84 @@
+//! The binary from the outside: help, and what it says when it is told something wrong. Nothing here
+//! needs a model.
+
+use std::path::Path;
+use std::process::{Command, Output};
+
+fn tandem(arguments: &[&str]) -> Command {
+    let mut command = Command::new(env!("CARGO_BIN_EXE_tandem"));
+    command.args(arguments);
+    for (name, _) in std::env::vars_os() {
+        if name.to_string_lossy().starts_with("TANDEM_") {
+            command.env_remove(name);
+        }
+    }
+    command.env("HF_HUB_OFFLINE", "1");
+    command
+}
+
+fn fails(command: &mut Command, code: i32) -> String {
+    let Output { status, stdout, stderr } = command.output().expect("the binary starts");
+    let stderr = String::from_utf8(stderr).expect("UTF-8");
+    assert_eq!(status.code(), Some(code), "{stderr}");
+    assert_eq!(String::from_utf8_lossy(&stdout), "", "errors belong on standard error");
+    stderr
+}
+
+fn succeeds(command: &mut Command) -> String {
+    let Output { status, stdout, stderr } = command.output().expect("the binary starts");
+    assert!(status.success(), "{}", String::from_utf8_lossy(&stderr));
+    String::from_utf8(stdout).expect("UTF-8")
+}
+
+#[test]
+fn help_teaches_by_example() {
+    for command in [&["--help"][..], &["generate", "--help"], &["train", "--help"], &["distill", "--help"]] {
+        let help = succeeds(&mut tandem(command));
+        assert!(help.contains("Examples:\n"), "{command:?}: {help}");
+    }
+    assert!(succeeds(&mut tandem(&["--version"])).starts_with("tandem "));
+}
+
+#[test]
+fn a_wrong_setting_exits_with_2_and_names_its_place() {
+    let message = fails(&mut tandem(&["serve", "--port", "http"]), 2);
+    assert_eq!(message, "tandem: the flag --port is \"http\"; it must be a port from 0 to 65535\n");
+    let message = fails(tandem(&["serve"]).env("TANDEM_DRAFT_TOKENS", "many"), 2);
+    assert!(message.contains("TANDEM_DRAFT_TOKENS is \"many\""), "{message}");
+    let folder = tempfile::tempdir().expect("a folder");
+    let file = folder.path().join("tandem.toml");
+    std::fs::write(&file, "thread = 2\n").expect("writing");
+    let message = fails(&mut tandem(&["--config", &file.display().to_string()]), 2);
+    assert!(message.ends_with("unknown key `thread`; did you mean `threads`?\n"), "{message}");
+    assert!(fails(&mut tandem(&["serve", "--prot", "1"]), 2).contains("--port"));
+}
+
+#[test]
+fn a_model_that_is_not_there_is_named() {
+    let message = fails(&mut tandem(&["serve", "--port", "0", "--target", "/no/such/model"]), 1);
+    assert!(message.contains("/no/such/model"), "{message}");
+    let empty = tempfile::tempdir().expect("a folder");
+    let folder = empty.path().display().to_string();
+    let message = fails(&mut tandem(&["generate", "x", "--draft", &folder]), 1);
+    assert!(message.contains(&folder) && message.contains("config.json"), "{message}");
+    let message = fails(&mut tandem(&["verify", &folder]), 1);
+    assert!(message.contains("config.json"), "{message}");
+}
+
+#[test]
+fn a_port_in_use_is_said_before_any_model_is_loaded() {
+    let taken = std::net::TcpListener::bind("127.0.0.1:0").expect("a free port");
+    let port = taken.local_addr().expect("an address").port().to_string();
+    let message = fails(&mut tandem(&["serve", "--port", &port, "--target", "/no/such/model"]), 1);
+    assert!(message.contains(&format!("cannot listen on 127.0.0.1:{port}")), "{message}");
+}
+
+#[test]
+fn an_empty_corpus_is_an_error_of_the_trainer_and_not_a_panic() {
+    let corpus = tempfile::tempdir().expect("a folder");
+    let out = corpus.path().join("out");
+    let path = |path: &Path| path.display().to_string();
+    let message =
+        fails(&mut tandem(&["train", "--quiet", "--corpus", &path(corpus.path()), "--out", &path(&out)]), 1);
+    assert!(message.contains("no training text"), "{message}");
+}

@@ -1,0 +1,219 @@
+//! A running server over the real engine, with a tiny random pair made in a temporary folder, and a
+//! client that speaks plain HTTP/1.1 over TCP.
+
+#![allow(dead_code, reason = "each test file uses its part")]
+
+mod checkpoint;
+
+use std::net::SocketAddr;
+use std::sync::Arc;
+use std::time::Duration;
+
+use bytes::Bytes;
+use http::{HeaderMap, Method, Request, StatusCode};
+use http_body_util::{BodyExt, Full};
+use hyper::body::Incoming;
+use hyper_util::rt::TokioIo;
+use serde_json::Value;
+use tandem::http::{AppConfig, AppState, LaneModel, Limits, ServeOptions, serve};
+use tandem_engine::{DraftTokens, EngineConfig, EngineHandle, Models};
+use tandem_kernels::ThreadPool;
+use tandem_models::{BackendKind, ChatTemplate, Checkpoint, Model, Tokenizer};
+use tempfile::TempDir;
+use tokio::net::{TcpListener, TcpStream};
+use tokio::sync::oneshot;
+use tokio::task::JoinHandle;
+
+pub use checkpoint::CheckpointSpec;
+
+/// How the server under test is made.
+pub struct TestOptions {
+    pub serve: ServeOptions,
+    pub limits: Limits,
+    pub api_keys: Vec<String>,
+    pub cors: bool,
+    pub max_waiting: usize,
+    pub max_model_len: usize,
+    pub with_draft: bool,
+    pub checkpoint: CheckpointSpec,
+}
+
+impl Default for TestOptions {
+    fn default() -> Self {
+        TestOptions {
+            serve: ServeOptions::default(),
+            limits: Limits::default(),
+            api_keys: vec![],
+            cors: false,
+            max_waiting: 64,
+            max_model_len: 256,
+            with_draft: true,
+            checkpoint: CheckpointSpec::default(),
+        }
+    }
+}
+
+pub struct TestServer {
+    pub address: SocketAddr,
+    pub engine: EngineHandle,
+    pub tokenizer: Arc<Tokenizer>,
+    stop: Option<oneshot::Sender<()>>,
+    serving: JoinHandle<std::io::Result<()>>,
+    engine_thread: std::thread::JoinHandle<()>,
+    _folder: TempDir,
+}
+
+/// A response read to its end.
+pub struct Answer {
+    pub status: StatusCode,
+    pub headers: HeaderMap,
+    pub body: Bytes,
+}
+
+impl Answer {
+    pub fn json(&self) -> Value {
+        serde_json::from_slice(&self.body)
+            .unwrap_or_else(|error| panic!("{error} in {:?}", String::from_utf8_lossy(&self.body)))
+    }
+
+    /// The `error` object, after checking that it has OpenAI's shape.
+    pub fn error(&self) -> Value {
+        assert!(self.status.is_client_error() || self.status.is_server_error(), "status {}", self.status);
+        let error = self.json()["error"].clone();
+        for field in ["message", "type", "param", "code"] {
+            assert!(error.get(field).is_some(), "{field} is missing in {error}");
+        }
+        assert!(error["message"].is_string() && error["type"].is_string(), "{error}");
+        error
+    }
+
+    /// The JSON of every `data:` event but the end mark, which must be last.
+    pub fn events(&self) -> Vec<Value> {
+        assert_eq!(self.status, StatusCode::OK, "{:?}", String::from_utf8_lossy(&self.body));
+        assert_eq!(self.headers["content-type"], "text/event-stream");
+        let text = std::str::from_utf8(&self.body).expect("events are UTF-8");
+        let mut events: Vec<&str> = text
+            .split("\n\n")
+            .filter(|event| !event.is_empty())
+            .map(|event| event.strip_prefix("data: ").expect("only data lines are sent"))
+            .collect();
+        assert_eq!(events.pop(), Some("[DONE]"));
+        events.iter().map(|event| serde_json::from_str(event).expect("an event is JSON")).collect()
+    }
+}
+
+impl TestServer {
+    pub async fn start(options: TestOptions) -> TestServer {
+        let folder = tempfile::tempdir().expect("a temporary folder");
+        let target_dir = folder.path().join("big-model");
+        let draft_dir = folder.path().join("small-model");
+        options.checkpoint.write(&target_dir, 2, 7);
+        options.checkpoint.write(&draft_dir, 1, 8);
+        let pool = Arc::new(ThreadPool::new(1));
+        let (target_model, target) = load(&target_dir, &pool);
+        let (draft_model, draft) = options.with_draft.then(|| load(&draft_dir, &pool)).unzip();
+        let tokenizer = target.tokenizer.clone();
+        let config = EngineConfig {
+            block_size: 16,
+            num_blocks: (options.max_model_len / 16) * 8,
+            max_num_seqs: 8,
+            max_num_batched_tokens: 512,
+            max_waiting: options.max_waiting,
+            max_model_len: options.max_model_len,
+            draft_tokens: DraftTokens::Fixed(3),
+        };
+        let models = Models { target: Some(target_model), draft: draft_model };
+        let (engine, engine_thread) = EngineHandle::spawn(config, models).expect("the engine starts");
+        let state = Arc::new(AppState::new(AppConfig {
+            engine: engine.clone(),
+            target: Some(target),
+            draft,
+            api_keys: options.api_keys,
+            cors: options.cors,
+            limits: options.limits,
+        }));
+        let listener = TcpListener::bind("127.0.0.1:0").await.expect("a free port");
+        let address = listener.local_addr().expect("a bound address");
+        let (stop, stopped) = oneshot::channel();
+        let shutdown = async {
+            let _ = stopped.await;
+        };
+        let serving = tokio::spawn(serve(listener, state, options.serve, shutdown));
+        TestServer { address, engine, tokenizer, stop: Some(stop), serving, engine_thread, _folder: folder }
+    }
+
+    /// The server as most tests need it.
+    pub async fn plain() -> TestServer {
+        TestServer::start(TestOptions::default()).await
+    }
+
+    /// Asks the server to stop; returns at once.
+    pub fn begin_shutdown(&mut self) {
+        if let Some(stop) = self.stop.take() {
+            let _ = stop.send(());
+        }
+    }
+
+    /// Stops the server and waits for it and for the engine to end.
+    pub async fn stop(mut self) {
+        self.begin_shutdown();
+        self.serving.await.expect("serve does not panic").expect("serve ends well");
+        self.engine_thread.join().expect("the engine does not panic");
+    }
+
+    pub async fn connect(&self) -> TcpStream {
+        TcpStream::connect(self.address).await.expect("the server accepts")
+    }
+
+    /// Sends a request on a connection of its own.
+    pub async fn send(&self, request: Request<Full<Bytes>>) -> http::Response<Incoming> {
+        let io = TokioIo::new(self.connect().await);
+        let (mut sender, connection) = hyper::client::conn::http1::handshake(io).await.expect("a handshake");
+        tokio::spawn(connection);
+        sender.send_request(request).await.expect("a response")
+    }
+
+    pub async fn request(&self, method: Method, path: &str, headers: &[(&str, &str)], body: &str) -> Answer {
+        let mut request = Request::builder().method(method).uri(path).header("host", "test");
+        for (name, value) in headers {
+            request = request.header(*name, *value);
+        }
+        let body = Full::new(Bytes::copy_from_slice(body.as_bytes()));
+        let response = self.send(request.body(body).expect("a request")).await;
+        let (parts, body) = response.into_parts();
+        let body = body.collect().await.expect("a whole body").to_bytes();
+        Answer { status: parts.status, headers: parts.headers, body }
+    }
+
+    pub async fn get(&self, path: &str) -> Answer {
+        self.request(Method::GET, path, &[], "").await
+    }
+
+    pub async fn post(&self, path: &str, body: &Value) -> Answer {
+        self.post_text(path, &body.to_string()).await
+    }
+
+    pub async fn post_text(&self, path: &str, body: &str) -> Answer {
+        self.request(Method::POST, path, &[("content-type", "application/json")], body).await
+    }
+
+    /// Waits until `condition` holds of the engine; the bound only ends a test that would hang.
+    pub async fn until(&self, what: &str, condition: impl Fn(&tandem_engine::EngineStats) -> bool) {
+        for _ in 0..6000 {
+            if condition(&self.engine.stats()) {
+                return;
+            }
+            tokio::time::sleep(Duration::from_millis(10)).await;
+        }
+        panic!("never happened: {what}; {:?}", self.engine.stats());
+    }
+}
+
+fn load(dir: &std::path::Path, pool: &Arc<ThreadPool>) -> (Box<dyn Model>, LaneModel) {
+    let checkpoint = Checkpoint::open(dir).expect("the checkpoint opens");
+    let model = tandem_models::load(&checkpoint, BackendKind::Cpu, pool.clone()).expect("the model loads");
+    let tokenizer = Arc::new(Tokenizer::from_dir(dir).expect("the tokenizer loads"));
+    let chat_template = ChatTemplate::from_dir(dir, &tokenizer).expect("the template loads").map(Arc::new);
+    let name = checkpoint.name.clone();
+    (model, LaneModel { name, tokenizer, chat_template, generation: checkpoint.generation })
+}

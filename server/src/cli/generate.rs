@@ -1,7 +1,7 @@
 //! `tandem generate`: one answer in the terminal, as it comes. Tokens that the draft proposed and the
 //! target accepted are coloured, so that speculation can be watched.
 
-use std::io::{IsTerminal as _, Read as _, Write as _};
+use std::io::{IsTerminal as _, Read as _};
 use std::path::PathBuf;
 use std::process::ExitCode;
 use std::sync::Arc;

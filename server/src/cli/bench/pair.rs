@@ -43,7 +43,7 @@ Examples:
 /// Arguments of `tandem bench pair`.
 #[derive(Args, Debug)]
 #[command(long_about = LONG_ABOUT, after_long_help = EXAMPLES)]
-pub(super) struct PairArgs {
+pub(in crate::cli) struct PairArgs {
     /// Prompts as JSON lines with task_id and prompt, as in HumanEval [default: 24 built-in ones]
     #[arg(long, value_name = "FILE")]
     prompts: Option<PathBuf>,

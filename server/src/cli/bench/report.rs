@@ -1,6 +1,6 @@
 //! Summaries of samples, and the table they are shown in.
 
-use comfy_table::presets::UTF8_HORIZONTAL_ONLY;
+use comfy_table::presets::ASCII_MARKDOWN;
 use comfy_table::{CellAlignment, Table};
 use serde::Serialize;
 
@@ -53,7 +53,8 @@ pub(super) struct Row {
 /// The rows for people.
 pub(super) fn table(rows: &[Row]) -> String {
     let mut table = Table::new();
-    table.load_preset(UTF8_HORIZONTAL_ONLY);
+    // Markdown, because such tables end up in documents.
+    table.load_style(ASCII_MARKDOWN);
     table.set_header([
         "T",
         "setting",

@@ -38,13 +38,13 @@ static SCALAR: Kernels = Kernels {
 #[cfg(target_arch = "x86_64")]
 macro_rules! vector_kernels {
     ($table:ident, $isa:expr, $features:literal, $simd:ty,
-     matmul: { rows: $matmul_rows:literal, wide: $wide:literal },
+     matmul: { rows: $matmul_rows:literal },
      attention: { rows: $attention_rows:literal, tiles: $tiles:literal, columns: $columns:literal }) => {
         struct $table;
 
         impl matmul::vector::Target for $table {
             const MAX_ROWS: usize = $matmul_rows;
-            const WIDE: bool = $wide;
+            type Lanes = $simd;
 
             unsafe fn block<W: matmul::vector::Format, const R: usize, const P: usize>(
                 block: &matmul::vector::Block,
@@ -125,14 +125,14 @@ macro_rules! vector_kernels {
 #[cfg(target_arch = "x86_64")]
 vector_kernels!(
     Avx512, Isa::Avx512, "avx512f,avx512bw,avx512dq,avx512vl,avx2,fma,f16c", crate::simd::avx512::Avx512,
-    matmul: { rows: 8, wide: true },
+    matmul: { rows: 8 },
     attention: { rows: 6, tiles: 4, columns: 4 }
 );
 
 #[cfg(target_arch = "x86_64")]
 vector_kernels!(
     Avx2, Isa::Avx2, "avx2,fma,f16c", crate::simd::avx2::Avx2,
-    matmul: { rows: 6, wide: false },
+    matmul: { rows: 6 },
     attention: { rows: 3, tiles: 2, columns: 2 }
 );
 

@@ -193,16 +193,16 @@ impl ThreadPool {
         }
     }
 
-    /// Splits `count` items of about `item_cost` units each (a unit is about a nanosecond on one core)
-    /// into tasks: 1 where handing out would cost more than it brings, a few per thread otherwise.
-    pub(crate) fn num_tasks(&self, count: usize, item_cost: usize) -> usize {
+    /// Into how many tasks to split `count` items of about `item_ns` nanoseconds on one core: 1 where
+    /// handing out would cost more than it brings, else a few per thread.
+    pub(crate) fn num_tasks(&self, count: usize, item_ns: usize) -> usize {
         /// Below this an exchange with another core is a loss.
-        const MIN_TASK_COST: usize = 500;
+        const MIN_TASK_NS: usize = 400;
         const TASKS_PER_THREAD: usize = 4;
         if self.threads() == 1 || count <= 1 {
             return count.min(1);
         }
-        let worth = count.saturating_mul(item_cost) / MIN_TASK_COST;
+        let worth = count.saturating_mul(item_ns) / MIN_TASK_NS;
         if worth < 2 { 1 } else { worth.min(self.threads() * TASKS_PER_THREAD).min(count) }
     }
 }

@@ -188,11 +188,14 @@ impl<const R: usize> Group<'_, R> {
         unsafe {
             let mut scores = [[V::splat(0.0); T]; R];
             for d in 0..self.task.args.layout.head_dim {
-                let keys: [V; T] = std::array::from_fn(|t| V::load(keys[t].add(d * stride)));
+                let mut tiles = [V::splat(0.0); T];
+                for t in 0..T {
+                    tiles[t] = V::load(keys[t].add(d * stride));
+                }
                 for r in 0..R {
                     let q = V::splat(*self.queries[r].add(d));
                     for t in 0..T {
-                        scores[r][t] = q.fma(keys[t], scores[r][t]);
+                        scores[r][t] = q.fma(tiles[t], scores[r][t]);
                     }
                 }
             }
@@ -303,10 +306,11 @@ impl<const R: usize> Group<'_, R> {
             unsafe {
                 let mut at = self.value(chunk.start + key).add(column);
                 for key in key..key + run {
-                    let values: [V; C] = std::array::from_fn(|c| {
+                    let mut values = [V::splat(0.0); C];
+                    for c in 0..C {
                         let at = at.add(c * LANES);
-                        if count == LANES { V::load(at) } else { V::load_part(at, count) }
-                    });
+                        values[c] = if count == LANES { V::load(at) } else { V::load_part(at, count) };
+                    }
                     for r in 0..R {
                         if ALL || key < chunk.visible[r] {
                             let weight = V::splat(*chunk.weights[r].get_unchecked(key));

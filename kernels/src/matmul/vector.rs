@@ -76,8 +76,8 @@ pub(crate) struct Block {
 pub(crate) trait Target {
     /// Rows of the largest block.
     const MAX_ROWS: usize;
-    /// True with 32 registers of 16 lanes; false with 16 of 8.
-    const WIDE: bool;
+    /// The lanes, for what they say of the registers.
+    type Lanes: Simd;
     /// [`block`] in a function that enables the instruction set.
     ///
     /// # Safety
@@ -104,17 +104,16 @@ pub(crate) unsafe fn matmul<T: Target>(tile: &Tile<'_>) {
 unsafe fn rows<T: Target, W: Format>(tile: &Tile<'_>) {
     // SAFETY: the caller's promise. Row counts passed on are those of the const argument.
     unsafe {
-        if T::WIDE {
+        if T::Lanes::WIDE {
             match tile.rows.len() {
-                1 => panels::<T, W, 8>(tile),
-                2 => panels::<T, W, 8>(tile),
+                1..=2 => panels::<T, W, 8>(tile),
                 3..=6 => panels::<T, W, 4>(tile),
                 _ => panels::<T, W, 2>(tile),
             }
         } else {
             match tile.rows.len() {
                 1 => panels::<T, W, 4>(tile),
-                2..=3 => panels::<T, W, 2>(tile),
+                2 => panels::<T, W, 2>(tile),
                 _ => panels::<T, W, 1>(tile),
             }
         }
@@ -200,20 +199,35 @@ pub(crate) unsafe fn block<V: Simd, W: Format, const R: usize, const P: usize>(b
         let mut sums = [[V::splat(0.0); P]; R];
         let lines = block.inputs / W::INPUTS;
         for line in 0..lines {
-            let weights: [(V, V); P] =
-                std::array::from_fn(|p| W::load(block.panel.add(p * block.panel_bytes + line * 64)));
             let x = block.x.add(line * W::INPUTS);
-            for r in 0..R {
-                let x = V::splat(*x.add(r * block.inputs));
-                for p in 0..P {
-                    sums[r][p] = x.fma(weights[p].0, sums[r][p]);
-                }
-            }
-            if W::INPUTS == 2 {
+            if V::WIDE && R <= 2 {
+                // Few rows, many panels: the broadcasts stay in registers, the weights pass through.
+                let mut xs = [(V::splat(0.0), V::splat(0.0)); R];
                 for r in 0..R {
-                    let x = V::splat(*x.add(r * block.inputs + 1));
+                    let x = x.add(r * block.inputs);
+                    xs[r] = (V::splat(*x), V::splat(*x.add(W::INPUTS - 1)));
+                }
+                for p in 0..P {
+                    let weights = W::load::<V>(block.panel.add(p * block.panel_bytes + line * 64));
+                    for r in 0..R {
+                        sums[r][p] = xs[r].0.fma(weights.0, sums[r][p]);
+                        if W::INPUTS == 2 {
+                            sums[r][p] = xs[r].1.fma(weights.1, sums[r][p]);
+                        }
+                    }
+                }
+                continue;
+            }
+            let mut weights = [(V::splat(0.0), V::splat(0.0)); P];
+            for p in 0..P {
+                weights[p] = W::load(block.panel.add(p * block.panel_bytes + line * 64));
+            }
+            for i in 0..W::INPUTS {
+                for r in 0..R {
+                    let x = V::splat(*x.add(r * block.inputs + i));
                     for p in 0..P {
-                        sums[r][p] = x.fma(weights[p].1, sums[r][p]);
+                        let weights = if i == 0 { weights[p].0 } else { weights[p].1 };
+                        sums[r][p] = x.fma(weights, sums[r][p]);
                     }
                 }
             }

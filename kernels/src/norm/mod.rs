@@ -10,8 +10,8 @@ pub(crate) mod vector;
 use crate::pool::ThreadPool;
 use crate::shared_out::SharedOut;
 
-/// Nanoseconds per element, inverted: how many elements make one unit of a pool's cost.
-const ELEMENTS_PER_COST: usize = 8;
+/// Elements of a row in a nanosecond on one core, about.
+const ELEMENTS_PER_NS: usize = 8;
 
 /// Normalises every row of `x: [rows, weight.len()]` into `out`, of the same shape.
 ///
@@ -21,7 +21,7 @@ pub fn rms_norm(pool: &ThreadPool, x: &[f32], weight: &[f32], eps: f32, out: &mu
     let width = weight.len();
     let rows = check("rms_norm", x.len(), width, out.len());
     let out = SharedOut::new(out);
-    let tasks = pool.num_tasks(rows, 1 + width / ELEMENTS_PER_COST);
+    let tasks = pool.num_tasks(rows, 1 + width / ELEMENTS_PER_NS);
     pool.run(tasks, &|i| {
         for row in i * rows / tasks..(i + 1) * rows / tasks {
             let x = &x[row * width..(row + 1) * width];
@@ -54,7 +54,7 @@ pub fn add_rms_norm(
     );
     let out = SharedOut::new(out);
     let residual = SharedOut::new(residual);
-    let tasks = pool.num_tasks(rows, 1 + width / ELEMENTS_PER_COST);
+    let tasks = pool.num_tasks(rows, 1 + width / ELEMENTS_PER_NS);
     pool.run(tasks, &|i| {
         for row in i * rows / tasks..(i + 1) * rows / tasks {
             let x = &x[row * width..(row + 1) * width];

@@ -53,10 +53,13 @@ unsafe fn position<V: Simd>(block: &[f32], value: f32) -> usize {
 /// The processor has `V`'s instruction set.
 #[inline(always)]
 pub(crate) unsafe fn all_finite<V: Simd>(values: &[f32]) -> bool {
-    values.chunks(LANES).all(|chunk| {
+    for chunk in values.chunks(LANES) {
         // SAFETY: as many elements as the chunk has.
-        unsafe { V::load_part(chunk.as_ptr(), chunk.len()).is_finite() }
-    })
+        if !unsafe { V::load_part(chunk.as_ptr(), chunk.len()).is_finite() } {
+            return false;
+        }
+    }
+    true
 }
 
 /// # Safety

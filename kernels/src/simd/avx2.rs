@@ -49,12 +49,48 @@ unsafe fn mask(len: usize) -> __m256i {
     }
 }
 
-impl Avx2 {
-    /// # Safety
-    /// The processor has AVX2 and FMA.
-    #[inline(always)]
-    unsafe fn zip(self, other: Self, f: impl Fn(__m256, __m256) -> __m256) -> Self {
-        Avx2(f(self.0, other.0), f(self.1, other.1))
+/// [`Simd::scale`] of eight lanes.
+///
+/// # Safety
+/// The processor has AVX2.
+#[inline(always)]
+unsafe fn scale(x: __m256, n: __m256) -> __m256 {
+    // SAFETY: the caller's promise.
+    unsafe {
+        let n = _mm256_cvtps_epi32(n);
+        let half = _mm256_srai_epi32::<1>(n);
+        let bias = _mm256_set1_epi32(127);
+        let first = _mm256_slli_epi32::<23>(_mm256_add_epi32(half, bias));
+        let second = _mm256_slli_epi32::<23>(_mm256_add_epi32(_mm256_sub_epi32(n, half), bias));
+        let scaled = _mm256_mul_ps(x, _mm256_castsi256_ps(first));
+        _mm256_mul_ps(scaled, _mm256_castsi256_ps(second))
+    }
+}
+
+/// The even and the odd of 16 bf16.
+///
+/// # Safety
+/// The processor has AVX2; `from` points to 32 bytes.
+#[inline(always)]
+unsafe fn bf16(from: *const u8) -> (__m256, __m256) {
+    // SAFETY: the caller's promise.
+    unsafe {
+        let line = _mm256_loadu_si256(from.cast());
+        let odd = _mm256_and_si256(line, _mm256_set1_epi32(0xffff_0000u32 as i32));
+        (_mm256_castsi256_ps(_mm256_slli_epi32::<16>(line)), _mm256_castsi256_ps(odd))
+    }
+}
+
+/// The lanes that are NaN or infinite.
+///
+/// # Safety
+/// The processor has AVX2.
+#[inline(always)]
+unsafe fn not_finite(x: __m256) -> __m256i {
+    // SAFETY: the caller's promise.
+    unsafe {
+        let exponent = _mm256_set1_epi32(0x7f80_0000);
+        _mm256_cmpeq_epi32(_mm256_and_si256(_mm256_castps_si256(x), exponent), exponent)
     }
 }
 
@@ -62,6 +98,8 @@ impl Avx2 {
 // accesses touch the selected lanes only, and the second half's pointer is used where it has lanes.
 #[allow(clippy::undocumented_unsafe_blocks, reason = "one argument for all, stated above")]
 impl Simd for Avx2 {
+    const WIDE: bool = false;
+
     #[inline(always)]
     unsafe fn splat(value: f32) -> Self {
         unsafe { Avx2(_mm256_set1_ps(value), _mm256_set1_ps(value)) }
@@ -95,37 +133,33 @@ impl Simd for Avx2 {
     #[inline(always)]
     unsafe fn load_bf16(from: *const u8) -> (Self, Self) {
         unsafe {
-            let first = _mm256_loadu_si256(from.cast());
-            let second = _mm256_loadu_si256(from.add(32).cast());
-            let upper = _mm256_set1_epi32(0xffff_0000u32 as i32);
-            let even = |line| _mm256_castsi256_ps(_mm256_slli_epi32::<16>(line));
-            let odd = |line| _mm256_castsi256_ps(_mm256_and_si256(line, upper));
-            (Avx2(even(first), even(second)), Avx2(odd(first), odd(second)))
+            let (first, second) = (bf16(from), bf16(from.add(32)));
+            (Avx2(first.0, second.0), Avx2(first.1, second.1))
         }
     }
     #[inline(always)]
     unsafe fn load_f16(from: *const u8) -> Self {
         unsafe {
-            let half = |from: *const u8| _mm256_cvtph_ps(_mm_loadu_si128(from.cast()));
-            Avx2(half(from), half(from.add(16)))
+            let (first, second) = (from.cast(), from.add(16).cast());
+            Avx2(_mm256_cvtph_ps(_mm_loadu_si128(first)), _mm256_cvtph_ps(_mm_loadu_si128(second)))
         }
     }
 
     #[inline(always)]
     unsafe fn add(self, other: Self) -> Self {
-        unsafe { self.zip(other, |a, b| _mm256_add_ps(a, b)) }
+        unsafe { Avx2(_mm256_add_ps(self.0, other.0), _mm256_add_ps(self.1, other.1)) }
     }
     #[inline(always)]
     unsafe fn sub(self, other: Self) -> Self {
-        unsafe { self.zip(other, |a, b| _mm256_sub_ps(a, b)) }
+        unsafe { Avx2(_mm256_sub_ps(self.0, other.0), _mm256_sub_ps(self.1, other.1)) }
     }
     #[inline(always)]
     unsafe fn mul(self, other: Self) -> Self {
-        unsafe { self.zip(other, |a, b| _mm256_mul_ps(a, b)) }
+        unsafe { Avx2(_mm256_mul_ps(self.0, other.0), _mm256_mul_ps(self.1, other.1)) }
     }
     #[inline(always)]
     unsafe fn div(self, other: Self) -> Self {
-        unsafe { self.zip(other, |a, b| _mm256_div_ps(a, b)) }
+        unsafe { Avx2(_mm256_div_ps(self.0, other.0), _mm256_div_ps(self.1, other.1)) }
     }
     #[inline(always)]
     unsafe fn fma(self, factor: Self, addend: Self) -> Self {
@@ -144,45 +178,40 @@ impl Simd for Avx2 {
     }
     #[inline(always)]
     unsafe fn neg(self) -> Self {
-        unsafe { self.zip(Self::splat(-0.0), |a, b| _mm256_xor_ps(a, b)) }
+        unsafe {
+            {
+                let sign = _mm256_set1_ps(-0.0);
+                Avx2(_mm256_xor_ps(self.0, sign), _mm256_xor_ps(self.1, sign))
+            }
+        }
     }
     #[inline(always)]
     unsafe fn max(self, other: Self) -> Self {
-        unsafe { self.zip(other, |a, b| _mm256_max_ps(a, b)) }
+        unsafe { Avx2(_mm256_max_ps(self.0, other.0), _mm256_max_ps(self.1, other.1)) }
     }
     #[inline(always)]
     unsafe fn round(self) -> Self {
-        unsafe {
-            let round = |a| _mm256_round_ps::<{ _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC }>(a);
-            Avx2(round(self.0), round(self.1))
-        }
+        const TIES_TO_EVEN: i32 = _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC;
+        unsafe { Avx2(_mm256_round_ps::<TIES_TO_EVEN>(self.0), _mm256_round_ps::<TIES_TO_EVEN>(self.1)) }
     }
     #[inline(always)]
     unsafe fn scale(self, n: Self) -> Self {
-        unsafe {
-            self.zip(n, |x, n| {
-                let n = _mm256_cvtps_epi32(n);
-                let half = _mm256_srai_epi32::<1>(n);
-                let bias = _mm256_set1_epi32(127);
-                let first = _mm256_slli_epi32::<23>(_mm256_add_epi32(half, bias));
-                let second = _mm256_slli_epi32::<23>(_mm256_add_epi32(_mm256_sub_epi32(n, half), bias));
-                let scaled = _mm256_mul_ps(x, _mm256_castsi256_ps(first));
-                _mm256_mul_ps(scaled, _mm256_castsi256_ps(second))
-            })
-        }
+        unsafe { Avx2(scale(self.0, n.0), scale(self.1, n.1)) }
     }
     #[inline(always)]
     unsafe fn if_less(self, limit: Self, value: Self, other: Self) -> Self {
         unsafe {
-            let less = self.zip(limit, |a, b| _mm256_cmp_ps::<_CMP_LT_OQ>(a, b));
-            Avx2(_mm256_blendv_ps(other.0, value.0, less.0), _mm256_blendv_ps(other.1, value.1, less.1))
+            let first = _mm256_cmp_ps::<_CMP_LT_OQ>(self.0, limit.0);
+            let second = _mm256_cmp_ps::<_CMP_LT_OQ>(self.1, limit.1);
+            Avx2(_mm256_blendv_ps(other.0, value.0, first), _mm256_blendv_ps(other.1, value.1, second))
         }
     }
     #[inline(always)]
     unsafe fn equal(self, other: Self) -> u32 {
         unsafe {
-            let equal = self.zip(other, |a, b| _mm256_cmp_ps::<_CMP_EQ_OQ>(a, b));
-            (_mm256_movemask_ps(equal.0) | _mm256_movemask_ps(equal.1) << 8) as u32
+            let first = _mm256_movemask_ps(_mm256_cmp_ps::<_CMP_EQ_OQ>(self.0, other.0));
+            let second = _mm256_movemask_ps(_mm256_cmp_ps::<_CMP_EQ_OQ>(self.1, other.1));
+            (first | second << 8) as u32
         }
     }
 
@@ -197,12 +226,8 @@ impl Simd for Avx2 {
     #[inline(always)]
     unsafe fn is_finite(self) -> bool {
         unsafe {
-            let exponent = _mm256_set1_epi32(0x7f80_0000);
-            let full = |x| {
-                let bits = _mm256_and_si256(_mm256_castps_si256(x), exponent);
-                _mm256_movemask_epi8(_mm256_cmpeq_epi32(bits, exponent))
-            };
-            full(self.0) | full(self.1) == 0
+            let any = _mm256_or_si256(not_finite(self.0), not_finite(self.1));
+            _mm256_testz_si256(any, any) != 0
         }
     }
 }

@@ -17,6 +17,8 @@ fn mask(len: usize) -> __mmask16 {
 // accesses touch the selected lanes only.
 #[allow(clippy::undocumented_unsafe_blocks, reason = "one argument for all, stated above")]
 impl Simd for Avx512 {
+    const WIDE: bool = true;
+
     #[inline(always)]
     unsafe fn splat(value: f32) -> Self {
         unsafe { Avx512(_mm512_set1_ps(value)) }

@@ -19,6 +19,9 @@ use crate::math::{EXP_OVERFLOW, EXP_POLY, EXP_UNDERFLOW, LN2_HI, LN2_LO, LOG2_E}
 /// Every method requires that the processor has the implementation's instruction set; those that take
 /// a pointer also require that it is valid for the elements they name. Nothing needs alignment.
 pub(crate) trait Simd: Copy {
+    /// True with 32 registers of 16 lanes; false with 16 of 8.
+    const WIDE: bool;
+
     unsafe fn splat(value: f32) -> Self;
     /// 16 elements.
     unsafe fn load(from: *const f32) -> Self;

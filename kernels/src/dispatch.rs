@@ -16,6 +16,7 @@ pub(crate) struct Kernels {
     pub(crate) rope: unsafe fn(head: &mut [f32], cos: &[f32], sin: &[f32]),
     pub(crate) silu_mul: unsafe fn(gate: &[f32], up: &[f32], out: &mut [f32]),
     pub(crate) attention: unsafe fn(&attention::Task<'_>),
+    pub(crate) merge: unsafe fn(parts: &[f32], out: &mut [f32]),
     pub(crate) argmax: unsafe fn(&[f32]) -> usize,
     pub(crate) all_finite: unsafe fn(&[f32]) -> bool,
     pub(crate) exp_sub: unsafe fn(x: &[f32], max: f32, out: &mut [f32]),
@@ -29,6 +30,7 @@ static SCALAR: Kernels = Kernels {
     rope: rope::scalar::rope,
     silu_mul: activation::scalar::silu_mul,
     attention: attention::scalar::attention,
+    merge: attention::scalar::merge,
     argmax: sampling::scalar::argmax,
     all_finite: sampling::scalar::all_finite,
     exp_sub: sampling::scalar::exp_sub,
@@ -81,6 +83,7 @@ macro_rules! vector_kernels {
                 add = norm::vector::add(sum: &mut [f32], x: &[f32]);
                 rope = rope::vector::rope(head: &mut [f32], cos: &[f32], sin: &[f32]);
                 silu_mul = activation::vector::silu_mul(gate: &[f32], up: &[f32], out: &mut [f32]);
+                merge = attention::vector::merge(parts: &[f32], out: &mut [f32]);
                 exp_sub = sampling::vector::exp_sub(x: &[f32], max: f32, out: &mut [f32]);
             );
 
@@ -104,6 +107,7 @@ macro_rules! vector_kernels {
                 rope: Self::rope,
                 silu_mul: Self::silu_mul,
                 attention: attention::vector::attention::<$table>,
+                merge: Self::merge,
                 argmax: Self::argmax,
                 all_finite: Self::all_finite,
                 exp_sub: Self::exp_sub,

@@ -1,52 +1,76 @@
 //! Attention in plain Rust: the specification.
 
-use super::{CHUNK, Task};
+use super::{CHUNK, Output, Task};
 use crate::LANES;
 use crate::kv::KvLayout;
 use crate::math::exp;
 use crate::norm::scalar::fold;
 
 /// # Safety
-/// No other task may hold the same rows and head.
+/// No other task may hold the same rows, head and chunks.
 pub(crate) unsafe fn attention(task: &Task<'_>) {
     let args = task.args;
     let (group, head_dim) = (args.group(), args.layout.head_dim);
-    let tokens = args.tokens(task.sequence);
-    let start_position = args.context_lens[task.sequence] as usize - tokens.len();
+    let first_token = args.tokens(task.sequence).start;
     for row in task.rows.clone() {
-        let token = tokens.start + row / group;
+        let token = first_token + row / group;
         let head = task.kv_head * group + row % group;
         let q = &args.q[token * args.q_row_stride + head * head_dim..][..head_dim];
-        // SAFETY: the caller's promise.
-        let out = unsafe { task.out.part((token * args.num_heads + head) * head_dim, head_dim) };
-        attend(task, q, start_position + row / group, out);
+        let position = args.start_position(task.sequence) + row / group;
+        let row = token * args.num_heads + head;
+        let mut part = vec![0.0; head_dim + 2];
+        let mut merged = Vec::new();
+        for chunk in task.output.chunks(position / CHUNK + 1) {
+            attend(task, q, position, chunk, &mut part);
+            match &task.output {
+                Output::Whole(_) => merged.extend_from_slice(&part),
+                Output::Parts { parts, num_chunks, .. } => {
+                    let at = (row * num_chunks + chunk) * part.len();
+                    // SAFETY: the caller's promise.
+                    unsafe { parts.part(at, part.len()) }.copy_from_slice(&part);
+                }
+            }
+        }
+        if let Output::Whole(out) = &task.output {
+            // SAFETY: the caller's promise.
+            merge(&merged, unsafe { out.part(row * head_dim, head_dim) });
+        }
     }
 }
 
-/// One query row over the keys `0..=position`.
-fn attend(task: &Task<'_>, q: &[f32], position: usize, out: &mut [f32]) {
+/// One query row over one chunk: `[head_dim]` weighted values, then the maximum and the sum.
+fn attend(task: &Task<'_>, q: &[f32], position: usize, chunk: usize, part: &mut [f32]) {
+    let visible = CHUNK.min(position + 1 - chunk * CHUNK);
+    let mut weights = [0.0f32; CHUNK];
+    let mut max = f32::NEG_INFINITY;
+    for (j, weight) in weights[..visible].iter_mut().enumerate() {
+        *weight = score(task, q, chunk * CHUNK + j) * task.args.scale;
+        max = max.max(*weight);
+    }
+    let mut sums = [0.0f32; LANES];
+    for (j, weight) in weights[..visible].iter_mut().enumerate() {
+        *weight = exp(*weight - max);
+        sums[j % LANES] += *weight;
+    }
+    for (d, part) in part[..q.len()].iter_mut().enumerate() {
+        *part = 0.0;
+        for (j, &weight) in weights[..visible].iter().enumerate() {
+            *part = weight.mul_add(value(task, chunk * CHUNK + j, d), *part);
+        }
+    }
+    part[q.len()] = max;
+    part[q.len() + 1] = fold(sums);
+}
+
+/// Merges the parts `[num_chunks, head_dim + 2]` of a row, at least one, in order.
+pub(crate) fn merge(parts: &[f32], out: &mut [f32]) {
+    let head_dim = out.len();
     let (mut max, mut sum) = (f32::NEG_INFINITY, 0.0f32);
-    for chunk in 0..=position / CHUNK {
-        let visible = CHUNK.min(position + 1 - chunk * CHUNK);
-        let mut weights = [0.0f32; CHUNK];
-        let mut chunk_max = f32::NEG_INFINITY;
-        for (j, weight) in weights[..visible].iter_mut().enumerate() {
-            *weight = score(task, q, chunk * CHUNK + j) * task.args.scale;
-            chunk_max = chunk_max.max(*weight);
-        }
-        let mut sums = [0.0f32; LANES];
-        for (j, weight) in weights[..visible].iter_mut().enumerate() {
-            *weight = exp(*weight - chunk_max);
-            sums[j % LANES] += *weight;
-        }
-        let chunk_sum = fold(sums);
+    for (chunk, part) in parts.chunks_exact(head_dim + 2).enumerate() {
+        let (chunk_max, chunk_sum) = (part[head_dim], part[head_dim + 1]);
         let new_max = max.max(chunk_max);
         let (a, b) = (exp(max - new_max), exp(chunk_max - new_max));
-        for (d, out) in out.iter_mut().enumerate() {
-            let mut part = 0.0f32;
-            for (j, &weight) in weights[..visible].iter().enumerate() {
-                part = weight.mul_add(value(task, chunk * CHUNK + j, d), part);
-            }
+        for (out, &part) in out.iter_mut().zip(part) {
             *out = if chunk == 0 { part } else { out.mul_add(a, part * b) };
         }
         sum = if chunk == 0 { chunk_sum } else { sum.mul_add(a, chunk_sum * b) };

@@ -7,9 +7,10 @@
 
 use std::ops::Range;
 
-use super::{CHUNK, MAX_HEAD_DIM, Task};
+use super::{CHUNK, MAX_HEAD_DIM, Output, Task};
 use crate::LANES;
 use crate::kv::KvLayout;
+use crate::math::exp as scalar_exp;
 use crate::simd::{Simd, exp};
 
 /// An instruction set's compiled row groups.
@@ -49,7 +50,10 @@ pub(crate) unsafe fn attention<T: Target>(task: &Task<'_>) {
 /// What the rows of a group have gathered so far, and what they need.
 struct Group<'a, const R: usize> {
     task: &'a Task<'a>,
+    /// `token * num_heads + head`
+    rows: [usize; R],
     queries: [*const f32; R],
+    /// Where a row's weighted values go.
     outs: [*mut f32; R],
     positions: [usize; R],
     max: [f32; R],
@@ -60,6 +64,8 @@ struct Group<'a, const R: usize> {
 struct Chunk<const R: usize> {
     /// Position of its first key.
     start: usize,
+    /// True if there is nothing yet to merge it with.
+    first: bool,
     /// Keys that each row sees.
     visible: [usize; R],
     /// Scores, then weights.
@@ -79,31 +85,46 @@ pub(crate) unsafe fn group<V: Simd, const R: usize, const T: usize, const C: usi
 ) {
     let args = task.args;
     let (heads_per_kv, head_dim) = (args.group(), args.layout.head_dim);
-    let tokens = args.tokens(task.sequence);
-    let start_position = args.context_lens[task.sequence] as usize - tokens.len();
-    let token = |r: usize| (first_row + r) / heads_per_kv;
-    let head = |r: usize| task.kv_head * heads_per_kv + (first_row + r) % heads_per_kv;
-    // SAFETY: the checked lengths cover every token's queries, keys, values and outputs.
-    unsafe {
-        let mut group: Group<'_, R> = Group {
-            task,
-            queries: std::array::from_fn(|r| {
-                let at = (tokens.start + token(r)) * args.q_row_stride + head(r) * head_dim;
-                args.q.as_ptr().add(at)
-            }),
-            outs: std::array::from_fn(|r| {
-                let at = ((tokens.start + token(r)) * args.num_heads + head(r)) * head_dim;
-                task.out.start().add(at)
-            }),
-            positions: std::array::from_fn(|r| start_position + token(r)),
-            max: [f32::NEG_INFINITY; R],
-            sum: [0.0; R],
-        };
-        // Rows ascend in position, so the last row sees the most.
-        let mut chunk = Chunk { start: 0, visible: [0; R], weights: [[0.0; CHUNK]; R] };
-        while chunk.start <= group.positions[R - 1] {
-            for r in 0..R {
-                chunk.visible[r] = (group.positions[r] + 1).saturating_sub(chunk.start).min(CHUNK);
+    let first_token = args.tokens(task.sequence).start;
+    let mut group: Group<'_, R> = Group {
+        task,
+        rows: [0; R],
+        queries: [std::ptr::null(); R],
+        outs: [std::ptr::null_mut(); R],
+        positions: [0; R],
+        max: [f32::NEG_INFINITY; R],
+        sum: [0.0; R],
+    };
+    for r in 0..R {
+        let (token, head) = ((first_row + r) / heads_per_kv, (first_row + r) % heads_per_kv);
+        let head = task.kv_head * heads_per_kv + head;
+        group.rows[r] = (first_token + token) * args.num_heads + head;
+        group.positions[r] = args.start_position(task.sequence) + token;
+        let at = (first_token + token) * args.q_row_stride + head * head_dim;
+        // SAFETY: the checked lengths cover every token's queries.
+        group.queries[r] = unsafe { args.q.as_ptr().add(at) };
+        if let Output::Whole(out) = &task.output {
+            // SAFETY: and its outputs.
+            group.outs[r] = unsafe { out.start().add(group.rows[r] * head_dim) };
+        }
+    }
+    // Rows ascend in position, so the last row sees the most.
+    let seen = group.positions[R - 1] / CHUNK + 1;
+    let mut chunk = Chunk { start: 0, first: true, visible: [0; R], weights: [[0.0; CHUNK]; R] };
+    for index in task.output.chunks(seen) {
+        chunk.start = index * CHUNK;
+        chunk.first = index == 0;
+        for r in 0..R {
+            chunk.visible[r] = (group.positions[r] + 1).saturating_sub(chunk.start).min(CHUNK);
+        }
+        // SAFETY: the caller's promise; columns are below `head_dim`.
+        unsafe {
+            if let Output::Parts { parts, num_chunks, .. } = &task.output {
+                chunk.first = true;
+                for r in 0..R {
+                    group.max[r] = f32::NEG_INFINITY;
+                    group.outs[r] = parts.start().add((group.rows[r] * num_chunks + index) * (head_dim + 2));
+                }
             }
             group.score::<V, T>(&mut chunk);
             let merges = group.weigh::<V>(&mut chunk);
@@ -116,18 +137,73 @@ pub(crate) unsafe fn group<V: Simd, const R: usize, const T: usize, const C: usi
                 group.gather::<V, 1>(&chunk, &merges, column, LANES.min(head_dim - column));
                 column += LANES;
             }
-            chunk.start += CHUNK;
-        }
-        for r in 0..R {
-            let scale = V::splat(1.0 / group.sum[r]);
-            let mut column = 0;
-            while column < head_dim {
-                let (at, count) = (group.outs[r].add(column), LANES.min(head_dim - column));
-                V::load_part(at, count).mul(scale).store_part(at, count);
-                column += LANES;
+            if let Output::Parts { .. } = task.output {
+                for r in 0..R {
+                    if chunk.visible[r] > 0 {
+                        *group.outs[r].add(head_dim) = group.max[r];
+                        *group.outs[r].add(head_dim + 1) = group.sum[r];
+                    }
+                }
             }
         }
     }
+    if let Output::Whole(_) = task.output {
+        for r in 0..R {
+            // SAFETY: the row's outputs are the task's.
+            unsafe { rescale::<V>(group.outs[r], head_dim, 1.0 / group.sum[r]) };
+        }
+    }
+}
+
+/// Multiplies `len` elements by `scale`.
+///
+/// # Safety
+/// The processor has `V`'s instruction set; the elements are the caller's.
+#[inline(always)]
+unsafe fn rescale<V: Simd>(values: *mut f32, len: usize, scale: f32) {
+    let mut i = 0;
+    while i < len {
+        // SAFETY: at most `len - i` elements at `i`.
+        unsafe {
+            let (at, count) = (values.add(i), LANES.min(len - i));
+            V::load_part(at, count).mul(V::splat(scale)).store_part(at, count);
+        }
+        i += LANES;
+    }
+}
+
+/// Merges the parts `[num_chunks, head_dim + 2]` of a row, at least one, in order.
+///
+/// # Safety
+/// The processor has `V`'s instruction set.
+#[inline(always)]
+pub(crate) unsafe fn merge<V: Simd>(parts: &[f32], out: &mut [f32]) {
+    let head_dim = out.len();
+    let (mut max, mut sum) = (f32::NEG_INFINITY, 0.0f32);
+    for (chunk, part) in parts.chunks_exact(head_dim + 2).enumerate() {
+        let (chunk_max, chunk_sum) = (part[head_dim], part[head_dim + 1]);
+        let new_max = max.max(chunk_max);
+        let (a, b) = (scalar_exp(max - new_max), scalar_exp(chunk_max - new_max));
+        let mut i = 0;
+        while i < head_dim {
+            // SAFETY: at most `head_dim - i` elements at `i` of either.
+            unsafe {
+                let (at, count) = (out.as_mut_ptr().add(i), LANES.min(head_dim - i));
+                let part = V::load_part(part.as_ptr().add(i), count);
+                let merged = if chunk == 0 {
+                    part
+                } else {
+                    V::load_part(at, count).fma(V::splat(a), part.mul(V::splat(b)))
+                };
+                merged.store_part(at, count);
+            }
+            i += LANES;
+        }
+        sum = if chunk == 0 { chunk_sum } else { sum.mul_add(a, chunk_sum * b) };
+        max = new_max;
+    }
+    // SAFETY: the whole of `out`.
+    unsafe { rescale::<V>(out.as_mut_ptr(), head_dim, 1.0 / sum) };
 }
 
 /// The factors with which a chunk joins what a row has; `None` leaves the row as it is.
@@ -239,10 +315,9 @@ impl<const R: usize> Group<'_, R> {
                 }
                 let chunk_sum = sum.sum();
                 let new_max = self.max[r].max(chunk_max);
-                let a = crate::math::exp(self.max[r] - new_max);
-                let b = crate::math::exp(chunk_max - new_max);
-                let first = chunk.start == 0;
-                self.sum[r] = if first { chunk_sum } else { self.sum[r].mul_add(a, chunk_sum * b) };
+                let a = scalar_exp(self.max[r] - new_max);
+                let b = scalar_exp(chunk_max - new_max);
+                self.sum[r] = if chunk.first { chunk_sum } else { self.sum[r].mul_add(a, chunk_sum * b) };
                 self.max[r] = new_max;
                 *merge = Some((a, b));
             }
@@ -273,7 +348,7 @@ impl<const R: usize> Group<'_, R> {
                 let Some((a, b)) = merges[r] else { continue };
                 for c in 0..C {
                     let at = self.outs[r].add(column + c * LANES);
-                    let merged = if chunk.start == 0 {
+                    let merged = if chunk.first {
                         parts[r][c]
                     } else {
                         V::load_part(at, count).fma(V::splat(a), parts[r][c].mul(V::splat(b)))

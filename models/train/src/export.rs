@@ -220,3 +220,105 @@ impl Card<'_> {
         folder.write("README.md", card.as_bytes())
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use candle_core::{Device, Tensor};
+    use tandem_models::backend::reference::ReferenceBackend;
+    use tandem_models::decoder::Decoder as Served;
+    use tandem_models::{Checkpoint, ForwardBatch, Model};
+
+    use super::*;
+    use crate::RunOptions;
+    use crate::corpus::{Corpus, Document};
+    use crate::model::Decoder;
+    use crate::random::{Purpose, normal, stream};
+
+    fn text() -> Text {
+        let document = Document { path: "a.py".into(), text: "def f(x):\n    return x + 1\n".repeat(9) };
+        let corpus = Corpus { train: vec![document], held_out: Vec::new(), skipped: 0 };
+        Text::train(&corpus, 280).expect("tokenizer")
+    }
+
+    /// Logits of the served forward pass, every position of `ids`.
+    fn served_logits(dir: &Path, ids: &[u32]) -> Vec<f32> {
+        let checkpoint = Checkpoint::open(dir).expect("open");
+        let mut model = Served::load(&checkpoint, ReferenceBackend::new(Device::Cpu)).expect("load");
+        model.allocate_kv_cache(4, 16).expect("cache");
+        let mut batch = ForwardBatch::new();
+        batch.push_sequence(ids, 0, &[0, 1, 2, 3], 16, ids.len());
+        let mut logits = Vec::new();
+        model.forward(&batch, &mut logits).expect("forward");
+        logits
+    }
+
+    #[test]
+    fn the_server_computes_what_the_trainer_does() {
+        let text = text();
+        for qkv_bias in [false, true] {
+            let shape = ModelShape {
+                vocab_size: 280,
+                hidden: 48,
+                layers: 3,
+                heads: 4,
+                kv_heads: 2,
+                head_dim: 16,
+                ffn: 80,
+                qkv_bias,
+                ..Default::default()
+            };
+            let decoder = Decoder::init(&shape, 3).expect("init");
+            for (i, parameter) in decoder.parameters.iter().enumerate() {
+                // Fresh norms are ones and biases zeros, which would hide a mix-up.
+                let count = parameter.var.elem_count();
+                let noise = normal(&mut stream(1, Purpose::Samples, 0, i), count, 0.1);
+                let noise = Tensor::from_vec(noise, parameter.var.shape(), &Device::Cpu).expect("noise");
+                parameter.var.set(&(parameter.var.as_tensor() + noise).expect("add")).expect("set");
+            }
+            let dir = tempfile::tempdir().expect("tempdir");
+            let folder = RunFolder::open(dir.path(), &RunOptions::default()).expect("folder");
+            write_tokenizer(&folder, &shape, &text).expect("tokenizer");
+            write_model(&folder, &decoder, &shape, &text, WeightDtype::F32).expect("model");
+            let ids: Vec<u32> = (0..50).map(|i| i * 31 % 280).collect();
+            let hidden = decoder.hidden(&ids, ids.len()).expect("hidden");
+            let ours =
+                hidden.matmul(&decoder.head.t().expect("t")).and_then(|t| t.flatten_all()?.to_vec1::<f32>());
+            let ours = ours.expect("logits");
+            let theirs = served_logits(dir.path(), &ids);
+            assert_eq!(ours.len(), theirs.len());
+            let worst = ours.iter().zip(&theirs).map(|(a, b)| (a - b).abs()).fold(0.0, f32::max);
+            let largest = ours.iter().map(|x| x.abs()).fold(0.0, f32::max);
+            assert!(worst < 1e-3 && largest > 0.1, "qkv_bias {qkv_bias}: differ by {worst} of {largest}");
+
+            // And back: the folder as a target for distillation.
+            let again = Decoder::load(&Checkpoint::open(dir.path()).expect("open"), 50).expect("load");
+            let reread = again.hidden(&ids, ids.len()).and_then(|t| t.to_vec2::<f32>()).expect("hidden");
+            assert_eq!(reread, hidden.to_vec2::<f32>().expect("hidden"));
+        }
+    }
+
+    #[test]
+    fn bf16_weights_are_the_rounded_ones() {
+        let text = text();
+        let shape = ModelShape {
+            vocab_size: 280,
+            hidden: 16,
+            layers: 1,
+            heads: 1,
+            kv_heads: 1,
+            head_dim: 16,
+            ffn: 32,
+            ..Default::default()
+        };
+        let decoder = Decoder::init(&shape, 3).expect("init");
+        let dir = tempfile::tempdir().expect("tempdir");
+        let folder = RunFolder::open(dir.path(), &RunOptions::default()).expect("folder");
+        write_model(&folder, &decoder, &shape, &text, WeightDtype::Bf16).expect("model");
+        let checkpoint = Checkpoint::open(dir.path()).expect("open");
+        for parameter in &decoder.parameters {
+            let stored = checkpoint.weights.tensor(&parameter.name).expect("tensor").to_f32();
+            let exact = parameter.var.flatten_all().and_then(|t| t.to_vec1::<f32>()).expect("values");
+            assert!(stored.iter().zip(&exact).all(|(&a, &b)| a == bf16::from_f32(b).to_f32()));
+        }
+    }
+}

@@ -201,6 +201,7 @@ mod tests {
 
     use super::*;
     use crate::Budget;
+    use crate::random::{Purpose, normal, stream};
 
     #[test]
     fn schedules_rise_and_fall() {
@@ -217,7 +218,7 @@ mod tests {
     #[test]
     fn orthogonalize_levels_singular_values() {
         for shape in [(6, 10), (10, 6)] {
-            let values: Vec<f32> = (0..60).map(|i| (i as f32 * 1.7).sin()).collect();
+            let values = normal(&mut stream(1, Purpose::Samples, 0, 0), 60, 3.0);
             let x = Tensor::from_vec(values, shape, &Device::Cpu).expect("tensor");
             let u = orthogonalize(&x).expect("orthogonalize");
             assert_eq!(u.dims2().expect("matrix"), shape);
@@ -233,7 +234,7 @@ mod tests {
             let run = RunOptions {
                 optimizer: kind,
                 lr: 0.05,
-                muon_lr: 0.05,
+                muon_lr: 0.2,
                 weight_decay: 0.0,
                 ..Default::default()
             };

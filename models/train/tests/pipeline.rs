@@ -111,14 +111,14 @@ impl Bench {
 fn a_pair_from_a_folder() {
     let bench = Bench::new();
     let start = train(&bench.train_options("short", 1)).expect("one step");
-    let trained = train(&bench.train_options("target", 40)).expect("train");
+    let trained = train(&bench.train_options("target", 150)).expect("train");
     let (before, after) =
         (start.held_out_bits_per_byte.expect("bits"), trained.held_out_bits_per_byte.expect("bits"));
-    assert!(after < before * 0.75, "held-out bits per byte went from {before} to {after}");
+    assert!(after < before * 0.6, "held-out bits per byte went from {before} to {after}");
     assert!(trained.final_loss < start.final_loss);
-    assert_eq!(trained.tokens, 40 * 4 * 64);
+    assert_eq!(trained.tokens, 150 * 4 * 64);
 
-    let distilled = distill(&bench.distill_options("target", "draft", 40)).expect("distill");
+    let distilled = distill(&bench.distill_options("target", "draft", 150)).expect("distill");
     let pair = distilled.held_out.expect("held-out files");
     assert!((pair.target_bits_per_byte - after).abs() < 1e-6);
     assert!(pair.greedy_agreement > 0.1 && pair.mean_accepted_length >= 1.0, "{pair:?}");

@@ -2,7 +2,7 @@
 //!
 //! candle's plain autograd builds a softmax, a norm or a rotation from half a dozen tensors, each
 //! a pass over memory, and candle-nn's own fused `rms_norm`, `softmax_last_dim` and `rope` have no
-//! backward. These do one pass forward and one backward, in f32 on the CPU; matrix products go
+//! backward (they cut the graph without an error). These do one pass forward and one backward, in f32 on the CPU; matrix products go
 //! through candle's gemm.
 //!
 //! Invariant: every reduction runs in one order that depends on shapes only, never on threads, so

@@ -103,14 +103,10 @@ async fn a_drawn_seed_is_returned_and_repeats_the_answer() {
 #[tokio::test]
 async fn choices_and_prompts_come_in_order_and_each_equals_its_single_request() {
     let server = TestServer::plain().await;
-    let many = body(json!({ "prompt": ["def add", "for item"], "n": 2, "model": "fast" }));
+    let mut many = body(json!({ "prompt": ["def add", "for item"], "n": 2, "model": "fast" }));
     let answer = server.post(PATH, &many).await.json();
-    let events = server.post(PATH, &{
-        let mut many = many.clone();
-        many["stream"] = json!(true);
-        many
-    });
-    let events = events.await.events();
+    many["stream"] = json!(true);
+    let events = server.post(PATH, &many).await.events();
     assert_eq!(answer["usage"]["completion_tokens"], 4 * 24);
     for (index, (prompt, seed)) in
         [("def add", 5), ("def add", 6), ("for item", 5), ("for item", 6)].into_iter().enumerate()

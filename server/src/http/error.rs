@@ -2,7 +2,7 @@
 //! `{"error":{"message","type","param","code"}}`.
 
 use axum::response::{IntoResponse, Response};
-use http::header::{ALLOW, CONTENT_TYPE, RETRY_AFTER, WWW_AUTHENTICATE};
+use http::header::{CONTENT_TYPE, RETRY_AFTER, WWW_AUTHENTICATE};
 use http::{HeaderValue, StatusCode};
 use serde::Serialize;
 use tandem_engine::EngineError;
@@ -159,15 +159,9 @@ impl IntoResponse for ApiError {
         if let Some(seconds) = self.retry_after {
             headers.insert(RETRY_AFTER, HeaderValue::from(seconds));
         }
-        match self.kind {
-            ErrorKind::Unauthorized => {
-                headers.insert(WWW_AUTHENTICATE, HeaderValue::from_static("Bearer"));
-            }
-            // axum overwrites this with the path's real methods.
-            ErrorKind::MethodNotAllowed => {
-                headers.insert(ALLOW, HeaderValue::from_static("GET, POST"));
-            }
-            _ => {}
+        // A 405's `Allow` is axum's, which knows the path's methods.
+        if self.kind == ErrorKind::Unauthorized {
+            headers.insert(WWW_AUTHENTICATE, HeaderValue::from_static("Bearer"));
         }
         response
     }

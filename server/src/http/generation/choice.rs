@@ -42,12 +42,12 @@ impl Choice {
         served: &ServedModel,
         stop: &[String],
         clock: TokenClock,
-        num_prompt_tokens: usize,
+        prompt: &[u32],
     ) -> Self {
         Choice {
             sequence,
             events,
-            detokenizer: Detokenizer::new(served.model.tokenizer.clone()),
+            detokenizer: Detokenizer::continuing(served.model.tokenizer.clone(), prompt, true),
             stop: StopMatcher::new(stop),
             clock,
             delta: Delta::default(),
@@ -56,7 +56,7 @@ impl Choice {
             num_released_bytes: 0,
             num_tokens: 0,
             usage: Usage {
-                num_prompt_tokens: u32::try_from(num_prompt_tokens).unwrap_or(u32::MAX),
+                num_prompt_tokens: u32::try_from(prompt.len()).unwrap_or(u32::MAX),
                 ..Usage::default()
             },
         }

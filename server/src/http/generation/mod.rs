@@ -159,9 +159,8 @@ impl Generation {
                 })?;
                 let sequence = RunningSequence { engine: state.engine.clone(), id, ended: false };
                 let clock = TokenClock::start(state.metrics.lane(served.lane));
-                let num_prompt_tokens = prompt.tokens.len();
                 let choice =
-                    Choice::new(sequence, receiver, served, &request.stop, clock, num_prompt_tokens);
+                    Choice::new(sequence, receiver, served, &request.stop, clock, &prompt.tokens);
                 choices.push(choice);
             }
         }

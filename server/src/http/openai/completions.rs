@@ -7,7 +7,7 @@ use axum::extract::State;
 use axum::response::{IntoResponse, Response};
 use serde::{Deserialize, Serialize};
 use tandem_engine::MAX_LOGPROBS;
-use tandem_models::Tokenizer;
+use tandem_models::{ModelError, Tokenizer};
 
 use super::logprobs::CompletionLogprobs;
 use super::params::{Shared, SharedFields, answer_tokens, in_range};
@@ -214,7 +214,8 @@ async fn prepare(
     let tokenize = move || {
         let one = |input| match (input, &fim, &suffix) {
             (PromptInput::Text(prefix), Some(fim), Some(suffix)) => {
-                let tokens = encode(&tokenizer, &fim.psm(&prefix, suffix), true)?.into();
+                let tokens = fim.encode_psm(&tokenizer, &prefix, suffix).map_err(untokenizable)?;
+                let tokens = tokens.expect("the tokens were found in this vocabulary: this is a bug").into();
                 Ok(PreparedPrompt { tokens, echo: None })
             }
             (PromptInput::Text(text), ..) => {
@@ -246,11 +247,14 @@ pub(super) async fn off_thread_if<R: Send + 'static>(
     }
 }
 
-/// Text to tokens.
+/// Text to tokens. Special tokens written out in the text count as such: clients build their own
+/// fill-in-the-middle prompts that way.
 pub(super) fn encode(tokenizer: &Tokenizer, text: &str, add_special: bool) -> Result<Vec<u32>, ApiError> {
-    tokenizer
-        .encode(text, add_special)
-        .map_err(|error| ApiError::invalid("prompt", format!("the prompt cannot be tokenized: {error}")))
+    tokenizer.encode(text, add_special).map_err(untokenizable)
+}
+
+fn untokenizable(error: ModelError) -> ApiError {
+    ApiError::invalid("prompt", format!("the prompt cannot be tokenized: {error}"))
 }
 
 fn decode(tokenizer: &Tokenizer, tokens: &[u32]) -> Result<String, ApiError> {

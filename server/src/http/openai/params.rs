@@ -222,7 +222,8 @@ pub(super) fn answer_tokens(
     strict: bool,
 ) -> Result<u32, ApiError> {
     let room = max_model_len.saturating_sub(num_prompt_tokens);
-    if room == 0 {
+    let only_scores = asked == Some(0) && num_prompt_tokens <= max_model_len;
+    if room == 0 && !only_scores {
         let error = tandem_engine::EngineError::PromptTooLong { num_prompt_tokens, max_model_len };
         return Err(error.into());
     }

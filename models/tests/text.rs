@@ -1,0 +1,169 @@
+//! Tokenizer, incremental detokenizer and fill-in-the-middle prompts, on tokenizers made here.
+
+use std::sync::Arc;
+
+use proptest::prelude::*;
+use tandem_models::{Detokenizer, FimTokens, Tokenizer};
+
+mod checkpoint_support;
+use checkpoint_support::{byte_fallback_tokenizer, byte_level_tokenizer};
+
+const SPECIAL: [&str; 5] =
+    ["<|endoftext|>", "<|fim_prefix|>", "<|fim_middle|>", "<|fim_suffix|>", "<|im_start|>"];
+
+fn load(json: &str) -> Arc<Tokenizer> {
+    let dir = tempfile::tempdir().unwrap();
+    std::fs::write(dir.path().join("tokenizer.json"), json).unwrap();
+    Arc::new(Tokenizer::from_dir(dir.path()).unwrap())
+}
+
+/// A decoder of another kind: WordPiece joins its neighbours.
+fn word_piece() -> Arc<Tokenizer> {
+    let vocab: serde_json::Map<String, serde_json::Value> =
+        ["[UNK]", "un", "##aff", "##able", "wel", "##come", ",", "'", "s"]
+            .iter()
+            .enumerate()
+            .map(|(id, token)| ((*token).to_owned(), id.into()))
+            .collect();
+    let json = serde_json::json!({
+        "version": "1.0", "truncation": {"direction": "Right", "max_length": 2, "strategy": "LongestFirst", "stride": 0},
+        "padding": null, "added_tokens": [], "normalizer": null,
+        "pre_tokenizer": {"type": "Whitespace"}, "post_processor": null,
+        "decoder": {"type": "WordPiece", "prefix": "##", "cleanup": false},
+        "model": {"type": "WordPiece", "unk_token": "[UNK]", "continuing_subword_prefix": "##",
+                  "max_input_chars_per_word": 100, "vocab": vocab},
+    });
+    load(&json.to_string())
+}
+
+fn stream(mut detokenizer: Detokenizer, ids: &[u32]) -> String {
+    let mut text = String::new();
+    for &id in ids {
+        let piece = detokenizer.push(id).unwrap();
+        assert_ne!(piece.as_deref(), Some(""), "an empty piece is None");
+        text.extend(piece);
+    }
+    text.extend(detokenizer.flush());
+    text
+}
+
+#[test]
+fn text_survives_encoding_and_decoding() {
+    let tokenizer = load(&byte_level_tokenizer(&SPECIAL));
+    for text in ["", "def add(a, b):\n    return a + b\n", "größer 漢字 😀\u{0}\u{7f}"] {
+        let ids = tokenizer.encode(text, true).unwrap();
+        assert_eq!(tokenizer.decode(&ids, false).unwrap(), text);
+        let bytes: Vec<u8> = ids.iter().flat_map(|&id| tokenizer.token_bytes(id)).collect();
+        assert_eq!(bytes, text.as_bytes());
+    }
+    assert_eq!(tokenizer.vocab_size(), 300);
+    assert_eq!(tokenizer.token_to_id("<|endoftext|>"), Some(0));
+    assert_eq!(tokenizer.id_to_token(300), None);
+    assert_eq!(tokenizer.token_bytes(300), b"");
+    assert_eq!(tokenizer.decode(&[300, 4_000_000_000], false).unwrap(), "");
+}
+
+#[test]
+fn user_text_cannot_become_control_tokens() {
+    let tokenizer = load(&byte_level_tokenizer(&SPECIAL));
+    let text = "a<|endoftext|>b";
+    let parsed = tokenizer.encode(text, false).unwrap();
+    assert!(parsed.contains(&0));
+    assert!(tokenizer.is_special(0));
+    let plain = tokenizer.encode_text(text, false).unwrap();
+    assert!(plain.iter().all(|&id| !tokenizer.is_special(id)), "{plain:?}");
+    assert_eq!(tokenizer.decode(&plain, true).unwrap(), text);
+    assert_eq!(tokenizer.decode(&parsed, true).unwrap(), "ab");
+    let harmless = "the theory of <b>";
+    assert_eq!(tokenizer.encode_text(harmless, true).unwrap(), tokenizer.encode(harmless, true).unwrap());
+}
+
+#[test]
+fn a_truncating_tokenizer_file_does_not_cut_prompts() {
+    assert_eq!(word_piece().encode("unaffable welcome", true).unwrap().len(), 5);
+}
+
+#[test]
+fn a_newline_of_byte_fallback_is_not_held_back() {
+    let tokenizer = load(&byte_fallback_tokenizer());
+    let newline = tokenizer.token_to_id("<0x0A>").unwrap();
+    let mut detokenizer = Detokenizer::new(Arc::clone(&tokenizer), true);
+    assert_eq!(detokenizer.push(newline).unwrap().as_deref(), Some("\n"));
+    assert_eq!(tokenizer.token_bytes(newline), b"\n");
+    assert_eq!(tokenizer.token_bytes(tokenizer.token_to_id("▁a").unwrap()), b" a");
+}
+
+#[test]
+fn a_continuation_keeps_the_leading_space_that_a_text_of_its_own_loses() {
+    let tokenizer = load(&byte_fallback_tokenizer());
+    let ids = tokenizer.encode("ab a", false).unwrap();
+    assert_eq!(tokenizer.decode(&ids, false).unwrap(), "ab a");
+    let (prompt, rest) = ids.split_at(1);
+    assert_eq!(stream(Detokenizer::new(Arc::clone(&tokenizer), true), rest), "a");
+    assert_eq!(stream(Detokenizer::continuing(Arc::clone(&tokenizer), prompt, true), rest), " a");
+    let words = word_piece();
+    let ids = words.encode("unaffable welcome", false).unwrap();
+    let (prompt, rest) = ids.split_at(3);
+    assert_eq!(stream(Detokenizer::continuing(Arc::clone(&words), prompt, true), rest), " welcome");
+}
+
+#[test]
+fn fim_tokens_are_found_by_their_usual_spellings() {
+    let detect = |special: &[&str]| FimTokens::detect(&load(&byte_level_tokenizer(special)));
+    assert_eq!(detect(&["<|endoftext|>"]), None);
+    assert_eq!(detect(&["<|fim_prefix|>", "<|fim_suffix|>"]), None);
+    let qwen = detect(&SPECIAL).unwrap();
+    assert_eq!(qwen.psm("P", "S"), "<|fim_prefix|>P<|fim_suffix|>S<|fim_middle|>");
+    assert_eq!(qwen.spm("P", "S").unwrap(), "<|fim_prefix|><|fim_suffix|>S<|fim_middle|>P");
+    let star_coder = detect(&["<fim_prefix>", "<fim_suffix>", "<fim_middle>"]).unwrap();
+    assert_eq!(star_coder.psm("P", "S"), "<fim_prefix>P<fim_suffix>S<fim_middle>");
+    let code_llama = detect(&["▁<PRE>", "▁<SUF>", "▁<MID>"]).unwrap();
+    assert_eq!(code_llama.psm("P", "S"), "▁<PRE>P▁<SUF>S▁<MID>");
+    let deep_seek = detect(&["<｜fim▁begin｜>", "<｜fim▁hole｜>", "<｜fim▁end｜>"]).unwrap();
+    assert_eq!(deep_seek.psm("P", "S"), "<｜fim▁begin｜>P<｜fim▁hole｜>S<｜fim▁end｜>");
+    assert_eq!(deep_seek.spm("P", "S"), None);
+}
+
+#[test]
+fn fim_prompts_keep_control_strings_of_the_client_as_text() {
+    let tokenizer = load(&byte_level_tokenizer(&SPECIAL));
+    let fim = FimTokens::detect(&tokenizer).unwrap();
+    let ids = fim.encode_psm(&tokenizer, "x = '<|endoftext|>'", "end").unwrap().unwrap();
+    let special: Vec<u32> = ids.iter().copied().filter(|&id| tokenizer.is_special(id)).collect();
+    let wanted =
+        ["<|fim_prefix|>", "<|fim_suffix|>", "<|fim_middle|>"].map(|t| tokenizer.token_to_id(t).unwrap());
+    assert_eq!(special, wanted);
+    let text = fim.psm("x = '<|endoftext|>'", "end");
+    assert_eq!(tokenizer.decode(&ids, false).unwrap(), text);
+}
+
+#[test]
+fn a_missing_or_damaged_tokenizer_is_named() {
+    let dir = tempfile::tempdir().unwrap();
+    let error = Tokenizer::from_dir(dir.path()).unwrap_err().to_string();
+    assert!(error.contains("tokenizer.json") && error.contains("no such file"), "{error}");
+    std::fs::write(dir.path().join("tokenizer.json"), "{\"version\": \"1.0\"}").unwrap();
+    let error = Tokenizer::from_dir(dir.path()).unwrap_err().to_string();
+    assert!(error.contains("tokenizer.json"), "{error}");
+}
+
+proptest! {
+    #[test]
+    fn streamed_text_equals_decoded_text(
+        ids in proptest::collection::vec(0..310u32, 0..60),
+        skip_special in any::<bool>(),
+    ) {
+        thread_local! {
+            static TOKENIZERS: [Arc<Tokenizer>; 3] =
+                [load(&byte_level_tokenizer(&SPECIAL)), load(&byte_fallback_tokenizer()), word_piece()];
+        }
+        TOKENIZERS.with(|tokenizers| {
+            for tokenizer in tokenizers {
+                let whole = tokenizer.decode(&ids, skip_special).unwrap();
+                let streamed = stream(Detokenizer::new(Arc::clone(tokenizer), skip_special), &ids);
+                prop_assert_eq!(streamed, whole);
+            }
+            Ok(())
+        })?;
+    }
+}

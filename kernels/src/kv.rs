@@ -73,7 +73,7 @@ pub fn write_kv(layout: &KvLayout, rows: &KvRows<'_>, k_cache: &mut [f32], v_cac
         k_cache.len(),
         v_cache.len()
     );
-    let num_slots = if width == 0 { 0 } else { k_cache.len() / width };
+    let num_slots = k_cache.len().checked_div(width).unwrap_or(0);
     for (token, &slot) in slot_mapping.iter().enumerate() {
         let slot = slot as usize;
         assert!(slot < num_slots, "write_kv: slot {slot} of {num_slots}");

@@ -267,7 +267,7 @@ mod tests {
     #[test]
     fn rows_come_back_bit_for_bit_in_every_type_and_odd_shape() {
         for (out, inp) in [(1, 1), (3, 2), (16, 7), (17, 33), (40, 64)] {
-            let bits: Vec<u16> = (0..out * inp).map(|i| (i * 2654435761 >> 7) as u16 & 0x7bff).collect();
+            let bits: Vec<u16> = (0..out * inp).map(|i| ((i * 2654435761) >> 7) as u16 & 0x7bff).collect();
             let floats: Vec<f32> = bits.iter().map(|&b| bf16_to_f32(b) * 1.25).collect();
             let cases: [(PackedMatrix, Vec<f32>); 3] = [
                 (PackedMatrix::from_f32(&floats, out, inp), floats.clone()),

@@ -141,7 +141,7 @@ impl ThreadPool {
     /// runs everything on the calling thread.
     ///
     /// # Panics
-    /// If a task panics: with the first panic's payload, after all other tasks have ended.
+    /// If a task panics: with the first panic's payload, after all tasks that have begun have ended.
     pub fn run(&self, num_tasks: usize, task: Task<'_>) {
         if num_tasks <= 1 || self.threads() == 1 || self.shared.busy.swap(true, Ordering::Acquire) {
             (0..num_tasks).for_each(task);

@@ -43,7 +43,7 @@ pub fn silu_mul(pool: &ThreadPool, gate: &[f32], up: &[f32], out: &mut [f32]) {
 /// If `width` is 0 or the lengths do not fit it.
 pub fn silu_mul_stacked(pool: &ThreadPool, gate_up: &[f32], width: usize, out: &mut [f32]) {
     assert!(
-        width > 0 && out.len() % width == 0 && gate_up.len() == 2 * out.len(),
+        width > 0 && out.len().is_multiple_of(width) && gate_up.len() == 2 * out.len(),
         "silu_mul_stacked: gate_up has {} elements and out {} for rows of width {width}",
         gate_up.len(),
         out.len()

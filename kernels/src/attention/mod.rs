@@ -31,7 +31,7 @@ pub const CHUNK: usize = 128;
 /// Widest head: bounds the copy of keys whose block size is not a multiple of 16.
 pub const MAX_HEAD_DIM: usize = 512;
 
-const _: () = assert!(CHUNK % crate::LANES == 0);
+const _: () = assert!(CHUNK.is_multiple_of(crate::LANES));
 
 /// The inputs of one layer's attention. Row `i` of sequence `s` is the token at position
 /// `context_lens[s] - num_tokens(s) + i`; keys and values of this pass are already written.
@@ -136,7 +136,7 @@ impl PagedAttention<'_> {
         );
         assert!(head_dim <= MAX_HEAD_DIM, "attention: head_dim {head_dim}; at most {MAX_HEAD_DIM}");
         assert!(
-            self.num_heads > 0 && self.num_heads % num_kv_heads == 0,
+            self.num_heads > 0 && self.num_heads.is_multiple_of(num_kv_heads),
             "attention: {} query heads over {num_kv_heads} key/value heads",
             self.num_heads
         );

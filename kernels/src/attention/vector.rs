@@ -5,6 +5,11 @@
 //! take part in what they see: a score beyond a row's position becomes a weight of 0, and values are
 //! added up to each row's own position only (a slot that was never written may hold anything).
 
+#![allow(
+    clippy::needless_range_loop,
+    reason = "indices name rows, panels and tiles of several arrays at once"
+)]
+
 use std::ops::Range;
 
 use super::{CHUNK, MAX_HEAD_DIM, Output, Task};

@@ -35,7 +35,7 @@ pub(crate) struct Tile<'a> {
 /// If a length does not fit the matrix.
 pub fn matmul(pool: &ThreadPool, x: &[f32], w: &PackedMatrix, bias: Option<&[f32]>, out: &mut [f32]) {
     let (inp, outp) = (w.in_features(), w.out_features());
-    assert!(x.len() % inp == 0, "matmul: x has {} elements, not whole rows of {inp}", x.len());
+    assert!(x.len().is_multiple_of(inp), "matmul: x has {} elements, not whole rows of {inp}", x.len());
     let num_rows = x.len() / inp;
     assert!(
         out.len() == num_rows * outp,

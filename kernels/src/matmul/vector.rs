@@ -5,6 +5,11 @@
 //! panels. One row takes many panels, because it needs eight or more independent chains to hide the
 //! latency of a multiply-add; more rows take fewer panels, to stay within the registers.
 
+#![allow(
+    clippy::needless_range_loop,
+    reason = "indices name rows, panels and tiles of several arrays at once"
+)]
+
 use super::Tile;
 use crate::LANES;
 use crate::pack::WeightType;

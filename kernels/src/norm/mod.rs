@@ -70,7 +70,7 @@ pub fn add_rms_norm(
 
 fn check(op: &str, len: usize, width: usize, out_len: usize) -> usize {
     assert!(width > 0, "{op}: the weight is empty");
-    assert!(len % width == 0, "{op}: x has {len} elements, not whole rows of {width}");
+    assert!(len.is_multiple_of(width), "{op}: x has {len} elements, not whole rows of {width}");
     assert!(out_len == len, "{op}: out has {out_len} elements, x {len}");
     len / width
 }

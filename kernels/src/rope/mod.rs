@@ -48,8 +48,10 @@ pub fn rope(pool: &ThreadPool, x: &mut [f32], args: &Rope<'_>) {
     let x = SharedOut::new(x);
     let tasks = pool.num_tasks(rows, 1 + width / 8);
     pool.run(tasks, &|i| {
-        for row in i * rows / tasks..(i + 1) * rows / tasks {
-            let angles = positions[row] as usize * half..(positions[row] as usize + 1) * half;
+        let begin = i * rows / tasks;
+        for (row, &position) in positions[begin..(i + 1) * rows / tasks].iter().enumerate() {
+            let row = begin + row;
+            let angles = position as usize * half..(position as usize + 1) * half;
             // SAFETY: a row belongs to one task and rows do not overlap.
             let heads = unsafe { x.part(row * row_stride, width) };
             for head in heads.chunks_exact_mut(head_dim) {

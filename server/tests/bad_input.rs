@@ -31,7 +31,8 @@ async fn every_fault_is_named() {
         ("", None, &["empty"]),
         ("{\"prompt\": \"a\",\n \"n\" 1}", None, &["line 2 column"]),
         ("{\"prompt\": \"a\"} {}", None, &["trailing"]),
-        ("[1]", None, &["fit"]),
+        ("[1]", None, &["array"]),
+        ("7", None, &["fit"]),
         ("{}", Some("prompt"), &["prompt"]),
         ("{\"prompt\": \"\"}", Some("prompt"), &["empty"]),
         ("{\"prompt\": []}", Some("prompt"), &["prompt"]),
@@ -42,7 +43,11 @@ async fn every_fault_is_named() {
         (&long, Some("prompt"), &["256"]),
         ("{\"prompt\": \"a\", \"max_tokens\": -1}", Some("max_tokens"), &["-1", "1 to 256"]),
         ("{\"prompt\": \"a\", \"max_tokens\": 0}", Some("max_tokens"), &["0", "1 to 256"]),
-        ("{\"prompt\": \"a\", \"max_tokens\": 9223372036854775808}", Some("max_tokens"), &["9223372036854775808"]),
+        (
+            "{\"prompt\": \"a\", \"max_tokens\": 9223372036854775808}",
+            Some("max_tokens"),
+            &["9223372036854775808"],
+        ),
         ("{\"prompt\": \"a\", \"max_tokens\": 1.5}", Some("max_tokens"), &["1.5"]),
         ("{\"prompt\": \"a\", \"max_tokens\": \"many\"}", Some("max_tokens"), &["many"]),
         ("{\"prompt\": \"a\", \"temperature\": \"NaN\"}", Some("temperature"), &["NaN"]),
@@ -85,8 +90,16 @@ async fn every_fault_is_named() {
         ("{\"messages\": []}", Some("messages"), &["empty"]),
         ("{\"messages\": \"hello\"}", Some("messages"), &["string"]),
         ("{\"messages\": [{}]}", Some("messages[0].role"), &["role"]),
-        ("{\"messages\": [{\"role\": \"user\", \"content\": 5}]}", Some("messages[0].content"), &["text parts"]),
-        ("{\"messages\": [{\"role\": \"user\", \"content\": \"a\"}], \"max_tokens\": 0}", Some("max_tokens"), &["0"]),
+        (
+            "{\"messages\": [{\"role\": \"user\", \"content\": 5}]}",
+            Some("messages[0].content"),
+            &["text parts"],
+        ),
+        (
+            "{\"messages\": [{\"role\": \"user\", \"content\": \"a\"}], \"max_tokens\": 0}",
+            Some("max_tokens"),
+            &["0"],
+        ),
         (
             "{\"messages\": [{\"role\": \"user\", \"content\": \"a\"}], \"top_logprobs\": 3}",
             Some("top_logprobs"),
@@ -154,7 +167,9 @@ async fn a_full_queue_asks_to_come_back() {
     assert_eq!(answer.error()["code"], "queue_full");
     let seconds: u32 = answer.headers["retry-after"].to_str().expect("text").parse().expect("seconds");
     assert!((1..=30).contains(&seconds));
-    server.until("the refused request's sequences are gone", |stats| stats.num_running + stats.num_waiting == 0).await;
+    server
+        .until("the refused request's sequences are gone", |stats| stats.num_running + stats.num_waiting == 0)
+        .await;
     server.stop().await;
 }
 
@@ -162,8 +177,19 @@ async fn a_full_queue_asks_to_come_back() {
 async fn numbers_at_the_edges_never_break_the_server() {
     let server = TestServer::plain().await;
     let fields = [
-        "max_tokens", "n", "seed", "temperature", "top_p", "top_k", "min_p", "presence_penalty",
-        "frequency_penalty", "repetition_penalty", "min_tokens", "logprobs", "best_of",
+        "max_tokens",
+        "n",
+        "seed",
+        "temperature",
+        "top_p",
+        "top_k",
+        "min_p",
+        "presence_penalty",
+        "frequency_penalty",
+        "repetition_penalty",
+        "min_tokens",
+        "logprobs",
+        "best_of",
     ];
     let values = ["-1", "0", "2147483648", "9223372036854775808", "1e308", "-1e308", "\"NaN\"", "null"];
     for field in fields {

@@ -41,8 +41,7 @@ async fn a_stream_has_role_text_end_and_usage() {
     let server = TestServer::plain().await;
     let whole = server.post(PATH, &body(json!({}))).await.json();
     for include_usage in [false, true] {
-        let request =
-            body(json!({ "stream": true, "stream_options": { "include_usage": include_usage } }));
+        let request = body(json!({ "stream": true, "stream_options": { "include_usage": include_usage } }));
         let mut events = server.post(PATH, &request).await.events();
         assert!(events.iter().all(|event| event["object"] == "chat.completion.chunk"));
         let last = events.last().expect("events").clone();
@@ -93,7 +92,9 @@ async fn logprobs_spell_the_answer() {
         for token in content {
             assert!(token["logprob"].as_f64().expect("a number") <= 0.0);
             assert_eq!(token["top_logprobs"].as_array().map(Vec::len), Some(2));
-            bytes.extend(token["bytes"].as_array().expect("bytes").iter().map(|b| b.as_u64().expect("a byte") as u8));
+            bytes.extend(
+                token["bytes"].as_array().expect("bytes").iter().map(|b| b.as_u64().expect("a byte") as u8),
+            );
         }
         // Control tokens have bytes and no text; everything else is the text.
         let spelled = String::from_utf8_lossy(&bytes).replace("<|endoftext|>", "");

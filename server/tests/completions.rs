@@ -209,7 +209,10 @@ async fn a_prompt_can_be_scored_without_an_answer() {
     assert_eq!(choice["text"], "def add(a, b):");
     assert_eq!(choice["finish_reason"], "length");
     assert_eq!(answer["usage"]["completion_tokens"], 0);
-    assert_eq!(choice["logprobs"]["tokens"].as_array().map(Vec::len), answer["usage"]["prompt_tokens"].as_u64().map(|n| n as usize));
+    assert_eq!(
+        choice["logprobs"]["tokens"].as_array().map(Vec::len),
+        answer["usage"]["prompt_tokens"].as_u64().map(|n| n as usize)
+    );
     server.stop().await;
 }
 

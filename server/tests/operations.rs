@@ -137,6 +137,9 @@ async fn pages_of_other_origins_are_let_in_only_if_configured() {
     assert_eq!(refused.status, 401);
     let error: Value = refused.error();
     assert_eq!(error["type"], "authentication_error");
-    assert!(refused.headers.contains_key("access-control-allow-origin"), "so that the page can read the error");
+    assert!(
+        refused.headers.contains_key("access-control-allow-origin"),
+        "so that the page can read the error"
+    );
     server.stop().await;
 }

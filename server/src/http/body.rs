@@ -34,6 +34,11 @@ fn parse<T: DeserializeOwned>(bytes: &[u8]) -> Result<T, ApiError> {
     if bytes.is_empty() {
         return Err(ApiError::new(ErrorKind::InvalidRequest, "the body is empty; it must be a JSON object"));
     }
+    // A struct can also be read from an array, field by field; nobody means that.
+    if bytes.trim_ascii_start().first() == Some(&b'[') {
+        let message = "the body is a JSON array; it must be an object";
+        return Err(ApiError::new(ErrorKind::InvalidRequest, message));
+    }
     let mut deserializer = serde_json::Deserializer::from_slice(bytes);
     let value = serde_path_to_error::deserialize(&mut deserializer).map_err(|error| {
         let path = error.path().to_string();
@@ -143,14 +148,15 @@ mod tests {
             ("{\"temperature\": 1e999}", "number out of range", None),
             ("{\"temperature\": 1} x", "trailing characters", None),
             ("{\"temperature\": ", "EOF", None),
-            ("[]x", "line 1", None),
+            ("[1]", "array", None),
+            ("7", "line 1 column 1", None),
             ("", "empty", None),
         ] {
             let error = parse::<Sample>(body.as_bytes()).unwrap_err();
             assert!(error.message.contains(wanted), "{body:?} gave {}", error.message);
             assert_eq!(error.param.as_deref(), param, "{body:?}");
         }
-        let deep = "[".repeat(10_000);
+        let deep = format!("{{\"a\":{}", "[".repeat(10_000));
         assert!(parse::<serde_json::Value>(deep.as_bytes()).unwrap_err().message.contains("recursion"));
     }
 }

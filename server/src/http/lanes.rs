@@ -50,10 +50,7 @@ pub fn choose_lane(work: Work) -> Lane {
 pub fn resolve<'a>(state: &'a AppState, name: Option<&str>, work: Work) -> Result<&'a ServedModel, ApiError> {
     let name = name.unwrap_or(AUTO);
     let served = match name {
-        AUTO => state
-            .served(choose_lane(work))
-            .or(state.target.as_ref())
-            .or(state.draft.as_ref()),
+        AUTO => state.served(choose_lane(work)).or(state.target.as_ref()).or(state.draft.as_ref()),
         "fast" => state.draft.as_ref(),
         "deep" => state.target.as_ref(),
         _ => [&state.target, &state.draft].into_iter().flatten().find(|served| served.model.name == name),

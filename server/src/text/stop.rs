@@ -119,7 +119,11 @@ mod tests {
     /// end there.
     fn naive(text: &str, stops: &[String]) -> Option<usize> {
         (0..=text.len()).filter(|&end| text.is_char_boundary(end)).find_map(|end| {
-            stops.iter().filter(|stop| text[..end].ends_with(stop.as_str())).map(|stop| end - stop.len()).min()
+            stops
+                .iter()
+                .filter(|stop| text[..end].ends_with(stop.as_str()))
+                .map(|stop| end - stop.len())
+                .min()
         })
     }
 

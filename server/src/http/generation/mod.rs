@@ -11,8 +11,7 @@ use std::task::{Context, Poll};
 use std::time::Duration;
 
 use tandem_engine::{
-    EngineHandle, Event, EventSink, SamplingParams, SequenceId, SinkError, SubmitRequest,
-    TokenLogprobs,
+    EngineHandle, Event, EventSink, SamplingParams, SequenceId, SinkError, SubmitRequest, TokenLogprobs,
 };
 use tokio::sync::mpsc;
 
@@ -159,8 +158,7 @@ impl Generation {
                 })?;
                 let sequence = RunningSequence { engine: state.engine.clone(), id, ended: false };
                 let clock = TokenClock::start(state.metrics.lane(served.lane));
-                let choice =
-                    Choice::new(sequence, receiver, served, &request.stop, clock, &prompt.tokens);
+                let choice = Choice::new(sequence, receiver, served, &request.stop, clock, &prompt.tokens);
                 choices.push(choice);
             }
         }
@@ -288,4 +286,3 @@ impl EventSink for ChannelSink {
         })
     }
 }
-

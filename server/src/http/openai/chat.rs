@@ -135,8 +135,7 @@ fn top_logprobs(logprobs: Option<bool>, top: Option<i128>) -> Result<Option<u8>,
 /// Messages to tokens, by the model's chat template.
 async fn render(served: &ServedModel, fields: ChatFields) -> Result<Arc<[u32]>, ApiError> {
     let Some(template) = served.model.chat_template.clone() else {
-        let message =
-            format!("the model {:?} has no chat template; use /v1/completions", served.model.name);
+        let message = format!("the model {:?} has no chat template; use /v1/completions", served.model.name);
         return Err(ApiError::invalid("model", message));
     };
     let mut messages = fields.messages.unwrap_or_default();

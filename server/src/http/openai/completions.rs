@@ -129,7 +129,8 @@ pub(super) async fn completions(
     let identity = Identity::new(response_id("cmpl"), "text_completion", shared.model, common.seed);
     let tokenizer = served.model.tokenizer.clone();
     let seed = common.seed;
-    let shape = Shape { tokenizer, prompts, num_choices: common.num_choices, has_logprobs: logprobs.is_some() };
+    let shape =
+        Shape { tokenizer, prompts, num_choices: common.num_choices, has_logprobs: logprobs.is_some() };
     let response = if common.stream {
         let encoder = CompletionEncoder {
             writer: ChunkWriter::new(&identity, common.include_usage),

@@ -195,7 +195,10 @@ impl SharedFields {
         let mut biases = Vec::new();
         for (token, &bias) in self.logit_bias.iter().flatten() {
             let id = token.parse::<u32>().map_err(|_| {
-                ApiError::invalid("logit_bias", format!("logit_bias has the key {token:?}; keys must be token ids"))
+                ApiError::invalid(
+                    "logit_bias",
+                    format!("logit_bias has the key {token:?}; keys must be token ids"),
+                )
             })?;
             biases.push((id, number("logit_bias", Some(bias), 0.0)?));
         }

@@ -3,6 +3,7 @@
 use candle_core::Tensor;
 use rand::RngExt;
 use tandem_models::Checkpoint;
+use tandem_models::text::{FimTokens, Tokenizer};
 
 use crate::corpus::Corpus;
 use crate::evaluate::{EvalRow, compare, eval_rows};
@@ -16,7 +17,7 @@ use crate::run::{Task, drive, fingerprint};
 use crate::sample::Sampler;
 use crate::tokenizer::Text;
 use crate::train::{corpus_rows, split_rows};
-use crate::{DistillOptions, DistillReport, ModelShape, TrainError};
+use crate::{DistillOptions, DistillReport, ModelShape, SampleMix, TrainError};
 
 /// Steps whose target-written rows are generated together: decoding costs a pass over the target's
 /// weights for each token, whatever the number of rows.
@@ -35,7 +36,8 @@ pub fn distill(options: &DistillOptions) -> Result<DistillReport, TrainError> {
         let wanted = format!("at most the target's context of {context}");
         return Err(TrainError::Option { option: "seq_len", found: run.seq_len.to_string(), wanted });
     }
-    let text = Text::read(&options.target)?;
+    let mut text = Text::read(&options.target)?;
+    let mix = adopt_fim(&mut text, options)?;
     if text.vocab_size() > checkpoint.config.vocab_size {
         let (found, wanted) = (text.vocab_size(), checkpoint.config.vocab_size);
         return Err(TrainError::Tokenizer(format!(
@@ -55,8 +57,8 @@ pub fn distill(options: &DistillOptions) -> Result<DistillReport, TrainError> {
     let draft = Decoder::init(&shape, run.seed)?;
     let summary = corpus.summary();
     let eval = eval_rows(&corpus, &text, run.seq_len, run.eval_tokens)?;
-    let sampler = Sampler::new(&corpus, &text, &options.mix);
-    let mut prints = fingerprint(run, &shape, &options.mix, &summary);
+    let sampler = Sampler::new(&corpus, &text, &mix);
+    let mut prints = fingerprint(run, &shape, &mix, &summary);
     prints.insert("target".into(), format!("{:?}", checkpoint.config).into());
     let weights = [options.kl_weight, options.ce_weight, options.from_outputs, options.output_temperature];
     prints.insert("distillation".into(), format!("{weights:?}").into());
@@ -91,6 +93,22 @@ pub fn distill(options: &DistillOptions) -> Result<DistillReport, TrainError> {
     write_json(&folder, "report.json", &report)?;
     folder.finish()?;
     Ok(report)
+}
+
+/// Takes over the target's own spelling of the fill-in-the-middle tokens, and leaves out the order
+/// that it was not trained on.
+fn adopt_fim(text: &mut Text, options: &DistillOptions) -> Result<SampleMix, TrainError> {
+    let mut mix = options.mix.clone();
+    let tokenizer = Tokenizer::from_dir(&options.target)?;
+    let tokens = FimTokens::detect(&tokenizer);
+    text.special.fim = tokens.as_ref().and_then(|tokens| {
+        let id = |token: &str| tokenizer.token_to_id(token);
+        Some([id(&tokens.prefix)?, id(&tokens.middle)?, id(&tokens.suffix)?])
+    });
+    if tokens.is_some_and(|tokens| tokens.spm("", "").is_none()) {
+        mix.spm_rate = 0.0;
+    }
+    Ok(mix)
 }
 
 struct Distillation<'a> {

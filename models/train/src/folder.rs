@@ -80,7 +80,11 @@ impl RunFolder {
             file.write_all(bytes)?;
             file.sync_all()
         });
-        written.map_err(TrainError::io(&temporary))?;
+        if let Err(error) = written {
+            // On a full disk the half-written file is the first thing to go.
+            let _ = fs::remove_file(&temporary);
+            return Err(TrainError::io(&temporary)(error));
+        }
         fs::rename(&temporary, &path).map_err(TrainError::io(&path))
     }
 

@@ -187,10 +187,10 @@ mod tests {
     fn sampling_follows_the_distribution() {
         let logits = [0.0, 2f32.ln(), 5f32.ln()];
         let mut rng = stream(1, Purpose::Generation, 0, 0);
-        let mut counts = [0; 3];
+        let mut counts = [0i32; 3];
         (0..8000).for_each(|_| counts[pick(&logits, 1.0, &mut rng) as usize] += 1);
         for (count, wanted) in counts.iter().zip([1000, 2000, 5000]) {
-            assert!((count - wanted as i32).abs() < 200, "{counts:?}");
+            assert!((count - wanted).abs() < 200, "{counts:?}");
         }
     }
 }

@@ -4,7 +4,7 @@ use std::sync::atomic::Ordering;
 use std::time::{Duration, Instant};
 
 use candle_core::Tensor;
-use indicatif::{ProgressBar, ProgressDrawTarget, ProgressStyle};
+use indicatif::{HumanDuration, ProgressBar, ProgressDrawTarget, ProgressStyle};
 use serde_json::{Map, Value, json};
 
 use crate::folder::{Progress, RunFolder};
@@ -14,6 +14,8 @@ use crate::{Budget, CorpusSummary, ModelShape, RunOptions, SampleMix, TrainError
 
 /// Weight of a new loss in the running mean.
 const SMOOTHING: f32 = 0.02;
+/// Time between lines where no bar can be drawn.
+const LOG_INTERVAL: Duration = Duration::from_secs(30);
 
 /// What a finished loop reports.
 pub(crate) struct Outcome {
@@ -50,6 +52,7 @@ pub(crate) fn drive(
     let tokens = (run.seq_len * run.batch) as u64;
     let bar = progress_bar(run, total * tokens, first * tokens);
     let started = Instant::now();
+    let mut log = PlainLog { on: run.progress && bar.is_hidden(), last: started };
     while progress.step < total {
         let step = progress.step;
         let loss = task.loss(decoder, step)?;
@@ -68,13 +71,18 @@ pub(crate) fn drive(
         }
         progress.step += 1;
         progress.loss += (value - progress.loss) * SMOOTHING.max(1.0 / progress.step as f32);
-        bar.inc(tokens);
-        bar.set_message(format!("step {} of {total}, loss {:.3}", progress.step, progress.loss));
         let done = progress.step;
-        if run.eval_interval > 0 && done.is_multiple_of(run.eval_interval) && done < total {
-            if let Some(line) = task.evaluate(decoder)? {
-                bar.println(format!("step {done}: {line}"));
-            }
+        bar.inc(tokens);
+        bar.set_message(format!("step {done} of {total}, loss {:.3}", progress.loss));
+        log.tick(|| {
+            let rate = ((done - first) * tokens) as f64 / started.elapsed().as_secs_f64();
+            let left = HumanDuration(Duration::from_secs_f64(((total - done) * tokens) as f64 / rate));
+            format!("step {done} of {total}, loss {:.3}, {rate:.0} tokens/s, {left} left", progress.loss)
+        });
+        let evaluates = run.eval_interval > 0 && done.is_multiple_of(run.eval_interval) && done < total;
+        if evaluates && let Some(line) = task.evaluate(decoder)? {
+            let line = format!("step {done}: {line}");
+            if bar.is_hidden() { log.line(&line) } else { bar.println(line) }
         }
         let stopped = run.stop.as_ref().is_some_and(|stop| stop.load(Ordering::Relaxed));
         let due = run.checkpoint_interval > 0 && done.is_multiple_of(run.checkpoint_interval);
@@ -107,8 +115,32 @@ fn progress_bar(run: &RunOptions, total: u64, done: u64) -> ProgressBar {
     ));
     bar.set_position(done);
     bar.reset_eta();
-    bar.enable_steady_tick(Duration::from_millis(500));
+    if run.progress {
+        bar.enable_steady_tick(Duration::from_millis(500));
+    }
     bar
+}
+
+/// Lines on standard error where there is no terminal for a bar: a run of hours is often started in
+/// the background, its output in a file.
+struct PlainLog {
+    on: bool,
+    last: Instant,
+}
+
+impl PlainLog {
+    fn tick(&mut self, line: impl FnOnce() -> String) {
+        if self.on && self.last.elapsed() >= LOG_INTERVAL {
+            self.last = Instant::now();
+            self.line(&line());
+        }
+    }
+
+    fn line(&self, line: &str) {
+        if self.on {
+            eprintln!("{line}");
+        }
+    }
 }
 
 /// Every option that the weights depend on; a resumed run must have equal ones.

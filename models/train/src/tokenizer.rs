@@ -120,7 +120,7 @@ impl Text {
     fn parse(json: String) -> Result<Self, TrainError> {
         let tokenizer: Tokenizer = json.parse().map_err(reason)?;
         let id = |token: &str| tokenizer.token_to_id(token);
-        let ends = [END_OF_TEXT, "</s>", "<|end_of_text|>", "<eos>"];
+        let ends = [END_OF_TEXT, "<|end_of_text|>", "</s>", "<eos>", "<｜end▁of▁sentence｜>"];
         let Some(end_of_text) = ends.iter().find_map(|token| id(token)) else {
             return Err(TrainError::Tokenizer(format!(
                 "has no end-of-text token; wanted one of {}",

@@ -6,14 +6,18 @@
 //!
 //! - `+`, `~` and `*` become calls of filters that look at the sizes first;
 //! - literal text is printed as a value, so that all output, captured or not, passes the formatter;
-//! - what lists, calls, filters and captures leave on the stack is passed to a filter that charges it;
+//! - what lists, calls, filters and captures leave on the stack is passed to a filter that charges it,
+//!   and lazy sequences, which could come to hold themselves, are made lists there;
 //! - what is stored in a namespace, the only mutable thing, is checked first: a namespace within
-//!   itself would recurse for ever.
+//!   itself would recurse for ever;
+//! - a loop over `none` fails, as in Python, where minijinja takes it for an empty list.
+//!
+//! The compiler itself multiplies literals, up to 100 MB, so `*` gets a factor that it does not know.
 
 use std::collections::BTreeMap;
 use std::sync::Arc;
 
-use minijinja::machinery::{CompiledTemplate, Instruction, Instructions, TemplateConfig};
+use minijinja::machinery::{CompiledTemplate, Instruction, Instructions, TemplateConfig, Token, tokenize};
 use minijinja::syntax::SyntaxConfig;
 use minijinja::{AutoEscape, Error, Value};
 
@@ -22,7 +26,12 @@ pub(super) const ADD: &str = "+";
 pub(super) const CONCAT: &str = "~";
 pub(super) const MULTIPLY: &str = "*";
 pub(super) const CHARGE: &str = "#charge";
+pub(super) const CHARGE_CALL: &str = "#charge-call";
+pub(super) const CHECK_LOOP: &str = "#check-loop";
 pub(super) const CHECK_STORED: &str = "#check-stored";
+
+/// The global that is 1.
+pub(super) const ONE: &str = "_one_";
 
 /// Tells the engine not to cache the filter in a numbered slot.
 const UNCACHED: u8 = !0;
@@ -34,16 +43,42 @@ pub(super) struct Program<'source> {
 }
 
 impl<'source> Program<'source> {
-    /// Compiles `source` with the whitespace rules that transformers uses.
+    /// Compiles `source`, which must have gone through [`without_constant_products`].
     pub(super) fn compile(source: &'source str) -> Result<Self, Error> {
-        let syntax_config = SyntaxConfig::builder().trim_blocks(true).lstrip_blocks(true).build()?;
-        let config = TemplateConfig { syntax_config, default_auto_escape: Arc::new(|_| AutoEscape::None) };
+        let config =
+            TemplateConfig { syntax_config: syntax()?, default_auto_escape: Arc::new(|_| AutoEscape::None) };
         let compiled = CompiledTemplate::new("chat_template", source, &config)?;
         Ok(Program {
             instructions: metered(&compiled.instructions),
             blocks: compiled.blocks.iter().map(|(name, block)| (*name, metered(block))).collect(),
         })
     }
+}
+
+/// The whitespace rules that transformers uses.
+fn syntax() -> Result<SyntaxConfig, Error> {
+    SyntaxConfig::builder().trim_blocks(true).lstrip_blocks(true).build()
+}
+
+/// `source` with every product `a * b` written as `a * _one_ * b`, so that the compiler cannot
+/// evaluate it. Line numbers stay as they are.
+pub(super) fn without_constant_products(source: &str) -> Result<String, Error> {
+    let mut result = String::with_capacity(source.len());
+    let mut copied = 0;
+    let mut previous_ends_operand = false;
+    for token in tokenize(source, false, syntax()?) {
+        let (token, span) = token?;
+        // In `f(*list)` the star is no product.
+        if matches!(token, Token::Mul) && previous_ends_operand {
+            let end = span.end_offset as usize;
+            result.push_str(&source[copied..end]);
+            result.push_str(&format!(" {ONE} *"));
+            copied = end;
+        }
+        previous_ends_operand = !matches!(token, Token::ParenOpen | Token::Comma);
+    }
+    result.push_str(&source[copied..]);
+    Ok(result)
 }
 
 fn metered<'source>(original: &Instructions<'source>) -> Instructions<'source> {
@@ -86,12 +121,13 @@ fn rewrite<'source>(instruction: &Instruction<'source>) -> Vec<Instruction<'sour
         Instruction::BuildList(_)
         | Instruction::BuildTuple(_)
         | Instruction::BuildMap(_)
-        | Instruction::Slice
-        | Instruction::ApplyFilter(..)
         | Instruction::CallFunction(..)
-        | Instruction::CallMethod(..)
-        | Instruction::CallObject(..)
         | Instruction::EndCapture => vec![instruction.clone(), filter(CHARGE, 1)],
+        Instruction::Slice
+        | Instruction::ApplyFilter(..)
+        | Instruction::CallMethod(..)
+        | Instruction::CallObject(..) => vec![instruction.clone(), filter(CHARGE_CALL, 1)],
+        Instruction::PushLoop(_) => vec![filter(CHECK_LOOP, 1), instruction.clone()],
         other => vec![other.clone()],
     }
 }

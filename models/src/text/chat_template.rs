@@ -14,7 +14,7 @@ use minijinja::machinery::{eval, make_string_output};
 use minijinja::{AutoEscape, Error, ErrorKind, Value};
 use serde_json::{Map, Value as Json};
 
-use super::bytecode::Program;
+use super::bytecode::{Program, without_constant_products};
 use super::environment::{Refusal, environment};
 use super::meter::Meter;
 use super::tokenizer::{TOKENIZER_CONFIG_FILE, Tokenizer, read_tokenizer_config};
@@ -176,8 +176,8 @@ impl Template {
     fn compile(source: &str) -> Result<Self, Error> {
         // The compiled program borrows its source. A process loads a template or two of some
         // kilobytes and keeps them until it ends, so the source is simply never freed.
-        let source: &'static str = Box::leak(without_generation_tags(source).into_boxed_str());
-        Ok(Template { program: Program::compile(source)? })
+        let source = without_constant_products(&without_generation_tags(source))?;
+        Ok(Template { program: Program::compile(Box::leak(source.into_boxed_str()))? })
     }
 
     fn render(

@@ -8,7 +8,7 @@ use minijinja::value::{Kwargs, Rest, Value, ValueKind, ValueOrKwargs};
 use minijinja::{Environment, Error, ErrorKind, Output, State, filters};
 use minijinja_contrib::pycompat::unknown_method_callback;
 
-use super::bytecode::{ADD, CHARGE, CHECK_STORED, CONCAT, MULTIPLY};
+use super::bytecode::{ADD, CHARGE, CHARGE_CALL, CHECK_LOOP, CHECK_STORED, CONCAT, MULTIPLY, ONE};
 use super::meter::Meter;
 use super::python::{self, JsonStyle};
 use super::strftime::strftime;
@@ -99,6 +99,13 @@ pub(super) fn environment(meter: &Arc<Meter>, clock: fn() -> SystemTime) -> Envi
     env.set_unknown_method_callback(move |state, value, method, args| {
         call_method(&methods, state, value, method, args)
     });
+    // As in Python, where text and dictionaries are sequences, and none is nothing of the kind.
+    let is_sequence =
+        |value: &Value| matches!(value.kind(), ValueKind::String | ValueKind::Seq | ValueKind::Map);
+    env.add_test("sequence", move |value: Value| is_sequence(&value));
+    env.add_test("iterable", move |value: Value| {
+        is_sequence(&value) || matches!(value.kind(), ValueKind::Iterable | ValueKind::Undefined)
+    });
     env.remove_global("debug");
     env.add_function("raise_exception", |message: String| -> Result<Value, Error> {
         Err(Error::new(ErrorKind::InvalidOperation, "raise_exception").with_source(Refusal(message)))
@@ -118,6 +125,13 @@ fn add_operators(env: &mut Environment<'static>, meter: &Arc<Meter>) {
     env.add_filter(MULTIPLY, move |left: Value, right: Value| m.multiply(&left, &right));
     let m = Arc::clone(meter);
     env.add_filter(CHARGE, move |value: Value| m.charge_value(&value).map(|()| value));
+    let m = Arc::clone(meter);
+    env.add_filter(CHARGE_CALL, move |value: Value| m.charge_call(value));
+    env.add_filter(CHECK_LOOP, |value: Value| match value.is_none() {
+        true => Err(invalid("none is not iterable")),
+        false => Ok(value),
+    });
+    env.add_global(ONE, Value::from(1));
     let m = Arc::clone(meter);
     env.add_filter(CHECK_STORED, move |value: Value| m.check_stored(&value).map(|()| value));
 }

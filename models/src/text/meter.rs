@@ -64,6 +64,21 @@ impl Meter {
         }
     }
 
+    /// [`Meter::charge_value`] for the result of a call: a lazy sequence becomes a list.
+    pub(super) fn charge_call(&self, value: Value) -> Result<Value, Error> {
+        let is_lazy = value.as_object().is_some_and(|object| object.repr() == ObjectRepr::Iterable);
+        if !is_lazy {
+            return self.charge_value(&value).map(|()| value);
+        }
+        let mut items = vec![];
+        for item in value.try_iter()? {
+            self.charge_items(1)?;
+            self.walk(&item, 1, false)?;
+            items.push(item);
+        }
+        Ok(Value::from(items))
+    }
+
     /// Checks a value that is to be stored in a namespace: no namespace may be within.
     pub(super) fn check_stored(&self, value: &Value) -> Result<(), Error> {
         self.walk(value, 0, false)

@@ -155,9 +155,9 @@ FEATURES = """{%- macro part(item, depth=0) -%}
 <{{ captured | trim }}> {{ captured | length > 3 }}
 {{ none }} {{ true }} {{ 1.0 }} {{ 1e20 }} {{ [1, 'a', none, true, {'k': "it's"}] }} {{ (1, 2) }}
 {{ extra_value | tojson }} {{ extra_value | tojson(separators=(',', ':'), sort_keys=true) }} {{ "\\u00e9<&>" | tojson }}
-{{ "\\u00e9\\U0001f600" | tojson(ensure_ascii=true) }} {{ [] | tojson(indent=2) }} {{ {} | tojson(indent=2) }}
+{{ "\\u00e9😀" | tojson(ensure_ascii=true) }} {{ [] | tojson(indent=2) }} {{ {} | tojson(indent=2) }}
 {{ ' x y '.strip() }}|{{ 'aXbXc'.split('X', 1) }}|{{ 'abc'.startswith('ab') }}|{{ 'a-b'.replace('-', '+') }}|{{ 'title case'.title() }}
-{{ messages | map(attribute='role') | join(', ') }} {{ ['b', 'a'] | sort | first }} {{ undefined_thing }}{{ undefined_thing is defined }}
+{{ messages | map(attribute='role') | join(', ') }} {{ ['b', 'a'] | sort | first }} {{ undefined_thing }}{{ undefined_thing is defined }} {{ none is iterable }} {{ {} is sequence }} {{ 'x' is iterable }}
 {{ 7 // 2 }} {{ 7 % 3 }} {{ 2 ** 3 }} {{ 'ab' * 2 }} {{ [1] + [2] }} {{ 'x' ~ 1 ~ none }} {{ 1 if messages else 2 }} {{ 7 / 2 }}
 {%- for n in range(5) %}{% if n == 1 %}{% continue %}{% endif %}{% if n == 3 %}{% break %}{% endif %} n{{ n }}{% endfor %}
 {{ 'a\\nb' | indent(2) }} {{ {'b': 1, 'a': 2}.items() | list }} {{ extra_value.get('missing', 'default') }}

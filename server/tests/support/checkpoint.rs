@@ -25,10 +25,10 @@ const CHAT_TEMPLATE: &str = "{% for message in messages %}\
 
 /// What the folder holds besides weights.
 #[derive(Clone)]
-pub struct CheckpointSpec {
-    pub with_fim: bool,
-    pub with_chat_template: bool,
-    pub generation_config: Value,
+pub(crate) struct CheckpointSpec {
+    pub(crate) with_fim: bool,
+    pub(crate) with_chat_template: bool,
+    pub(crate) generation_config: Value,
 }
 
 impl Default for CheckpointSpec {
@@ -45,7 +45,7 @@ const HEAD_DIM: usize = 16;
 const CONTEXT: usize = 8192;
 
 impl CheckpointSpec {
-    pub fn write(&self, dir: &Path, num_layers: usize, seed: u64) {
+    pub(crate) fn write(&self, dir: &Path, num_layers: usize, seed: u64) {
         fs::create_dir_all(dir).expect("a folder");
         let tokenizer = self.tokenizer();
         tokenizer.save(dir.join("tokenizer.json"), false).expect("tokenizer.json is written");

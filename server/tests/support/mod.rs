@@ -24,18 +24,18 @@ use tokio::net::{TcpListener, TcpStream};
 use tokio::sync::oneshot;
 use tokio::task::JoinHandle;
 
-pub use checkpoint::CheckpointSpec;
+pub(crate) use checkpoint::CheckpointSpec;
 
 /// How the server under test is made.
-pub struct TestOptions {
-    pub serve: ServeOptions,
-    pub limits: Limits,
-    pub api_keys: Vec<String>,
-    pub cors: bool,
-    pub max_waiting: usize,
-    pub max_model_len: usize,
-    pub with_draft: bool,
-    pub checkpoint: CheckpointSpec,
+pub(crate) struct TestOptions {
+    pub(crate) serve: ServeOptions,
+    pub(crate) limits: Limits,
+    pub(crate) api_keys: Vec<String>,
+    pub(crate) cors: bool,
+    pub(crate) max_waiting: usize,
+    pub(crate) max_model_len: usize,
+    pub(crate) with_draft: bool,
+    pub(crate) checkpoint: CheckpointSpec,
 }
 
 impl Default for TestOptions {
@@ -53,10 +53,10 @@ impl Default for TestOptions {
     }
 }
 
-pub struct TestServer {
-    pub address: SocketAddr,
-    pub engine: EngineHandle,
-    pub tokenizer: Arc<Tokenizer>,
+pub(crate) struct TestServer {
+    pub(crate) address: SocketAddr,
+    pub(crate) engine: EngineHandle,
+    pub(crate) tokenizer: Arc<Tokenizer>,
     stop: Option<oneshot::Sender<()>>,
     serving: JoinHandle<std::io::Result<()>>,
     engine_thread: std::thread::JoinHandle<()>,
@@ -64,20 +64,20 @@ pub struct TestServer {
 }
 
 /// A response read to its end.
-pub struct Answer {
-    pub status: StatusCode,
-    pub headers: HeaderMap,
-    pub body: Bytes,
+pub(crate) struct Answer {
+    pub(crate) status: StatusCode,
+    pub(crate) headers: HeaderMap,
+    pub(crate) body: Bytes,
 }
 
 impl Answer {
-    pub fn json(&self) -> Value {
+    pub(crate) fn json(&self) -> Value {
         serde_json::from_slice(&self.body)
             .unwrap_or_else(|error| panic!("{error} in {:?}", String::from_utf8_lossy(&self.body)))
     }
 
     /// The `error` object, after checking that it has OpenAI's shape.
-    pub fn error(&self) -> Value {
+    pub(crate) fn error(&self) -> Value {
         assert!(self.status.is_client_error() || self.status.is_server_error(), "status {}", self.status);
         let error = self.json()["error"].clone();
         for field in ["message", "type", "param", "code"] {
@@ -88,7 +88,7 @@ impl Answer {
     }
 
     /// The JSON of every `data:` event but the end mark, which must be last.
-    pub fn events(&self) -> Vec<Value> {
+    pub(crate) fn events(&self) -> Vec<Value> {
         assert_eq!(self.status, StatusCode::OK, "{:?}", String::from_utf8_lossy(&self.body));
         assert_eq!(self.headers["content-type"], "text/event-stream");
         let text = std::str::from_utf8(&self.body).expect("events are UTF-8");
@@ -103,7 +103,7 @@ impl Answer {
 }
 
 impl TestServer {
-    pub async fn start(options: TestOptions) -> TestServer {
+    pub(crate) async fn start(options: TestOptions) -> TestServer {
         let folder = tempfile::tempdir().expect("a temporary folder");
         let target_dir = folder.path().join("big-model");
         let draft_dir = folder.path().join("small-model");
@@ -143,37 +143,43 @@ impl TestServer {
     }
 
     /// The server as most tests need it.
-    pub async fn plain() -> TestServer {
+    pub(crate) async fn plain() -> TestServer {
         TestServer::start(TestOptions::default()).await
     }
 
     /// Asks the server to stop; returns at once.
-    pub fn begin_shutdown(&mut self) {
+    pub(crate) fn begin_shutdown(&mut self) {
         if let Some(stop) = self.stop.take() {
             let _ = stop.send(());
         }
     }
 
     /// Stops the server and waits for it and for the engine to end.
-    pub async fn stop(mut self) {
+    pub(crate) async fn stop(mut self) {
         self.begin_shutdown();
         self.serving.await.expect("serve does not panic").expect("serve ends well");
         self.engine_thread.join().expect("the engine does not panic");
     }
 
-    pub async fn connect(&self) -> TcpStream {
+    pub(crate) async fn connect(&self) -> TcpStream {
         TcpStream::connect(self.address).await.expect("the server accepts")
     }
 
     /// Sends a request on a connection of its own.
-    pub async fn send(&self, request: Request<Full<Bytes>>) -> http::Response<Incoming> {
+    pub(crate) async fn send(&self, request: Request<Full<Bytes>>) -> http::Response<Incoming> {
         let io = TokioIo::new(self.connect().await);
         let (mut sender, connection) = hyper::client::conn::http1::handshake(io).await.expect("a handshake");
         tokio::spawn(connection);
         sender.send_request(request).await.expect("a response")
     }
 
-    pub async fn request(&self, method: Method, path: &str, headers: &[(&str, &str)], body: &str) -> Answer {
+    pub(crate) async fn request(
+        &self,
+        method: Method,
+        path: &str,
+        headers: &[(&str, &str)],
+        body: &str,
+    ) -> Answer {
         let mut request = Request::builder().method(method).uri(path).header("host", "test");
         for (name, value) in headers {
             request = request.header(*name, *value);
@@ -185,20 +191,20 @@ impl TestServer {
         Answer { status: parts.status, headers: parts.headers, body }
     }
 
-    pub async fn get(&self, path: &str) -> Answer {
+    pub(crate) async fn get(&self, path: &str) -> Answer {
         self.request(Method::GET, path, &[], "").await
     }
 
-    pub async fn post(&self, path: &str, body: &Value) -> Answer {
+    pub(crate) async fn post(&self, path: &str, body: &Value) -> Answer {
         self.post_text(path, &body.to_string()).await
     }
 
-    pub async fn post_text(&self, path: &str, body: &str) -> Answer {
+    pub(crate) async fn post_text(&self, path: &str, body: &str) -> Answer {
         self.request(Method::POST, path, &[("content-type", "application/json")], body).await
     }
 
     /// Waits until `condition` holds of the engine; the bound only ends a test that would hang.
-    pub async fn until(&self, what: &str, condition: impl Fn(&tandem_engine::EngineStats) -> bool) {
+    pub(crate) async fn until(&self, what: &str, condition: impl Fn(&tandem_engine::EngineStats) -> bool) {
         for _ in 0..6000 {
             if condition(&self.engine.stats()) {
                 return;

@@ -14,6 +14,8 @@
 //! specification (`scalar.rs`), and one vector version written over the 16-lane type of `simd`
 //! (`vector.rs`), which `dispatch` compiles once per instruction set.
 
+#![cfg_attr(not(target_arch = "x86_64"), allow(dead_code, reason = "vector versions exist for x86-64 only"))]
+
 pub mod activation;
 pub mod attention;
 mod dispatch;

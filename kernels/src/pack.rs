@@ -43,6 +43,16 @@ impl WeightType {
     fn inputs_per_line(self) -> usize {
         LINE_BYTES / (LANES * self.size_bytes())
     }
+
+    /// Which element of a line is the weight of an output of the panel and an input of the line.
+    #[inline(always)]
+    fn element(self, lane: usize, input: usize) -> usize {
+        match self {
+            WeightType::F32 => lane,
+            WeightType::Bf16 => lane * 2 + input,
+            WeightType::F16 => input * LANES + lane,
+        }
+    }
 }
 
 /// Row-major weights as they come from a file; 16-bit types as their bits.
@@ -165,25 +175,17 @@ impl PackedMatrix {
     }
 
     fn fill<T: Copy, const N: usize>(&mut self, first: usize, data: &[T], to_bytes: fn(T) -> [u8; N]) {
+        let (weight_type, lines_per_panel) = (self.weight_type, self.lines_per_panel());
         for (row, weights) in data.chunks_exact(self.in_features).enumerate() {
-            for (k, &weight) in weights.iter().enumerate() {
-                let (line, offset) = self.locate(first + row, k);
-                self.lines[line].0[offset..offset + N].copy_from_slice(&to_bytes(weight));
+            let output = first + row;
+            let lines = &mut self.lines[output / LANES * lines_per_panel..];
+            for (line, weights) in lines.iter_mut().zip(weights.chunks(weight_type.inputs_per_line())) {
+                for (i, &weight) in weights.iter().enumerate() {
+                    let element = weight_type.element(output % LANES, i);
+                    line.0.as_chunks_mut::<N>().0[element] = to_bytes(weight);
+                }
             }
         }
-    }
-
-    /// Line and byte offset of one weight.
-    fn locate(&self, output: usize, k: usize) -> (usize, usize) {
-        let per_line = self.weight_type.inputs_per_line();
-        let lane = output % LANES;
-        let element = match self.weight_type {
-            WeightType::F32 => lane,
-            WeightType::Bf16 => lane * 2 + k % 2,
-            WeightType::F16 => k % 2 * LANES + lane,
-        };
-        let line = output / LANES * self.lines_per_panel() + k / per_line;
-        (line, element * self.weight_type.size_bytes())
     }
 
     /// Outputs.
@@ -225,17 +227,9 @@ impl PackedMatrix {
         self.lines.as_ptr().cast()
     }
 
-    /// One weight as f32.
-    #[inline]
-    pub(crate) fn weight(&self, output: usize, k: usize) -> f32 {
-        let (line, at) = self.locate(output, k);
-        let bytes = &self.lines[line].0;
-        let half = || u16::from_ne_bytes([bytes[at], bytes[at + 1]]);
-        match self.weight_type {
-            WeightType::F32 => f32::from_ne_bytes([bytes[at], bytes[at + 1], bytes[at + 2], bytes[at + 3]]),
-            WeightType::Bf16 => bf16_to_f32(half()),
-            WeightType::F16 => f16_to_f32(half()),
-        }
+    /// The panel that holds an output.
+    fn panel(&self, output: usize) -> &[Line] {
+        &self.lines[output / LANES * self.lines_per_panel()..][..self.lines_per_panel()]
     }
 
     /// Row `index` of the matrix as f32: the embedding of a token when the head is tied to it.
@@ -250,8 +244,32 @@ impl PackedMatrix {
             self.in_features,
             out.len()
         );
-        for (k, value) in out.iter_mut().enumerate() {
-            *value = self.weight(index, k);
+        let (panel, lane) = (self.panel(index), index % LANES);
+        // The types by name, so that each loop knows its stride.
+        match self.weight_type {
+            WeightType::F32 => unpack(panel, lane, WeightType::F32, out, f32::from_ne_bytes),
+            WeightType::Bf16 => {
+                unpack(panel, lane, WeightType::Bf16, out, |b| bf16_to_f32(u16::from_ne_bytes(b)));
+            }
+            WeightType::F16 => {
+                unpack(panel, lane, WeightType::F16, out, |b| f16_to_f32(u16::from_ne_bytes(b)));
+            }
+        }
+    }
+}
+
+/// Fills `out` with the weights of one output of a panel.
+#[inline(always)]
+fn unpack<const N: usize>(
+    panel: &[Line],
+    lane: usize,
+    weight_type: WeightType,
+    out: &mut [f32],
+    from_bytes: impl Fn([u8; N]) -> f32,
+) {
+    for (line, out) in panel.iter().zip(out.chunks_mut(weight_type.inputs_per_line())) {
+        for (input, out) in out.iter_mut().enumerate() {
+            *out = from_bytes(line.0.as_chunks::<N>().0[weight_type.element(lane, input)]);
         }
     }
 }

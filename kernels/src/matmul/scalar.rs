@@ -9,12 +9,14 @@ pub(crate) unsafe fn matmul(tile: &Tile<'_>) {
     let (inp, outp) = (tile.weights.in_features(), tile.weights.out_features());
     let begin = tile.panels.start * LANES;
     let end = outp.min(tile.panels.end * LANES);
+    let mut weights = vec![0.0; inp];
     for output in begin..end {
+        tile.weights.row(output, &mut weights);
         for row in tile.rows.clone() {
             let x = &tile.x[row * inp..(row + 1) * inp];
             let mut sum = 0.0f32;
-            for (k, &x) in x.iter().enumerate() {
-                sum = x.mul_add(tile.weights.weight(output, k), sum);
+            for (&x, &weight) in x.iter().zip(&weights) {
+                sum = x.mul_add(weight, sum);
             }
             if let Some(bias) = tile.bias {
                 sum += bias[output];

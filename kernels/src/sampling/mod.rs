@@ -40,7 +40,7 @@ pub fn exp_sub(x: &[f32], max: f32, out: &mut [f32]) {
     unsafe { (active().exp_sub)(x, max, out) }
 }
 
-/// `ln(sum of exp(x))`, summed in f64 in order: `logits[i] - log_sum_exp(logits)` is the log
+/// `ln(sum of exp(x))`, summed in f64 in a fixed order: `logits[i] - log_sum_exp(logits)` is the log
 /// probability of token `i`. Negative infinity for an empty row.
 pub fn log_sum_exp(x: &[f32]) -> f64 {
     if x.is_empty() {
@@ -52,12 +52,21 @@ pub fn log_sum_exp(x: &[f32]) -> f64 {
     }
     const CHUNK: usize = 512;
     let mut exps = [0.0; CHUNK];
-    let mut sum = 0.0;
+    let mut sums = [0.0f64; 8];
     for chunk in x.chunks(CHUNK) {
         let exps = &mut exps[..chunk.len()];
         exp_sub(chunk, max, exps);
-        sum += exps.iter().map(|&e| f64::from(e)).sum::<f64>();
+        let (eights, rest) = exps.as_chunks::<8>();
+        for eight in eights {
+            for (sum, &exp) in sums.iter_mut().zip(eight) {
+                *sum += f64::from(exp);
+            }
+        }
+        for (sum, &exp) in sums.iter_mut().zip(rest) {
+            *sum += f64::from(exp);
+        }
     }
+    let sum: f64 = sums.iter().sum();
     f64::from(max) + sum.ln()
 }
 

@@ -1,0 +1,205 @@
+//! The same equality on the shipped pair and the real forward pass.
+//!
+//! Every prompt is decoded plainly (speculation off, alone) and then with speculation, greedily and
+//! sampled, for draft lengths 1..=8, batch sizes 1, 3 and 8, with the pair's draft and with one of
+//! random weights. `cargo test` spreads the prompts over the settings; `TANDEM_LOSSLESS=full` runs
+//! every prompt in every setting and `TANDEM_LOSSLESS_PROMPTS=FILE` takes the prompts from a file
+//! of JSON lines with a `prompt` field (and perhaps a `suffix`).
+
+mod common;
+
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+
+use common::{Answer, ChannelSink};
+use safetensors::tensor::{Dtype, SafeTensors, TensorView};
+use tandem_engine::{
+    DraftTokens, Engine, EngineConfig, Lane, Models, SamplingParams, SequenceId, SubmitRequest, TokenId,
+};
+use tandem_kernels::pool::ThreadPool;
+use tandem_models::{BackendKind, Checkpoint, FimTokens, Model, Tokenizer};
+
+const FIXTURE: &str = include_str!("../../src/cli/bench/prompts.jsonl");
+const MAX_TOKENS: u32 = 128;
+const BATCH_SIZES: [usize; 3] = [1, 3, 8];
+
+fn demo(name: &str) -> PathBuf {
+    Path::new(env!("CARGO_MANIFEST_DIR")).join("../../models/demo").join(name)
+}
+
+fn load(dir: &Path) -> Box<dyn Model> {
+    let checkpoint = Checkpoint::open(dir).expect("the demo pair is in the repository");
+    tandem_models::load(&checkpoint, BackendKind::Cpu, Arc::new(ThreadPool::new(2))).expect("it loads")
+}
+
+/// The draft with every weight replaced by noise: right now and then by chance.
+fn random_draft() -> Box<dyn Model> {
+    let dir = tempfile::tempdir().expect("a temporary folder");
+    for file in ["config.json", "generation_config.json", "tokenizer.json"] {
+        std::fs::copy(demo("draft").join(file), dir.path().join(file)).expect("the demo pair is complete");
+    }
+    let bytes = std::fs::read(demo("draft").join("model.safetensors")).expect("the demo pair is complete");
+    let real = SafeTensors::deserialize(&bytes).expect("the demo pair is sound");
+    let mut state = 1u32;
+    let mut noise = |len: usize| -> Vec<u8> {
+        (0..len)
+            .flat_map(|_| {
+                state = state.wrapping_mul(1_664_525).wrapping_add(1_013_904_223);
+                half::bf16::from_f32((state >> 8) as f32 / (1 << 24) as f32 - 0.5).to_le_bytes()
+            })
+            .collect()
+    };
+    let data: Vec<_> = real
+        .tensors()
+        .into_iter()
+        .map(|(name, t)| (name, t.shape().to_vec(), noise(t.data().len() / 2)))
+        .collect();
+    let tensors = data.iter().map(|(name, shape, data)| {
+        (name, TensorView::new(Dtype::BF16, shape.clone(), data).expect("sizes are the real ones"))
+    });
+    safetensors::serialize_to_file(tensors, None, &dir.path().join("model.safetensors"))
+        .expect("it is written");
+    load(dir.path())
+}
+
+fn prompts() -> Vec<Arc<[TokenId]>> {
+    let tokenizer = Tokenizer::from_dir(&demo("target")).expect("the demo pair has a tokenizer");
+    let fim = FimTokens::detect(&tokenizer).expect("the demo pair fills gaps");
+    let text = match std::env::var("TANDEM_LOSSLESS_PROMPTS") {
+        Ok(path) => std::fs::read_to_string(&path).unwrap_or_else(|error| panic!("{path}: {error}")),
+        Err(_) => FIXTURE.to_owned(),
+    };
+    text.lines()
+        .filter(|line| !line.trim().is_empty())
+        .map(|line| {
+            let value: serde_json::Value = serde_json::from_str(line).expect("a line of JSON");
+            let prompt = value["prompt"].as_str().expect("a prompt");
+            let text = match value["suffix"].as_str() {
+                Some(suffix) => fim.psm(prompt, suffix),
+                None => prompt.to_owned(),
+            };
+            tokenizer.encode(&text, false).expect("it encodes").into()
+        })
+        .collect()
+}
+
+fn params(temperature: f32, seed: u64) -> SamplingParams {
+    SamplingParams { temperature, seed, max_tokens: MAX_TOKENS, ..SamplingParams::default() }
+}
+
+/// One engine with the pair, kept over many runs.
+struct Pair {
+    engine: Engine,
+    next_id: u64,
+}
+
+impl Pair {
+    fn new(draft: Option<Box<dyn Model>>) -> Self {
+        let config = EngineConfig {
+            block_size: 16,
+            num_blocks: 8 * 128,
+            max_num_seqs: 8,
+            max_num_batched_tokens: 512,
+            max_waiting: 64,
+            max_model_len: 2048,
+            draft_tokens: DraftTokens::Fixed(0),
+        };
+        let models = Models { target: Some(load(&demo("target"))), draft };
+        Pair { engine: Engine::new(&config, models).expect("the engine starts"), next_id: 0 }
+    }
+
+    /// The deep lane's answers to `prompts`, run together.
+    fn run(
+        &mut self,
+        prompts: &[(usize, Arc<[TokenId]>)],
+        temperature: f32,
+        draft_tokens: u8,
+    ) -> Vec<Answer> {
+        let clock = common::clock();
+        let mut receivers = Vec::new();
+        for (seed, prompt) in prompts {
+            let (sender, receiver) = std::sync::mpsc::sync_channel(256);
+            self.next_id += 1;
+            let request = SubmitRequest {
+                id: SequenceId(self.next_id),
+                lane: Lane::Deep,
+                prompt: Arc::clone(prompt),
+                params: params(temperature, *seed as u64),
+                max_draft_tokens: Some(draft_tokens),
+                events: Box::new(ChannelSink(sender)),
+            };
+            self.engine.submit(request, clock());
+            receivers.push(receiver);
+        }
+        while !(self.engine.is_idle() && self.engine.is_delivered()) {
+            self.engine.step(&clock);
+        }
+        receivers
+            .iter()
+            .map(|receiver| {
+                let mut answer = Answer::default();
+                receiver.try_iter().for_each(|event| answer.take(event));
+                answer
+            })
+            .collect()
+    }
+}
+
+#[test]
+fn the_deep_lane_answers_the_same_with_and_without_speculation() {
+    let full = std::env::var("TANDEM_LOSSLESS").is_ok_and(|value| value == "full");
+    let prompts: Vec<(usize, Arc<[TokenId]>)> = prompts().into_iter().enumerate().collect();
+    let mut pairs = [
+        ("the pair's draft", Pair::new(Some(load(&demo("draft"))))),
+        ("a random draft", Pair::new(Some(random_draft()))),
+    ];
+    let mut plain_pair = Pair::new(None);
+    let mut compared = 0;
+    let (mut offered, mut accepted) = ([0u64; 2], [0u64; 2]);
+    for temperature in [0.0, 0.8] {
+        let plain: Vec<Answer> = prompts
+            .iter()
+            .map(|p| plain_pair.run(std::slice::from_ref(p), temperature, 0).remove(0))
+            .collect();
+        let mut setting = 0;
+        for (which, (name, pair)) in pairs.iter_mut().enumerate() {
+            for batch_size in BATCH_SIZES {
+                for draft_tokens in 1..=8u8 {
+                    setting += 1;
+                    // Each setting gets its turn of the prompts, or all of them.
+                    let turn: Vec<_> = if full {
+                        prompts.clone()
+                    } else {
+                        let start = setting * batch_size * 7;
+                        (0..batch_size).map(|i| prompts[(start + i) % prompts.len()].clone()).collect()
+                    };
+                    for batch in turn.chunks(batch_size) {
+                        let answers = pair.run(batch, temperature, draft_tokens);
+                        for ((index, _), answer) in batch.iter().zip(&answers) {
+                            assert_eq!(
+                                answer.invariant(),
+                                plain[*index].invariant(),
+                                "prompt {index}, temperature {temperature}, {name}, {draft_tokens} drafted, batch of {batch_size}"
+                            );
+                            let usage = answer.finished.expect("finished").usage;
+                            offered[which] += u64::from(usage.num_draft_tokens);
+                            accepted[which] += u64::from(usage.num_accepted_tokens);
+                            compared += 1;
+                        }
+                    }
+                }
+            }
+        }
+    }
+    println!(
+        "{compared} answers compared; accepted/offered: pair {accepted:?} of {offered:?} [pair, random]"
+    );
+    assert!(
+        accepted[0] * 3 > offered[0],
+        "the pair's draft is hardly ever right: {accepted:?} of {offered:?}"
+    );
+    assert!(
+        accepted[1] * 10 < offered[1],
+        "the random draft is right too often: {accepted:?} of {offered:?}"
+    );
+}

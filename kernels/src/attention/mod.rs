@@ -279,8 +279,9 @@ impl Work {
             work.units += num_kv_heads * rows.div_ceil(TASK_ROWS);
             work.num_rows += num_kv_heads * rows;
             work.num_chunks = work.num_chunks.max(context_len.div_ceil(CHUNK));
-            // Two rows a group at 90 bytes of cache a nanosecond, more at 40 multiply-adds per row pair.
-            work.total_ns += num_kv_heads * context_len * head_dim * (rows + 4) / 40;
+            // Fitted to measurements: few rows are bound by reading keys and values (the 4), many by
+            // arithmetic.
+            work.total_ns += num_kv_heads * context_len * head_dim * (rows + 4) / 60;
         }
         work
     }

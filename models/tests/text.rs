@@ -78,6 +78,21 @@ fn user_text_cannot_become_control_tokens() {
     assert_eq!(tokenizer.encode_text(harmless, true).unwrap(), tokenizer.encode(harmless, true).unwrap());
 }
 
+/// The byte-fallback decoding is ours: for text it must be the crate's.
+#[test]
+fn byte_fallback_text_survives_too() {
+    let json = byte_fallback_tokenizer();
+    let (ours, crates) = (load(&json), tokenizers::Tokenizer::from_bytes(&json).unwrap());
+    for text in ["", "ab a", "  ab\n\té漢字 😀", "x <0x41> ▁"] {
+        let ids = ours.encode(text, true).unwrap();
+        assert_eq!(ours.decode(&ids, false).unwrap(), crates.decode(&ids, false).unwrap(), "{text:?}");
+    }
+    let ids = [1, 2, ours.token_to_id("▁ab").unwrap(), 2];
+    for skip_special in [false, true] {
+        assert_eq!(ours.decode(&ids, skip_special).unwrap(), crates.decode(&ids, skip_special).unwrap());
+    }
+}
+
 #[test]
 fn a_truncating_tokenizer_file_does_not_cut_prompts() {
     assert_eq!(word_piece().encode("unaffable welcome", true).unwrap().len(), 5);

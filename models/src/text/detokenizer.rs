@@ -145,7 +145,8 @@ mod tests {
                 prop_assert!(pending.len() <= 3);
             }
             text.push_str(&String::from_utf8_lossy(&pending));
-            prop_assert_eq!(text, String::from_utf8_lossy(&tokens.concat()));
+            let whole = tokens.concat();
+            prop_assert_eq!(text, String::from_utf8_lossy(&whole));
         }
     }
 }

@@ -283,7 +283,7 @@ mod tests {
 
     #[test]
     fn byte_level_map_is_a_bijection() {
-        let chars = "!~¡¬®ÿĀġĠĊń";
+        let chars = "!~¡¬®ÿĀġĠĊŃ";
         assert_eq!(byte_level_bytes(chars).unwrap(), b"!~\xA1\xAC\xAE\xFF\x00\x7F \n\xAD");
         let mut seen: Vec<u8> = (0..324)
             .filter_map(|code| byte_level_bytes(&char::from_u32(code).unwrap().to_string()))

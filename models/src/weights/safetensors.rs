@@ -96,7 +96,7 @@ impl SafetensorsStore {
         }
         for (name, file) in &weight_map {
             let held_by = store.tensors.get(name).map(|entry| &store.shards[entry.shard].path);
-            if !held_by.is_some_and(|path| path.file_name() == Some(file.as_ref())) {
+            if held_by.is_none_or(|path| path.file_name() != Some(file.as_ref())) {
                 return Err(ModelError::weights(
                     &store.path,
                     format!("says that tensor `{name}` is in {file}, but it is not"),

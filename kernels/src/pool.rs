@@ -23,8 +23,9 @@ use crate::isa::{self, Isa, IsaError};
 /// How long an idle worker stays hot. Longer than the gaps inside a forward pass and between the
 /// passes of a busy engine; short enough to leave the core to others when there is no work.
 const SPIN: Duration = Duration::from_micros(50);
-/// How long the caller spins for the others' last tasks before it also offers its core.
-const CALLER_SPINS: u32 = 20_000;
+/// How often the caller looks for the end of the others' last tasks (some tens of microseconds in all)
+/// before it also offers its core: a worker that was put aside may be waiting for it.
+const CALLER_SPINS: u32 = 4_000;
 
 /// Bits of a ticket's begin and end; the remaining 40 bits hold the number of the operation.
 const INDEX_BITS: u32 = 12;

@@ -13,6 +13,7 @@ const CHAT: &str = "/v1/chat/completions";
 /// Asserts a 400 whose message holds every one of `words`.
 async fn refused(server: &TestServer, path: &str, body: &str, param: Option<&str>, words: &[&str]) {
     let answer = server.post_text(path, body).await;
+    let body = &body[..body.len().min(200)];
     assert_eq!(answer.status, StatusCode::BAD_REQUEST, "{body} gave {:?}", answer.body);
     let error = answer.error();
     assert_eq!(error["type"], "invalid_request_error");
@@ -82,7 +83,7 @@ async fn every_fault_is_named() {
     for (body, param, words) in cases {
         refused(&server, COMPLETIONS, body, *param, words).await;
     }
-    let deep = format!("{{\"prompt\": {}", "[".repeat(100_000));
+    let deep = format!("{{\"prompt\": {}{}}}", "[".repeat(1000), "]".repeat(1000));
     refused(&server, COMPLETIONS, &deep, None, &["recursion"]).await;
 
     let cases: &[(&str, Option<&str>, &[&str])] = &[

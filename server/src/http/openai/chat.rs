@@ -12,7 +12,7 @@ use tandem_models::Tokenizer;
 
 use super::completions::{INLINE_TEXT_BYTES, encode, off_thread_if};
 use super::logprobs::ChatLogprobs;
-use super::params::{SharedFields, answer_tokens, in_range};
+use super::params::{SharedFields, answer_tokens, in_range, integer};
 use super::types::{Timings, Usage, finish_reason};
 use super::write::{ChunkWriter, Identity, json, response_id, with_headers};
 use crate::http::body::JsonBody;
@@ -27,8 +27,10 @@ use crate::http::state::{AppState, ServedModel};
 pub(super) struct ChatFields {
     messages: Option<Vec<Map<String, Value>>>,
     tools: Option<Value>,
+    #[serde(default, deserialize_with = "integer")]
     max_completion_tokens: Option<i128>,
     logprobs: Option<bool>,
+    #[serde(default, deserialize_with = "integer")]
     top_logprobs: Option<i128>,
     chat_template_kwargs: Option<Map<String, Value>>,
 }

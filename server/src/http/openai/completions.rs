@@ -10,7 +10,7 @@ use tandem_engine::MAX_LOGPROBS;
 use tandem_models::{ModelError, Tokenizer};
 
 use super::logprobs::CompletionLogprobs;
-use super::params::{Shared, SharedFields, answer_tokens, in_range};
+use super::params::{Shared, SharedFields, answer_tokens, in_range, integer};
 use super::types::{Timings, Usage, finish_reason};
 use super::write::{ChunkWriter, Identity, json, response_id, with_headers};
 use crate::http::body::JsonBody;
@@ -32,7 +32,9 @@ pub(super) struct CompletionFields {
     prompt: Option<PromptField>,
     suffix: Option<String>,
     echo: Option<bool>,
+    #[serde(default, deserialize_with = "integer")]
     logprobs: Option<i128>,
+    #[serde(default, deserialize_with = "integer")]
     best_of: Option<i128>,
 }
 

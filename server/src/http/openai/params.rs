@@ -1,16 +1,57 @@
 //! The fields that completions and chat completions share, and what they become.
 //!
-//! Integers are read as `i128`, so that any integer JSON can hold gets an answer about its range and
-//! not about its type. `null` is the same as absent. Fields not named here are ignored.
+//! `null` is the same as absent. Fields not named here are ignored.
 
 use std::collections::HashMap;
+use std::fmt;
 
 use rand::Rng;
-use serde::Deserialize;
+use serde::de::{self, Unexpected, Visitor};
+use serde::{Deserialize, Deserializer};
 use tandem_engine::{MAX_DRAFT_TOKENS, SamplingParams};
 
 use crate::http::error::ApiError;
 use crate::http::state::{Limits, ServedModel};
+
+/// Any whole number that JSON can hold, also one written as `16.0` or too large for 64 bits: whoever
+/// sends it is told about its range and not about its type.
+#[derive(Clone, Copy, Debug)]
+pub(super) struct Integer(pub(super) i128);
+
+impl<'de> Deserialize<'de> for Integer {
+    fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
+        struct IntegerVisitor;
+        impl Visitor<'_> for IntegerVisitor {
+            type Value = Integer;
+
+            fn expecting(&self, formatter: &mut fmt::Formatter<'_>) -> fmt::Result {
+                formatter.write_str("an integer")
+            }
+
+            fn visit_i64<E>(self, value: i64) -> Result<Integer, E> {
+                Ok(Integer(value.into()))
+            }
+
+            fn visit_u64<E>(self, value: u64) -> Result<Integer, E> {
+                Ok(Integer(value.into()))
+            }
+
+            fn visit_f64<E: de::Error>(self, value: f64) -> Result<Integer, E> {
+                if value.fract() != 0.0 {
+                    return Err(E::invalid_value(Unexpected::Float(value), &self));
+                }
+                // Saturates, far outside of any range there is.
+                Ok(Integer(value as i128))
+            }
+        }
+        deserializer.deserialize_any(IntegerVisitor)
+    }
+}
+
+/// An optional [`Integer`], for `deserialize_with`.
+pub(super) fn integer<'de, D: Deserializer<'de>>(deserializer: D) -> Result<Option<i128>, D::Error> {
+    Ok(Option::<Integer>::deserialize(deserializer)?.map(|Integer(value)| value))
+}
 
 /// One string or several.
 #[derive(Debug, Deserialize)]
@@ -28,7 +69,7 @@ pub(super) struct StreamOptions {
 
 #[derive(Debug, Default, Deserialize)]
 pub(super) struct Speculative {
-    #[serde(default)]
+    #[serde(default, deserialize_with = "integer")]
     max_draft_tokens: Option<i128>,
 }
 
@@ -36,23 +77,28 @@ pub(super) struct Speculative {
 #[derive(Debug, Default, Deserialize)]
 pub(super) struct SharedFields {
     pub(super) model: Option<String>,
+    #[serde(default, deserialize_with = "integer")]
     pub(super) max_tokens: Option<i128>,
+    #[serde(default, deserialize_with = "integer")]
     pub(super) n: Option<i128>,
     pub(super) stream: Option<bool>,
     pub(super) stream_options: Option<StreamOptions>,
     stop: Option<OneOrMany>,
+    #[serde(default, deserialize_with = "integer")]
     seed: Option<i128>,
     temperature: Option<f64>,
     top_p: Option<f64>,
+    #[serde(default, deserialize_with = "integer")]
     top_k: Option<i128>,
     min_p: Option<f64>,
     presence_penalty: Option<f64>,
     frequency_penalty: Option<f64>,
     repetition_penalty: Option<f64>,
     logit_bias: Option<HashMap<String, f64>>,
+    #[serde(default, deserialize_with = "integer")]
     min_tokens: Option<i128>,
     ignore_eos: Option<bool>,
-    stop_token_ids: Option<Vec<i128>>,
+    stop_token_ids: Option<Vec<Integer>>,
     speculative: Option<Speculative>,
 }
 
@@ -161,7 +207,7 @@ impl SharedFields {
             return Err(too_many("stop_token_ids", given.len(), limits.max_stops));
         }
         let last = served.model.tokenizer.vocab_size() as i128 - 1;
-        for &id in given {
+        for &Integer(id) in given {
             ids.push(in_range("stop_token_ids", id, 0, last)? as u32);
         }
         ids.sort_unstable();

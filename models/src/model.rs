@@ -9,7 +9,8 @@ use crate::error::ModelError;
 ///
 /// **Bit rule**: a row's logits are a function of the weights and of the tokens before it alone. They
 /// never depend on the other rows of the pass, on how the prompt was cut into passes, on which blocks
-/// hold the context or on the number of threads.
+/// hold the context or on the number of threads. ([`crate::ReferenceBackend`] alone keeps it only up to
+/// rounding.)
 pub trait Model: Send {
     /// The model's shape.
     fn config(&self) -> &DecoderConfig;

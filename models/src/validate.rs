@@ -110,7 +110,8 @@ mod tests {
 
     #[test]
     fn every_bad_number_is_named() {
-        let cases: [(&str, fn(&mut ForwardBatch)); 13] = [
+        type Break = fn(&mut ForwardBatch);
+        let cases: [(&str, Break); 13] = [
             ("token id 10", |batch| batch.token_ids[0] = 10),
             ("row 2 of sequence 0 has position 7", |batch| batch.positions[2] = 7),
             ("row 3 of sequence 1 has position 0 and slot 11", |batch| batch.slot_mapping[3] = 11),

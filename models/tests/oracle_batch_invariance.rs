@@ -111,7 +111,7 @@ fn batched_is_alone() {
             let mut next_block = 0;
             let mut tables = Vec::new();
             for &(context, count, _) in &shares {
-                let blocks = (context + count as usize).div_ceil(BLOCK_SIZE) as u32;
+                let blocks = (context + count).div_ceil(BLOCK_SIZE) as u32;
                 tables.push((next_block..next_block + blocks).rev().collect::<Vec<u32>>());
                 next_block += blocks;
             }

@@ -97,30 +97,48 @@ impl Optimizer {
         self.steps += 1;
         let clip =
             if self.clip_norm > 0.0 && norm > self.clip_norm { (self.clip_norm / norm) as f32 } else { 1.0 };
-        for (index, parameter) in parameters.iter().enumerate() {
-            gradients[index].iter_mut().for_each(|g| *g *= clip);
-            if orthogonal(self.kind, parameter.role) {
-                self.muon(index, parameter, &gradients[index], factor)?;
-            } else {
-                self.adamw(index, parameter, &gradients[index], factor)?;
-            }
-        }
+        // One task a parameter: Newton-Schulz multiplies matrices too small to share among threads.
+        let settings = Settings { factor, clip, ..Settings::of(self) };
+        (parameters, &mut self.states, &gradients)
+            .into_par_iter()
+            .try_for_each(|(parameter, state, gradient)| settings.update(parameter, state, gradient))?;
         Ok(norm)
     }
+}
 
-    fn adamw(
-        &mut self,
-        index: usize,
-        parameter: &Parameter,
-        gradient: &[f32],
-        factor: f64,
-    ) -> Result<(), TrainError> {
-        let lr = self.lr * factor;
+/// What one step's updates share.
+struct Settings {
+    kind: OptimizerKind,
+    lr: f64,
+    muon_lr: f64,
+    weight_decay: f64,
+    steps: u64,
+    factor: f64,
+    clip: f32,
+}
+
+impl Settings {
+    fn of(optimizer: &Optimizer) -> Self {
+        let &Optimizer { kind, lr, muon_lr, weight_decay, steps, .. } = optimizer;
+        Self { kind, lr, muon_lr, weight_decay, steps, factor: 1.0, clip: 1.0 }
+    }
+
+    fn update(&self, parameter: &Parameter, state: &mut State, gradient: &[f32]) -> Result<(), TrainError> {
+        let gradient: Vec<f32> = gradient.iter().map(|g| g * self.clip).collect();
+        if orthogonal(self.kind, parameter.role) {
+            self.muon(parameter, state, &gradient)
+        } else {
+            self.adamw(parameter, state, &gradient)
+        }
+    }
+
+    fn adamw(&self, parameter: &Parameter, state: &mut State, gradient: &[f32]) -> Result<(), TrainError> {
+        let lr = self.lr * self.factor;
         let decay = if parameter.role == Role::Matrix { (1.0 - lr * self.weight_decay) as f32 } else { 1.0 };
         let unbias1 = (1.0 / (1.0 - f64::from(BETA1).powf(self.steps as f64))) as f32;
         let unbias2 = (1.0 / (1.0 - f64::from(BETA2).powf(self.steps as f64))) as f32;
         let lr = lr as f32;
-        let State { first, second } = &mut self.states[index];
+        let State { first, second } = state;
         let mut values = parameter.var.flatten_all()?.to_vec1::<f32>()?;
         let tasks = (
             values.par_chunks_mut(SPAN),
@@ -142,22 +160,15 @@ impl Optimizer {
         Ok(parameter.var.set(&Tensor::from_vec(values, parameter.var.shape(), &Device::Cpu)?)?)
     }
 
-    fn muon(
-        &mut self,
-        index: usize,
-        parameter: &Parameter,
-        gradient: &[f32],
-        factor: f64,
-    ) -> Result<(), TrainError> {
-        let momentum = &mut self.states[index].first;
+    fn muon(&self, parameter: &Parameter, state: &mut State, gradient: &[f32]) -> Result<(), TrainError> {
         let mut update = Vec::with_capacity(gradient.len());
-        for (m, &g) in momentum.iter_mut().zip(gradient) {
+        for (m, &g) in state.first.iter_mut().zip(gradient) {
             *m = MUON_MOMENTUM * *m + g;
             update.push(g + MUON_MOMENTUM * *m);
         }
         let update = Tensor::from_vec(update, parameter.var.shape(), &Device::Cpu)?;
         let (rows, columns) = update.dims2()?;
-        let lr = self.muon_lr * factor;
+        let lr = self.muon_lr * self.factor;
         // A tall matrix spreads its unit singular values over more rows.
         let gain = (rows as f64 / columns as f64).max(1.0).sqrt();
         let kept = (parameter.var.as_tensor().detach() * (1.0 - lr * self.weight_decay))?;

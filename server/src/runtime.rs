@@ -103,16 +103,7 @@ pub(crate) fn start(config: &Config) -> anyhow::Result<Runtime> {
 
     let loaded = || target.iter().chain(&draft);
     let bytes_per_token: usize = loaded().map(|loaded| loaded.model.kv_bytes_per_token()).sum();
-    let context =
-        loaded().map(|loaded| (loaded.model.config().max_position_embeddings, &loaded.info.name)).min();
-    let (longest, limiting) = context.expect("find_pair returns at least one model: this is a bug");
-    let wanted_len = match config.max_model_len {
-        Some(len) if len > longest => {
-            bail!("--max-model-len is {len}; {limiting} holds at most {longest} tokens of context")
-        }
-        Some(len) => len,
-        None => longest,
-    };
+    let wanted_len = context_len(config.max_model_len, loaded())?;
     let kv = size_kv_cache(config, bytes_per_token, wanted_len)?;
     let max_model_len = wanted_len.min(kv.num_tokens());
     if max_model_len < wanted_len {
@@ -145,6 +136,19 @@ pub(crate) fn start(config: &Config) -> anyhow::Result<Runtime> {
         threads,
         load_time: started.elapsed(),
     })
+}
+
+/// The context of the shorter-sighted model, or the part of it that was asked for.
+fn context_len<'a>(asked: Option<usize>, loaded: impl Iterator<Item = &'a Loaded>) -> anyhow::Result<usize> {
+    let longest =
+        loaded.map(|loaded| (loaded.model.config().max_position_embeddings, &loaded.info.name)).min();
+    let (longest, name) = longest.expect("find_pair returns at least one model: this is a bug");
+    match asked {
+        Some(len) if len > longest => {
+            bail!("--max-model-len is {len}; {name} holds at most {longest} tokens of context")
+        }
+        asked => Ok(asked.unwrap_or(longest)),
+    }
 }
 
 /// One model, loaded.

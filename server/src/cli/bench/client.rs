@@ -82,6 +82,8 @@ impl Client {
             .header(http::header::HOST, self.address.to_string())
             .header(http::header::CONTENT_TYPE, "application/json")
             .body(Full::new(Bytes::from(serde_json::to_vec(body)?)))?;
+        // The end of the last response may not have been digested yet.
+        self.sender.ready().await.context("the server closed the connection")?;
         let sent = Instant::now();
         let response = self.sender.send_request(request).await?;
         let status = response.status();

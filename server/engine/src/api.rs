@@ -153,7 +153,8 @@ pub struct SequenceId(pub u64);
 pub enum Command {
     /// Starts a sequence.
     Submit(SubmitRequest),
-    /// Ends a sequence; its blocks are free when the current step ends. Unknown ids are ignored.
+    /// Ends a sequence with [`FinishReason::Aborted`]; its blocks are free when the current step ends.
+    /// Unknown ids are ignored.
     Abort(SequenceId),
     /// Finishes what runs, refuses what is new, then the engine thread ends.
     Drain,

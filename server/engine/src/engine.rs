@@ -177,22 +177,25 @@ impl Engine {
         self.scheduler.add(Sequence::new(request, now));
     }
 
-    /// Ends a sequence without further events.
+    /// Ends a sequence; its client is given the closing account, if it still listens.
     pub fn abort(&mut self, id: SequenceId) {
-        if self.scheduler.remove(id).is_some() {
-            self.stats.num_aborted += 1;
+        if let Some(sequence) = self.scheduler.remove(id) {
+            self.end_aborted(sequence);
         }
     }
 
-    /// Ends every sequence; those that run are told that they were aborted.
+    /// Ends every sequence, as [`Engine::abort`] does.
     pub fn abort_all(&mut self) {
-        for mut sequence in self.scheduler.remove_all() {
-            sequence.rollback();
-            sequence.finished = Some(FinishReason::Aborted);
-            // A client that is gone or does not take it loses nothing.
-            let _ = sequence.emit();
-            self.stats.num_aborted += 1;
+        for sequence in self.scheduler.remove_all() {
+            self.end_aborted(sequence);
         }
+    }
+
+    fn end_aborted(&mut self, mut sequence: Sequence) {
+        sequence.rollback();
+        sequence.finished = Some(FinishReason::Aborted);
+        self.scheduler.deliver_last(sequence);
+        self.stats.num_aborted += 1;
     }
 
     /// Fails every sequence: something is wrong with the engine itself.

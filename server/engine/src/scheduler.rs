@@ -196,7 +196,13 @@ impl Scheduler {
         self.delivering.retain_mut(|sequence| sequence.emit().is_ok() && !sequence.is_delivered());
     }
 
-    /// Removes a sequence wherever it is. True if it was there and had not finished.
+    /// Hands over a finished sequence's last events, now or as soon as its client has room.
+    pub(crate) fn deliver_last(&mut self, sequence: Sequence) {
+        self.delivering.push(sequence);
+        self.deliver();
+    }
+
+    /// Takes a sequence that has not finished out of the queue or the running ones, its blocks back.
     pub(crate) fn remove(&mut self, id: SequenceId) -> Option<Sequence> {
         if let Some(index) = self.waiting.iter().position(|s| s.id == id) {
             return self.waiting.remove(index);
@@ -206,7 +212,6 @@ impl Scheduler {
             self.blocks.release(std::mem::take(&mut sequence.block_table));
             return Some(sequence);
         }
-        self.delivering.retain(|s| s.id != id);
         None
     }
 

@@ -120,16 +120,14 @@ impl Metrics {
 /// Watches one sequence's token times.
 pub struct TokenClock {
     metrics: LaneMetrics,
-    start: Instant,
-    first: Option<Instant>,
+    has_started: bool,
     last: Instant,
 }
 
 impl TokenClock {
     /// Starts at the sequence's submission.
     pub fn start(metrics: LaneMetrics) -> Self {
-        let start = Instant::now();
-        TokenClock { metrics, start, first: None, last: start }
+        TokenClock { metrics, has_started: false, last: Instant::now() }
     }
 
     /// `num_tokens` came together.
@@ -137,18 +135,12 @@ impl TokenClock {
         let now = Instant::now();
         let elapsed = (now - self.last).as_secs_f64();
         self.last = now;
-        if self.first.is_none() {
-            self.first = Some(now);
+        if !self.has_started {
+            self.has_started = true;
             self.metrics.time_to_first_token.observe(elapsed);
         } else {
             self.metrics.inter_token_latency.observe(elapsed / num_tokens.max(1) as f64);
         }
-    }
-
-    /// From the submission to the first token, and from there to the latest.
-    pub fn times(&self) -> (Duration, Duration) {
-        let first = self.first.unwrap_or(self.last);
-        (first - self.start, self.last - first)
     }
 }
 

@@ -14,20 +14,20 @@ use tandem_models::{DecoderConfig, ForwardBatch, Model, ModelError, RopeScaling}
 
 /// Logits are a hash of the whole context *as read back through the block table*: any error in
 /// slots, tables, rollback or scheduling changes the tokens.
-pub struct HashModel {
+pub(crate) struct HashModel {
     config: DecoderConfig,
     slots: Vec<u32>,
     block_size: usize,
     /// How far these logits stray from the shared ones: 0 is a perfect draft, 100 a useless one.
     stray: f32,
-    pub poison: Option<TokenId>,
+    pub(crate) poison: Option<TokenId>,
 }
 
-pub const VOCAB_SIZE: usize = 48;
-pub const STOP: TokenId = 7;
+pub(crate) const VOCAB_SIZE: usize = 48;
+pub(crate) const STOP: TokenId = 7;
 
 impl HashModel {
-    pub fn new(stray: f32) -> Self {
+    pub(crate) fn new(stray: f32) -> Self {
         let config = DecoderConfig {
             vocab_size: VOCAB_SIZE,
             hidden_size: 8,
@@ -48,7 +48,7 @@ impl HashModel {
         HashModel { config, slots: Vec::new(), block_size: 0, stray, poison: None }
     }
 
-    pub fn boxed(stray: f32) -> Option<Box<dyn Model>> {
+    pub(crate) fn boxed(stray: f32) -> Option<Box<dyn Model>> {
         Some(Box::new(HashModel::new(stray)))
     }
 }
@@ -115,20 +115,21 @@ impl Model for HashModel {
 
 /// Everything a client saw of one sequence.
 #[derive(Debug, Default, PartialEq, Clone)]
-pub struct Answer {
-    pub tokens: Vec<TokenId>,
-    pub drafted: usize,
-    pub logprobs: Vec<TokenLogprobs>,
-    pub prompt_logprobs: Option<Vec<Option<TokenLogprobs>>>,
-    pub finished: Option<Finished>,
-    pub failed: Option<EngineError>,
+pub(crate) struct Answer {
+    pub(crate) tokens: Vec<TokenId>,
+    pub(crate) drafted: usize,
+    pub(crate) logprobs: Vec<TokenLogprobs>,
+    pub(crate) prompt_logprobs: Option<Vec<Option<TokenLogprobs>>>,
+    pub(crate) finished: Option<Finished>,
+    pub(crate) failed: Option<EngineError>,
 }
 
 /// What must be equal whatever the batch, chunking and speculation.
-pub type Invariant = (Vec<TokenId>, Vec<TokenLogprobs>, Option<Vec<Option<TokenLogprobs>>>, Option<String>);
+pub(crate) type Invariant =
+    (Vec<TokenId>, Vec<TokenLogprobs>, Option<Vec<Option<TokenLogprobs>>>, Option<String>);
 
 impl Answer {
-    pub fn take(&mut self, event: Event) {
+    pub(crate) fn take(&mut self, event: Event) {
         assert!(self.finished.is_none() && self.failed.is_none(), "an event after the last one");
         match event {
             Event::PromptLogprobs(logprobs) => {
@@ -146,7 +147,7 @@ impl Answer {
         }
     }
 
-    pub fn invariant(&self) -> Invariant {
+    pub(crate) fn invariant(&self) -> Invariant {
         (
             self.tokens.clone(),
             self.logprobs.clone(),
@@ -157,7 +158,7 @@ impl Answer {
 }
 
 /// A sink over a bounded std channel.
-pub struct ChannelSink(pub SyncSender<Event>);
+pub(crate) struct ChannelSink(pub(crate) SyncSender<Event>);
 
 impl EventSink for ChannelSink {
     fn try_send(&mut self, event: Event) -> Result<(), SinkError> {
@@ -168,7 +169,7 @@ impl EventSink for ChannelSink {
     }
 }
 
-pub fn config(draft_tokens: DraftTokens) -> EngineConfig {
+pub(crate) fn config(draft_tokens: DraftTokens) -> EngineConfig {
     EngineConfig {
         block_size: 4,
         num_blocks: 512,
@@ -180,11 +181,11 @@ pub fn config(draft_tokens: DraftTokens) -> EngineConfig {
     }
 }
 
-pub fn hash_pair(draft_stray: f32) -> Models {
+pub(crate) fn hash_pair(draft_stray: f32) -> Models {
     Models { target: HashModel::boxed(0.0), draft: HashModel::boxed(draft_stray) }
 }
 
-pub fn request(
+pub(crate) fn request(
     id: u64,
     lane: Lane,
     prompt: &[TokenId],
@@ -198,7 +199,7 @@ pub fn request(
 }
 
 /// A clock that ticks a microsecond a reading.
-pub fn clock() -> impl Fn() -> Duration {
+pub(crate) fn clock() -> impl Fn() -> Duration {
     let ticks = Cell::new(0);
     move || {
         ticks.set(ticks.get() + 1);
@@ -207,7 +208,7 @@ pub fn clock() -> impl Fn() -> Duration {
 }
 
 /// Runs all requests together on one synchronous engine and returns their answers.
-pub fn run(
+pub(crate) fn run(
     config: &EngineConfig,
     models: Models,
     requests: &[(Lane, Vec<TokenId>, SamplingParams)],

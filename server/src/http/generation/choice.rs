@@ -32,8 +32,6 @@ pub(super) struct Choice {
     num_released_bytes: usize,
     /// Tokens up to the end, or up to the one that completed a stop string.
     num_tokens: u32,
-    /// Of those, draft tokens.
-    num_drafted_tokens: u32,
     usage: Usage,
 }
 
@@ -57,7 +55,6 @@ impl Choice {
             num_decoded_bytes: 0,
             num_released_bytes: 0,
             num_tokens: 0,
-            num_drafted_tokens: 0,
             usage: Usage {
                 num_prompt_tokens: u32::try_from(prompt.len()).unwrap_or(u32::MAX),
                 ..Usage::default()
@@ -105,7 +102,6 @@ impl Choice {
                 }
                 None => {
                     self.sequence.ended = true;
-                    self.account_from_outside();
                     return Poll::Ready(self.end(None).map(Some));
                 }
             }
@@ -116,7 +112,6 @@ impl Choice {
         let mut scores = chunk.logprobs.into_iter();
         for token in &chunk.tokens {
             self.num_tokens += 1;
-            self.num_drafted_tokens += u32::from(token.drafted);
             if let Some(logprobs) = scores.next() {
                 self.hold(token.id, logprobs);
             }
@@ -166,14 +161,6 @@ impl Choice {
             Some(FinishReason::Aborted) => Err(ApiError::shutting_down()),
             None => Err(ApiError::new(ErrorKind::Internal, "the engine ended before this answer was whole")),
         }
-    }
-
-    /// The engine gives an aborted sequence no account; what was seen of it from here stands in. Draft
-    /// tokens that the target rejected are not seen.
-    fn account_from_outside(&mut self) {
-        self.usage.num_draft_tokens = self.num_drafted_tokens;
-        self.usage.num_accepted_tokens = self.num_drafted_tokens;
-        (self.usage.prefill_time, self.usage.decode_time) = self.clock.times();
     }
 
     /// Final once the choice has ended.

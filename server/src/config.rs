@@ -82,55 +82,61 @@ pub(crate) enum Origin {
 /// A value as its layer gives it, before the setting's own rules are applied.
 pub(crate) type RawValue = Vec<String>;
 
+/// Puts a value where it belongs; false if it breaks the setting's rules.
+type Setter = fn(&mut Config, &RawValue) -> bool;
+
 /// One setting: its name, what its values look like, and where they go.
 struct Setting {
     key: &'static str,
     wanted: &'static str,
     /// True if it takes a list (a repeated flag, commas in the environment, an array in the file).
     list: bool,
-    set: fn(&mut Config, &RawValue) -> Option<()>,
+    set: Setter,
 }
 
-const fn one(
-    key: &'static str,
-    wanted: &'static str,
-    set: fn(&mut Config, &RawValue) -> Option<()>,
-) -> Setting {
+const fn one(key: &'static str, wanted: &'static str, set: Setter) -> Setting {
     Setting { key, wanted, list: false, set }
 }
 
-const fn many(
-    key: &'static str,
-    wanted: &'static str,
-    set: fn(&mut Config, &RawValue) -> Option<()>,
-) -> Setting {
+const fn many(key: &'static str, wanted: &'static str, set: Setter) -> Setting {
     Setting { key, wanted, list: true, set }
 }
 
 const SETTINGS: &[Setting] = &[
-    one("host", "an address or host name", |c, v| Some(c.host = parse::text(v)?)),
-    one("port", "a port from 0 to 65535", |c, v| Some(c.port = parse::number(v, 0, u16::MAX)?)),
-    one("target", "a model folder or hub id", |c, v| Some(c.target = parse::optional_text(v)?)),
-    one("draft", "a model folder or hub id", |c, v| Some(c.draft = parse::optional_text(v)?)),
+    one("host", "an address or host name", |c, v| put(&mut c.host, parse::text(v))),
+    one("port", "a port from 0 to 65535", |c, v| put(&mut c.port, parse::number(v, 0, u16::MAX))),
+    one("target", "a model folder or hub id", |c, v| put(&mut c.target, parse::optional_text(v))),
+    one("draft", "a model folder or hub id", |c, v| put(&mut c.draft, parse::optional_text(v))),
     one("draft-tokens", "`auto` or a number from 0 to 16", |c, v| {
-        Some(c.draft_tokens = parse::draft_tokens(v, MAX_DRAFT_TOKENS as u8)?)
+        put(&mut c.draft_tokens, parse::draft_tokens(v, MAX_DRAFT_TOKENS as u8))
     }),
-    one("backend", "`cpu` or `reference`", |c, v| Some(c.backend = parse::backend(v)?)),
-    one("threads", "a number from 1 to 1024", |c, v| Some(c.threads = Some(parse::number(v, 1, 1024)?))),
-    one("kv-memory", "a size such as 512MiB or 2GiB", |c, v| Some(c.kv_memory = Some(parse::size_bytes(v)?))),
-    one("max-num-seqs", "a number from 1 to 4096", |c, v| Some(c.max_num_seqs = parse::number(v, 1, 4096)?)),
+    one("backend", "`cpu` or `reference`", |c, v| put(&mut c.backend, parse::backend(v))),
+    one("threads", "a number from 1 to 1024", |c, v| {
+        put(&mut c.threads, parse::number(v, 1, 1024).map(Some))
+    }),
+    one("kv-memory", "a size such as 512MiB or 2GiB", |c, v| {
+        put(&mut c.kv_memory, parse::size_bytes(v).map(Some))
+    }),
+    one("max-num-seqs", "a number from 1 to 4096", |c, v| {
+        put(&mut c.max_num_seqs, parse::number(v, 1, 4096))
+    }),
     one("max-model-len", "a number of tokens from 2 up", |c, v| {
-        Some(c.max_model_len = Some(parse::number(v, 2, usize::MAX)?))
+        put(&mut c.max_model_len, parse::number(v, 2, usize::MAX).map(Some))
     }),
     one("max-waiting", "a number from 1 to 1000000", |c, v| {
-        Some(c.max_waiting = parse::number(v, 1, 1_000_000)?)
+        put(&mut c.max_waiting, parse::number(v, 1, 1_000_000))
     }),
-    many("api-key", "one or more keys, none of them empty", |c, v| Some(c.api_keys = parse::texts(v)?)),
-    one("cors", "true or false", |c, v| Some(c.cors = parse::boolean(v)?)),
+    many("api-key", "one or more keys, none of them empty", |c, v| put(&mut c.api_keys, parse::texts(v))),
+    one("cors", "true or false", |c, v| put(&mut c.cors, parse::boolean(v))),
     one("log", "a filter such as info, debug or tandem=debug,warn", |c, v| {
-        Some(c.log = Some(parse::log_filter(v)?))
+        put(&mut c.log, parse::log_filter(v).map(Some))
     }),
 ];
+
+/// False if there is no value to put.
+fn put<T>(slot: &mut T, value: Option<T>) -> bool {
+    value.map(|value| *slot = value).is_some()
+}
 
 /// The variable that names the configuration file when `--config` does not.
 const CONFIG_VARIABLE: &str = "TANDEM_CONFIG";
@@ -247,7 +253,10 @@ fn apply(
     value: &RawValue,
     origin: &Origin,
 ) -> Result<(), ConfigError> {
-    (setting.set)(config, value).ok_or_else(|| ConfigError::Value {
+    if (setting.set)(config, value) {
+        return Ok(());
+    }
+    Err(ConfigError::Value {
         place: place(setting.key, origin),
         // A key is a secret: the message goes to logs and terminals.
         value: if setting.key == "api-key" { "(hidden)".to_owned() } else { value.join(",") },

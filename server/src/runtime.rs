@@ -37,6 +37,9 @@ pub(crate) struct ModelInfo {
     pub(crate) dtype: Dtype,
 }
 
+/// A loaded model as people and the HTTP side see it; the engine has the rest.
+pub(crate) type Described = (ModelInfo, LaneModel);
+
 /// Storage for keys and values.
 #[derive(Clone, Copy, Debug)]
 pub(crate) struct KvInfo {
@@ -57,8 +60,8 @@ pub(crate) struct Runtime {
     pub(crate) engine: EngineHandle,
     /// Ends after [`EngineHandle::drain`] or [`EngineHandle::shutdown`].
     pub(crate) engine_thread: JoinHandle<()>,
-    pub(crate) target: Option<(ModelInfo, LaneModel)>,
-    pub(crate) draft: Option<(ModelInfo, LaneModel)>,
+    pub(crate) target: Option<Described>,
+    pub(crate) draft: Option<Described>,
     pub(crate) kv: KvInfo,
     pub(crate) max_model_len: usize,
     pub(crate) threads: usize,
@@ -158,7 +161,7 @@ struct Loaded {
     text: LaneModel,
 }
 
-fn split(loaded: Option<Loaded>) -> (Option<Box<dyn Model>>, Option<(ModelInfo, LaneModel)>) {
+fn split(loaded: Option<Loaded>) -> (Option<Box<dyn Model>>, Option<Described>) {
     match loaded {
         Some(Loaded { model, info, text }) => (Some(model), Some((info, text))),
         None => (None, None),
@@ -304,7 +307,7 @@ fn demo_candidates(executable: Option<&Path>) -> Vec<PathBuf> {
         folders.push(beside.join("models/demo"));
         folders.push(beside.join("../share/tandem/demo"));
     }
-    folders.push(Path::new(env!("CARGO_MANIFEST_DIR")).join("../models/demo"));
+    folders.extend(Path::new(env!("CARGO_MANIFEST_DIR")).parent().map(|tree| tree.join("models/demo")));
     folders
 }
 
@@ -380,6 +383,6 @@ mod tests {
         assert_eq!(folders[0], Path::new("models/demo"));
         assert_eq!(folders[1], Path::new("/opt/tandem/bin/models/demo"));
         assert_eq!(folders[2], Path::new("/opt/tandem/bin/../share/tandem/demo"));
-        assert!(folders[3].ends_with("../models/demo"));
+        assert!(folders[3].is_absolute() && folders[3].ends_with("models/demo"));
     }
 }

@@ -32,8 +32,9 @@ fn succeeds(command: &mut Command) -> String {
 
 #[test]
 fn help_teaches_by_example() {
-    for command in [&["--help"][..], &["generate", "--help"], &["train", "--help"], &["distill", "--help"]] {
-        let help = succeeds(&mut tandem(command));
+    for command in ["serve", "generate", "train", "distill", "verify", "bench pair", ""] {
+        let command: Vec<&str> = command.split_whitespace().chain(["--help"]).collect();
+        let help = succeeds(&mut tandem(&command));
         assert!(help.contains("Examples:\n"), "{command:?}: {help}");
     }
     assert!(succeeds(&mut tandem(&["--version"])).starts_with("tandem "));

@@ -281,9 +281,11 @@ fn closing_line(finished: &Finished, lane: Lane, seed: Option<u64>) -> String {
             100.0 * share
         ));
     }
-    if lane == Lane::Deep && usage.num_decode_steps > 0 {
-        let per_step = f64::from(num_decoded) / f64::from(usage.num_decode_steps);
-        parts.push(format!("{per_step:.2} tokens a verification"));
+    // A verification gives the accepted draft tokens and one token of the target's own.
+    let num_verifications = num_decoded.saturating_sub(usage.num_accepted_tokens);
+    if lane == Lane::Deep && num_verifications > 0 {
+        let tokens = f64::from(num_decoded) / f64::from(num_verifications);
+        parts.push(format!("{tokens:.2} tokens a verification"));
     }
     if let Some(seed) = seed {
         parts.push(format!("seed {seed}"));
@@ -324,7 +326,6 @@ mod tests {
             num_output_tokens: 101,
             num_draft_tokens: 80,
             num_accepted_tokens: 60,
-            num_decode_steps: 40,
             decode_time: Duration::from_millis(500),
             prefill_time: Duration::from_millis(4),
             ..Usage::default()

@@ -62,6 +62,7 @@ struct Cli {
 #[derive(Subcommand)]
 enum Command {
     /// Serve a pair of models over HTTP (OpenAI-compatible)
+    #[command(long_about = serve::LONG_ABOUT, after_long_help = serve::EXAMPLES)]
     Serve(ServeSettings),
     /// Generate once in the terminal, streaming
     Generate(generate::GenerateArgs),

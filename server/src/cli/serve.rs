@@ -17,6 +17,28 @@ use super::terminal;
 use crate::config::{Config, Loaded};
 use crate::runtime::{self, ModelInfo, Runtime};
 
+pub(super) const LONG_ABOUT: &str = "\
+Serve a pair of models over HTTP (OpenAI-compatible).
+
+Prints the address, the pair and a request to try, and serves until Ctrl-C, which lets running answers \
+finish. Paths: /v1/completions (with `suffix` for fill-in-the-middle), /v1/chat/completions, /v1/models, \
+/health, /metrics.";
+
+pub(super) const EXAMPLES: &str = "\
+Examples:
+  tandem serve                                                   the demo pair
+  tandem serve --target ./big --draft ./small --kv-memory 4GiB
+  tandem serve --target ./big                                    no fast lane, no speculation
+  TANDEM_API_KEY=KEY1,KEY2 tandem serve --host 0.0.0.0
+  tandem serve --config tandem.toml
+
+tandem.toml, every key a flag's name:
+  target = \"/models/big\"
+  draft = \"/models/small\"
+  threads = 16
+  kv-memory = \"8GiB\"
+  api-key = [\"KEY1\", \"KEY2\"]";
+
 pub(super) fn run(settings: &ServeSettings) -> anyhow::Result<ExitCode> {
     let started = Instant::now();
     let Loaded { config, file, warnings } = settings.load()?;

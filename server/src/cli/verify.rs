@@ -68,19 +68,21 @@ pub(super) fn run(args: &VerifyArgs) -> anyhow::Result<ExitCode> {
         let demo = runtime::find_demo_pair()?;
         dirs.extend([demo.join("target"), demo.join("draft")]);
     }
+    // Opened first, so that a wrong name in the list does not cost the models before it.
+    let checkpoints = dirs.iter().map(|dir| Checkpoint::open(dir)).collect::<Result<Vec<_>, _>>()?;
     println!(
         "fast backend: cpu, {}, {threads} threads; reference: candle",
         tandem_kernels::isa::active().name()
     );
     let mut all_passed = true;
-    for dir in &dirs {
-        let checkpoint = Checkpoint::open(dir)?;
+    for checkpoint in &checkpoints {
+        let dir = &checkpoint.dir;
         let tokenizer = Tokenizer::from_dir(dir)?;
         let mut prompt = tokenizer.encode(args.prompt.as_deref().unwrap_or(PROMPT), true)?;
         let room = checkpoint.config.max_position_embeddings.saturating_sub(usize::from(args.tokens)).max(1);
         prompt.truncate(room);
-        let mut fast = tandem_models::load(&checkpoint, BackendKind::Cpu, Arc::clone(&pool))?;
-        let mut reference = tandem_models::load(&checkpoint, BackendKind::Reference, Arc::clone(&pool))?;
+        let mut fast = tandem_models::load(checkpoint, BackendKind::Cpu, Arc::clone(&pool))?;
+        let mut reference = tandem_models::load(checkpoint, BackendKind::Reference, Arc::clone(&pool))?;
         let comparison = compare(fast.as_mut(), reference.as_mut(), &prompt, usize::from(args.tokens))?;
         let passed = passes(&comparison, args.tolerance);
         all_passed &= passed;

@@ -15,6 +15,8 @@ mod noise;
 
 use std::collections::HashMap;
 
+use tandem_kernels::sampling;
+
 use crate::api::{EngineError, SamplingParams, TokenId};
 pub(crate) use logprobs::LogprobScratch;
 use noise::NoiseRow;
@@ -89,7 +91,7 @@ impl Sampler {
     /// # Errors
     /// [`EngineError::NonFiniteLogits`] if a logit is NaN or infinite.
     pub(crate) fn draw(&mut self, logits: &[f32], draw: &Draw<'_>) -> Result<TokenId, EngineError> {
-        if !all_finite(logits) {
+        if !sampling::all_finite(logits) {
             return Err(EngineError::NonFiniteLogits);
         }
         let params = draw.params;
@@ -249,12 +251,7 @@ fn power_of_two_above(x: f64) -> f64 {
 
 /// The first of the greatest logits.
 fn argmax(logits: &[f32]) -> TokenId {
-    tandem_kernels::sampling::argmax(logits) as TokenId
-}
-
-fn all_finite(logits: &[f32]) -> bool {
-    // One pass without a branch per element: x * 0 is 0 for numbers and NaN for the rest.
-    logits.chunks(64).all(|chunk| chunk.iter().map(|x| x * 0.0).sum::<f32>() == 0.0)
+    sampling::argmax(logits) as TokenId
 }
 
 #[cfg(test)]

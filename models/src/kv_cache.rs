@@ -79,13 +79,10 @@ pub fn kv_bytes_per_token(config: &DecoderConfig) -> usize {
 /// The pages are the system's to hand out when they are first written, so a cache costs what is used
 /// of it.
 pub(crate) fn try_zeros(len: usize) -> Result<Vec<f32>, ModelError> {
-    let mut probe = Vec::<f32>::new();
-    probe.try_reserve_exact(len).map_err(|error| ModelError::Backend {
+    bytemuck::allocation::try_zeroed_vec(len).map_err(|()| ModelError::Backend {
         context: "KV cache",
-        reason: format!("no memory for {} bytes: {error}", len.saturating_mul(size_of::<f32>())),
-    })?;
-    drop(probe);
-    Ok(vec![0.0; len])
+        reason: format!("no memory for {} bytes", len.saturating_mul(size_of::<f32>())),
+    })
 }
 
 #[cfg(test)]

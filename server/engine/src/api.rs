@@ -264,7 +264,7 @@ pub struct Usage {
     pub num_draft_tokens: u32,
     /// Of those, accepted.
     pub num_accepted_tokens: u32,
-    /// Forward passes of the answering model after the prompt was computed.
+    /// Forward passes of the answering model after the one that gave the first token.
     pub num_decode_steps: u32,
     /// From submission to the first forward pass.
     pub queue_time: Duration,

@@ -25,6 +25,7 @@ pub(crate) fn verify(
 ) -> Result<(), EngineError> {
     let num_draft_tokens = sequence.draft_tokens().len();
     let mut num_accepted_tokens = 0;
+    let is_decode_step = sequence.num_output_tokens() > 0;
     for row in rows.chunks_exact(vocab_size) {
         let draw = Draw {
             params: &sequence.params,
@@ -56,7 +57,7 @@ pub(crate) fn verify(
         }
     }
     sequence.rollback();
-    sequence.usage.num_decode_steps += 1;
+    sequence.usage.num_decode_steps += u32::from(is_decode_step);
     sequence.usage.num_draft_tokens += num_draft_tokens as u32;
     sequence.usage.num_accepted_tokens += num_accepted_tokens as u32;
     sequence.acceptance.record(num_draft_tokens, num_accepted_tokens);

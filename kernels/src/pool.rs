@@ -162,7 +162,8 @@ impl ThreadPool {
     fn run_all(&self, num_tasks: usize, task: Task<'_>) {
         let shared = &*self.shared;
         let threads = self.threads();
-        let operation = self.operation.load(Ordering::Relaxed) + 1;
+        // As many bits as a ticket holds, so that the two always compare equal.
+        let operation = operation_of(ticket(self.operation.load(Ordering::Relaxed) + 1, 0, 0));
         self.operation.store(operation, Ordering::Relaxed);
 
         let job = Job { task, panic: Mutex::new(None) };

@@ -116,6 +116,11 @@ pub(crate) fn start(config: &Config) -> anyhow::Result<Runtime> {
         );
     }
 
+    // Tokenizers may know fewer ids than embeddings have rows, which are padded, but never more.
+    let token_ids = loaded().map(|loaded| loaded.text.tokenizer.vocab_size());
+    let rows = loaded().map(|loaded| loaded.model.config().vocab_size);
+    let num_token_ids =
+        token_ids.chain(rows).min().expect("find_pair returns at least one model: this is a bug");
     let engine_config = EngineConfig {
         block_size: kv.block_size,
         num_blocks: kv.num_blocks,
@@ -123,6 +128,7 @@ pub(crate) fn start(config: &Config) -> anyhow::Result<Runtime> {
         max_num_batched_tokens: MAX_NUM_BATCHED_TOKENS,
         max_waiting: config.max_waiting,
         max_model_len,
+        num_token_ids,
         draft_tokens: config.draft_tokens,
     };
     let (target_model, target) = split(target);

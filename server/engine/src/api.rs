@@ -31,7 +31,7 @@ pub struct SamplingParams {
     pub top_p: f32,
     /// Keep tokens at least this fraction as likely as the likeliest; `0.0..=1.0`.
     pub min_p: f32,
-    /// Divides positive (multiplies negative) logits of tokens seen in prompt or output; 1 is off. `> 0`.
+    /// Divides positive (multiplies negative) logits of tokens seen in prompt or output; 1 is off. `0.01..=100.0`.
     pub repetition_penalty: f32,
     /// Subtracted once from the logit of every token in the output so far; `-2.0..=2.0`.
     pub presence_penalty: f32,
@@ -96,11 +96,11 @@ impl SamplingParams {
         if !(0.0..=1.0).contains(&self.min_p) {
             return fault("min_p", self.min_p.to_string(), "a number from 0 to 1");
         }
-        if !(self.repetition_penalty > 0.0 && self.repetition_penalty <= 100.0) {
+        if !(0.01..=100.0).contains(&self.repetition_penalty) {
             return fault(
                 "repetition_penalty",
                 self.repetition_penalty.to_string(),
-                "a number above 0 and at most 100",
+                "a number from 0.01 to 100",
             );
         }
         for (name, value) in
@@ -320,11 +320,21 @@ pub enum EngineError {
         /// Blocks there are.
         total_blocks: usize,
     },
+    /// A model does not know every token.
+    #[error(
+        "the vocabulary has {num_token_ids} tokens and a model's embedding {vocab_size} rows; it needs one a token"
+    )]
+    VocabularyTooSmall {
+        /// Tokens of the vocabulary.
+        num_token_ids: usize,
+        /// Rows of the embedding.
+        vocab_size: usize,
+    },
     /// The model of this lane is not loaded.
     #[error("no model is loaded for the {} lane", match .0 { Lane::Fast => "fast", Lane::Deep => "deep" })]
     LaneUnavailable(Lane),
     /// Too many sequences wait.
-    #[error("the server is busy: {waiting} requests are waiting")]
+    #[error("the server is busy: {waiting} sequences are waiting")]
     QueueFull {
         /// Sequences in the queue.
         waiting: usize,

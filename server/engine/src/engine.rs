@@ -38,6 +38,9 @@ pub struct EngineConfig {
     pub max_waiting: usize,
     /// Longest prompt plus output, in tokens.
     pub max_model_len: usize,
+    /// Ids below this are tokens. Rows of the embedding beyond are padding, of which target and draft
+    /// may have different amounts: they are never sampled, so each model knows the other's tokens.
+    pub num_token_ids: usize,
     /// How many tokens to draft.
     pub draft_tokens: DraftTokens,
 }
@@ -62,11 +65,6 @@ impl Models {
         }
     }
 
-    /// The smaller of the two embeddings: ids below it are known to both.
-    pub(crate) fn vocab_size(&self) -> usize {
-        self.target.iter().chain(&self.draft).map(|m| m.config().vocab_size).min().unwrap_or(0)
-    }
-
     pub(crate) fn has(&self, lane: Lane) -> bool {
         match lane {
             Lane::Fast => self.draft.is_some(),
@@ -84,6 +82,7 @@ pub struct Engine {
     logprobs: LogprobScratch,
     batch: ScheduledBatch,
     logits: Vec<f32>,
+    num_token_ids: usize,
     stats: EngineStats,
 }
 
@@ -94,6 +93,13 @@ impl Engine {
     /// If a model cannot allocate its cache.
     pub fn new(config: &EngineConfig, mut models: Models) -> Result<Self, EngineError> {
         for model in models.target.iter_mut().chain(&mut models.draft) {
+            let vocab_size = model.config().vocab_size;
+            if config.num_token_ids == 0 || config.num_token_ids > vocab_size {
+                return Err(EngineError::VocabularyTooSmall {
+                    num_token_ids: config.num_token_ids,
+                    vocab_size,
+                });
+            }
             model
                 .allocate_kv_cache(config.num_blocks, config.block_size)
                 .map_err(|error| EngineError::Forward(error.to_string()))?;
@@ -105,12 +111,12 @@ impl Engine {
                 .max(config.max_num_seqs * MAX_TOKENS_PER_STEP),
             max_logits_rows: MAX_PROMPT_LOGITS_ROWS,
         };
-        let vocab_size = models.vocab_size();
         Ok(Engine {
             scheduler: Scheduler::new(limits, BlockManager::new(config.num_blocks, config.block_size)),
             models,
             policy: DraftPolicy::new(config.draft_tokens, StepCosts::default()),
-            sampler: Sampler::new(vocab_size),
+            sampler: Sampler::new(config.num_token_ids),
+            num_token_ids: config.num_token_ids,
             logprobs: LogprobScratch::default(),
             batch: ScheduledBatch::default(),
             logits: Vec::new(),
@@ -308,7 +314,8 @@ impl Engine {
                 sampler: &mut self.sampler,
                 logprobs: &mut self.logprobs,
                 stats: &mut self.stats,
-                vocab_size,
+                row_width: vocab_size,
+                num_token_ids: self.num_token_ids,
                 now,
             };
             if let Err(error) = pass.apply(role, scheduled.num_tokens, rows) {
@@ -353,7 +360,9 @@ struct SequencePass<'a> {
     sampler: &'a mut Sampler,
     logprobs: &'a mut LogprobScratch,
     stats: &'a mut EngineStats,
-    vocab_size: usize,
+    /// Logits of a row; those of `num_token_ids` tokens, then padding.
+    row_width: usize,
+    num_token_ids: usize,
     now: Duration,
 }
 
@@ -374,9 +383,13 @@ impl SequencePass<'_> {
         {
             let mut scored = start;
             while scored + 1 < num_prompt_tokens && !rows.is_empty() {
-                let (row, rest) = rows.split_at(self.vocab_size);
+                let (row, rest) = rows.split_at(self.row_width);
                 let next = sequence.tokens()[scored + 1];
-                sequence.push_prompt_logprobs(self.logprobs.compute(row, next, num_top.into()));
+                sequence.push_prompt_logprobs(self.logprobs.compute(
+                    &row[..self.num_token_ids],
+                    next,
+                    num_top.into(),
+                ));
                 rows = rest;
                 scored += 1;
             }
@@ -393,7 +406,8 @@ impl SequencePass<'_> {
             return Ok(());
         }
         let before = sequence.usage;
-        let outcome = verify(sequence, rows, self.vocab_size, self.sampler, self.logprobs, self.now);
+        let rows = rows.chunks_exact(self.row_width).map(|row| &row[..self.num_token_ids]);
+        let outcome = verify(sequence, rows, self.sampler, self.logprobs, self.now);
         let after = sequence.usage;
         let new_tokens = u64::from(after.num_output_tokens - before.num_output_tokens);
         match sequence.lane {
@@ -420,7 +434,7 @@ impl SequencePass<'_> {
             position: sequence.tokens().len(),
             num_output_tokens: sequence.num_output_tokens() + sequence.draft_tokens().len(),
         };
-        match self.sampler.draw(rows, &draw) {
+        match self.sampler.draw(&rows[..self.num_token_ids], &draw) {
             Ok(id) => {
                 sequence.push_draft_token(id);
                 // Nothing follows a stop token.

@@ -1,18 +1,18 @@
 //! The engine's thread, and the handle through which the rest of the process talks to it.
 //!
 //! One bounded channel of commands goes in; each sequence's events come out through its own sink.
-//! Requests are checked on the caller's thread, so a bad one never reaches the engine's. If a step
-//! panics, every sequence fails, the engine is unhealthy from then on and its thread ends: it never
-//! continues on a state that may be wrong.
+//! Requests are checked on the caller's thread, so a bad one never reaches the engine's. If the
+//! engine panics, every sequence fails, it is unhealthy from then on and its thread ends with that
+//! panic: it never continues on a state that may be wrong.
 
-use std::panic::{AssertUnwindSafe, catch_unwind};
+use std::panic::{AssertUnwindSafe, catch_unwind, resume_unwind};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::mpsc::{Receiver, RecvTimeoutError, SyncSender, TryRecvError, TrySendError, sync_channel};
 use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
-use crate::api::{Command, EngineError, EngineStats, SequenceId, SubmitRequest};
+use crate::api::{Command, EngineError, EngineStats, Event, SequenceId, SubmitRequest};
 use crate::engine::{Engine, EngineConfig, Models};
 use crate::speculation::DraftTokens;
 
@@ -35,9 +35,10 @@ struct Shared {
 }
 
 struct Limits {
-    vocab_size: usize,
+    num_token_ids: usize,
     max_model_len: usize,
     max_waiting: usize,
+    max_num_seqs: usize,
     block_size: usize,
     num_blocks: usize,
     has_fast: bool,
@@ -49,6 +50,9 @@ const COMMAND_QUEUE: usize = 4096;
 
 /// How long the engine sleeps before it offers last events to a slow reader again.
 const REDELIVERY_INTERVAL: Duration = Duration::from_millis(2);
+
+/// How long an ending engine waits for slow readers to take their last events.
+const LAST_DELIVERY: Duration = Duration::from_secs(1);
 
 impl EngineHandle {
     /// Allocates the caches, measures step costs if the policy needs them, and starts the thread.
@@ -64,9 +68,10 @@ impl EngineHandle {
             accepting: AtomicBool::new(true),
             stats: SharedStats::default(),
             limits: Limits {
-                vocab_size: models.vocab_size(),
+                num_token_ids: config.num_token_ids,
                 max_model_len: config.max_model_len,
                 max_waiting: config.max_waiting,
+                max_num_seqs: config.max_num_seqs,
                 block_size: config.block_size,
                 num_blocks: config.num_blocks,
                 has_fast: models.has(Lane::Fast),
@@ -83,7 +88,9 @@ impl EngineHandle {
         let handle = EngineHandle { commands, shared: Arc::clone(&shared) };
         let thread = std::thread::Builder::new()
             .name("tandem-engine".into())
-            .spawn(move || EngineThread { engine, inbox, shared, start, ending: None }.run())
+            .spawn(move || {
+                EngineThread { engine, inbox, shared, start, ending: None, num_received: 0 }.guarded_run()
+            })
             .map_err(|error| EngineError::Forward(format!("the engine's thread did not start: {error}")))?;
         Ok((handle, thread))
     }
@@ -101,12 +108,15 @@ impl EngineHandle {
             return Err(EngineError::ShuttingDown);
         }
         let submitted = self.shared.num_submitted.fetch_add(1, Ordering::Relaxed);
-        let waiting = (submitted + self.shared.stats.load().num_waiting) as usize;
+        let stats = self.shared.stats.load();
+        let waiting = (submitted + stats.num_waiting) as usize;
+        let limits = &self.shared.limits;
+        let free_seats = limits.max_num_seqs.saturating_sub(stats.num_running as usize);
         let refuse = |error| {
             self.shared.num_submitted.fetch_sub(1, Ordering::Relaxed);
             Err(error)
         };
-        if waiting >= self.shared.limits.max_waiting {
+        if waiting >= limits.max_waiting + free_seats {
             return refuse(EngineError::QueueFull { waiting });
         }
         match self.commands.try_send(Command::Submit(request)) {
@@ -117,10 +127,16 @@ impl EngineHandle {
     }
 
     /// Ends a sequence; its blocks are free when the current step ends.
-    pub fn abort(&self, id: SequenceId) {
-        // With the queue full the abort is dropped: the closed event channel says the same thing
-        // when the sequence next has something to say.
-        let _ = self.commands.try_send(Command::Abort(id));
+    /// False if the command queue is full or the engine has ended; then the caller drops its end of
+    /// the event channel, which the engine takes for an abort when it next has something to say.
+    #[must_use]
+    pub fn abort(&self, id: SequenceId) -> bool {
+        self.commands.try_send(Command::Abort(id)).is_ok()
+    }
+
+    /// Sequences that the engine holds at most, running and waiting.
+    pub fn max_sequences(&self) -> usize {
+        self.shared.limits.max_num_seqs + self.shared.limits.max_waiting
     }
 
     /// Refuses new sequences, finishes the running and waiting ones, then ends the thread.
@@ -159,7 +175,7 @@ impl EngineHandle {
 
     /// Ids below this are tokens.
     pub fn vocab_size(&self) -> usize {
-        self.shared.limits.vocab_size
+        self.shared.limits.num_token_ids
     }
 }
 
@@ -174,13 +190,13 @@ impl Limits {
         if !has_lane {
             return Err(EngineError::LaneUnavailable(request.lane));
         }
-        request.params.validate(self.vocab_size)?;
+        request.params.validate(self.num_token_ids)?;
         let num_prompt_tokens = request.prompt.len();
         if num_prompt_tokens == 0 {
             return Err(EngineError::EmptyPrompt);
         }
-        if let Some(&id) = request.prompt.iter().find(|&&id| id as usize >= self.vocab_size) {
-            return Err(EngineError::TokenOutOfRange { id, vocab_size: self.vocab_size });
+        if let Some(&id) = request.prompt.iter().find(|&&id| id as usize >= self.num_token_ids) {
+            return Err(EngineError::TokenOutOfRange { id, vocab_size: self.num_token_ids });
         }
         let room = self.max_model_len.saturating_sub(num_prompt_tokens);
         if num_prompt_tokens > self.max_model_len || (room == 0 && request.params.max_tokens > 0) {
@@ -211,10 +227,24 @@ struct EngineThread {
     shared: Arc<Shared>,
     start: Instant,
     ending: Option<Ending>,
+    /// Submissions taken from the channel since the statistics were last published.
+    num_received: u64,
 }
 
 impl EngineThread {
-    fn run(mut self) {
+    /// Runs to the end; if that is a panic, says so to every client before the thread dies of it.
+    fn guarded_run(mut self) {
+        let outcome = catch_unwind(AssertUnwindSafe(|| self.run()));
+        self.shared.accepting.store(false, Ordering::Relaxed);
+        if let Err(panic) = outcome {
+            self.shared.healthy.store(false, Ordering::Relaxed);
+            self.engine.fail_all(&EngineError::Forward("an internal error stopped the engine".into()));
+            self.publish();
+            resume_unwind(panic);
+        }
+    }
+
+    fn run(&mut self) {
         while self.ending != Some(Ending::Now) {
             self.receive();
             if self.engine.is_idle() {
@@ -222,22 +252,32 @@ impl EngineThread {
                 if self.ending == Some(Ending::Drained) && self.engine.is_delivered() {
                     break;
                 }
-                self.shared.stats.publish(&self.engine.stats());
-                continue;
+            } else {
+                let start = self.start;
+                self.engine.step(&|| start.elapsed());
             }
-            let start = self.start;
-            let step = catch_unwind(AssertUnwindSafe(|| self.engine.step(&|| start.elapsed())));
-            if step.is_err() {
-                self.shared.healthy.store(false, Ordering::Relaxed);
-                self.shared.accepting.store(false, Ordering::Relaxed);
-                self.engine.fail_all(&EngineError::Forward("an internal error stopped the engine".into()));
-                self.shared.stats.publish(&self.engine.stats());
-                return;
-            }
-            self.shared.stats.publish(&self.engine.stats());
+            self.publish();
         }
+        self.shared.accepting.store(false, Ordering::Relaxed);
         self.engine.abort_all();
+        while let Ok(command) = self.inbox.try_recv() {
+            if let Command::Submit(mut request) = command {
+                // A client too slow for its only event finds its channel closed instead.
+                let _ = request.events.try_send(Event::Failed(EngineError::ShuttingDown));
+            }
+        }
+        let deadline = Instant::now() + LAST_DELIVERY;
+        while !self.engine.is_delivered() && Instant::now() < deadline {
+            std::thread::sleep(REDELIVERY_INTERVAL);
+            self.engine.deliver();
+        }
+        self.publish();
+    }
+
+    fn publish(&mut self) {
         self.shared.stats.publish(&self.engine.stats());
+        // Only now, so that at every moment each sequence is counted somewhere.
+        self.shared.num_submitted.fetch_sub(std::mem::take(&mut self.num_received), Ordering::Relaxed);
     }
 
     /// Takes every command there is; waits for one only if there is nothing else to do.
@@ -274,7 +314,7 @@ impl EngineThread {
         match command {
             Command::Submit(request) => {
                 self.engine.submit(request, self.start.elapsed());
-                self.shared.num_submitted.fetch_sub(1, Ordering::Relaxed);
+                self.num_received += 1;
             }
             Command::Abort(id) => self.engine.abort(id),
             Command::Drain => self.ending = self.ending.or(Some(Ending::Drained)),

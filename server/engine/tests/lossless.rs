@@ -2,9 +2,9 @@
 
 mod common;
 
-use common::{Answer, STOP, VOCAB_SIZE, config, hash_pair, run};
+use common::{Answer, HashModel, STOP, VOCAB_SIZE, config, hash_pair, run};
 use proptest::prelude::*;
-use tandem_engine::{DraftTokens, Lane, SamplingParams, TokenId};
+use tandem_engine::{DraftTokens, Lane, Models, SamplingParams, TokenId};
 
 fn plain(lane: Lane, prompt: &[TokenId], params: &SamplingParams) -> Answer {
     run(&config(DraftTokens::Fixed(0)), hash_pair(0.0), &[(lane, prompt.to_vec(), params.clone())]).remove(0)
@@ -123,4 +123,19 @@ fn agreeing_drafts_are_accepted_more_often_with_common_noise_than_by_chance() {
         run(&config(DraftTokens::Fixed(2)), hash_pair(0.5), &[(Lane::Deep, vec![1], params)]).remove(0);
     let usage = answer.finished.expect("finished").usage;
     assert!(usage.num_accepted_tokens * 2 > usage.num_draft_tokens, "{usage:?}");
+}
+
+#[test]
+fn padding_of_the_embedding_is_never_sampled_and_may_differ_within_a_pair() {
+    let request = |temperature| {
+        let params =
+            SamplingParams { temperature, max_tokens: 50, logprobs: Some(5), ..SamplingParams::default() };
+        [(Lane::Deep, vec![1, 2, 3], params)]
+    };
+    for temperature in [0.0, 1.0, 100.0] {
+        let models = Models { target: HashModel::padded(0.0, 16), draft: HashModel::padded(0.5, 3) };
+        let answer = run(&config(DraftTokens::Fixed(3)), models, &request(temperature)).remove(0);
+        let plain = run(&config(DraftTokens::Fixed(0)), hash_pair(0.0), &request(temperature)).remove(0);
+        assert_eq!(answer.invariant(), plain.invariant());
+    }
 }

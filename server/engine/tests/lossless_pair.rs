@@ -102,6 +102,7 @@ impl Pair {
             max_num_batched_tokens: 512,
             max_waiting: 64,
             max_model_len: 2048,
+            num_token_ids: 4096,
             draft_tokens: DraftTokens::Fixed(0),
         };
         let models = Models { target: Some(load(&demo("target"))), draft };

@@ -281,10 +281,8 @@ fn closing_line(finished: &Finished, lane: Lane, seed: Option<u64>) -> String {
             100.0 * share
         ));
     }
-    // A verification gives the accepted draft tokens and one token of the target's own.
-    let num_verifications = num_decoded.saturating_sub(usage.num_accepted_tokens);
-    if lane == Lane::Deep && num_verifications > 0 {
-        let tokens = f64::from(num_decoded) / f64::from(num_verifications);
+    if lane == Lane::Deep && usage.num_decode_steps > 0 {
+        let tokens = f64::from(num_decoded) / f64::from(usage.num_decode_steps);
         parts.push(format!("{tokens:.2} tokens a verification"));
     }
     if let Some(seed) = seed {

@@ -9,7 +9,7 @@ use std::time::{Duration, Instant};
 
 use anyhow::Context as _;
 use tandem::http::{ServeOptions, serve, shutdown_signal};
-use tandem_engine::DraftTokens;
+use tandem_engine::{DraftTokens, EngineHandle};
 use tokio::net::TcpListener;
 
 use super::settings::ServeSettings;
@@ -65,8 +65,15 @@ pub(super) fn run(settings: &ServeSettings) -> anyhow::Result<ExitCode> {
 
         let (state, engine_thread) = runtime.into_state(config.api_keys, config.cors);
         let options = ServeOptions::default();
+        let engine = state.engine.clone();
         serve(listener, Arc::new(state), options, async {
-            shutdown_signal().await;
+            tokio::select! {
+                () = shutdown_signal() => {}
+                () = failure_of(&engine) => {
+                    tracing::error!("the engine stopped after an internal error");
+                    return;
+                }
+            }
             eprintln!(
                 "stopping: no new requests; running answers have {} seconds to finish (Ctrl-C again: at once)",
                 options.grace_period.as_secs()
@@ -78,6 +85,14 @@ pub(super) fn run(settings: &ServeSettings) -> anyhow::Result<ExitCode> {
         }
         Ok(ExitCode::SUCCESS)
     })
+}
+
+/// Resolves once the engine is no longer healthy; the process then ends, so that whoever supervises it
+/// starts it again.
+async fn failure_of(engine: &EngineHandle) {
+    while engine.is_healthy() {
+        tokio::time::sleep(Duration::from_millis(200)).await;
+    }
 }
 
 /// Written at once: scripts wait for these lines.

@@ -192,6 +192,8 @@ fn adjust(adjusted: &mut Vec<f32>, logits: &[f32], draw: &Draw<'_>, mask_stops: 
                 if in_output > 0 {
                     *logit -= params.presence_penalty + params.frequency_penalty * in_output as f32;
                 }
+                // A penalty must not make an infinity of a large logit: the weights would be NaN.
+                *logit = logit.clamp(f32::MIN, f32::MAX);
             }
         };
         let drafted = |id: TokenId| draw.provisional.iter().filter(|&&p| p == id).count() as u32;

@@ -162,4 +162,28 @@ proptest! {
         let got = draw_at(&logits, &params, position);
         prop_assert!(kept(&logits, &params).iter().any(|t| t.0 == got));
     }
+
+    /// Whatever valid parameters and finite logits meet: a token, no panic.
+    #[test]
+    fn extreme_parameters_still_draw_a_token(
+        logits in prop::collection::vec(prop_oneof![Just(f32::MAX), Just(f32::MIN), Just(0.0f32), -1e3f32..1e3], 1..20),
+        temperature in prop_oneof![Just(1e-38f32), Just(100.0f32), Just(1.0f32)],
+        repetition_penalty in prop_oneof![Just(0.01f32), Just(100.0f32)],
+        top_p in prop_oneof![Just(1e-30f32), Just(0.9f32), Just(1.0f32)],
+        min_p in prop_oneof![Just(0.0f32), Just(1.0f32)],
+        top_k in 0u32..3,
+        seed in any::<u64>(),
+    ) {
+        let params = SamplingParams {
+            temperature, repetition_penalty, top_p, min_p, top_k, seed, presence_penalty: -2.0,
+            ..SamplingParams::default()
+        };
+        prop_assert!(params.validate(logits.len()).is_ok());
+        let mut counts = TokenCounts::for_sequence(&[0], &params).expect("penalties are on");
+        counts.push(0);
+        let draw =
+            Draw { params: &params, counts: Some(&counts), provisional: &[0], position: 3, num_output_tokens: 1 };
+        let id = Sampler::default().draw(&logits, &draw).expect("finite logits");
+        prop_assert!((id as usize) < logits.len());
+    }
 }

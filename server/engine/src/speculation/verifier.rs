@@ -9,16 +9,15 @@ use crate::api::{EngineError, FinishReason};
 use crate::sampler::{Draw, LogprobScratch, Sampler};
 use crate::sequence::Sequence;
 
-/// Draws at each of the `rows` (`[1 + num_draft_tokens, vocab_size]`, row `i` predicting the token
+/// Draws at each of the `1 + num_draft_tokens` rows of logits (`[num_token_ids]`, row `i` predicting the token
 /// after the `i`-th draft token) until a draft token falls or the sequence ends; commits what was
 /// drawn and rolls the rest back. Without draft tokens this is plain decoding.
 ///
 /// # Errors
 /// If logits are not finite; the tokens before them are committed.
-pub(crate) fn verify(
+pub(crate) fn verify<'a>(
     sequence: &mut Sequence,
-    rows: &[f32],
-    vocab_size: usize,
+    rows: impl Iterator<Item = &'a [f32]>,
     sampler: &mut Sampler,
     logprobs: &mut LogprobScratch,
     now: Duration,
@@ -26,7 +25,7 @@ pub(crate) fn verify(
     let num_draft_tokens = sequence.draft_tokens().len();
     let mut num_accepted_tokens = 0;
     let is_decode_step = sequence.num_output_tokens() > 0;
-    for row in rows.chunks_exact(vocab_size) {
+    for row in rows {
         let draw = Draw {
             params: &sequence.params,
             counts: sequence.counts.as_ref(),

@@ -21,6 +21,8 @@ pub(crate) struct HashModel {
     /// How far these logits stray from the shared ones: 0 is a perfect draft, 100 a useless one.
     stray: f32,
     pub(crate) poison: Option<TokenId>,
+    /// Rows of padding after the vocabulary, with the greatest logits of all.
+    padding: usize,
 }
 
 pub(crate) const VOCAB_SIZE: usize = 48;
@@ -45,7 +47,14 @@ impl HashModel {
             mlp_bias: false,
             tie_word_embeddings: true,
         };
-        HashModel { config, slots: Vec::new(), block_size: 0, stray, poison: None }
+        HashModel { config, slots: Vec::new(), block_size: 0, stray, poison: None, padding: 0 }
+    }
+
+    pub(crate) fn padded(stray: f32, padding: usize) -> Option<Box<dyn Model>> {
+        let mut model = HashModel::new(stray);
+        model.padding = padding;
+        model.config.vocab_size += padding;
+        Some(Box::new(model))
     }
 
     pub(crate) fn boxed(stray: f32) -> Option<Box<dyn Model>> {
@@ -107,6 +116,7 @@ impl Model for HashModel {
                     let other = unit(mix(hash ^ (id + 1).wrapping_mul(0x1234_5671)));
                     if poisoned { f32::NAN } else { 6.0 * own + self.stray * other }
                 }));
+                logits.extend(std::iter::repeat_n(1e3, self.padding));
             }
         }
         Ok(())
@@ -177,6 +187,7 @@ pub(crate) fn config(draft_tokens: DraftTokens) -> EngineConfig {
         max_num_batched_tokens: 2048,
         max_waiting: 1024,
         max_model_len: 1024,
+        num_token_ids: VOCAB_SIZE,
         draft_tokens,
     }
 }

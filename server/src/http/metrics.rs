@@ -155,19 +155,28 @@ pub(super) async fn measure(State(state): State<Arc<AppState>>, request: Request
     let mut guard = RequestGuard {
         in_flight: metrics.in_flight.clone(),
         seconds: metrics.request_seconds.get_or_create_owned(&RouteLabels { route: route.clone() }),
-        // Nginx's code for a client that left before it was answered.
-        status: 499,
+        status: CLIENT_LEFT,
         route,
         start: Instant::now(),
         requests: metrics.requests.clone(),
     };
     let response = next.run(request).await;
-    guard.status = response.status().as_u16();
-    response.map(|inner| Body::new(MeasuredBody { inner, _guard: guard }))
+    let status = response.status().as_u16();
+    response.map(|inner| {
+        // Nobody polls a body that is empty.
+        if http_body::Body::is_end_stream(&inner) {
+            guard.status = status;
+        }
+        Body::new(MeasuredBody { inner, status, guard })
+    })
 }
+
+/// Nginx's code for a client that left before it had the whole answer.
+const CLIENT_LEFT: u16 = 499;
 
 struct RequestGuard {
     route: String,
+    /// [`CLIENT_LEFT`] until the response has ended.
     status: u16,
     start: Instant,
     requests: Family<RequestLabels, Counter>,
@@ -186,7 +195,9 @@ impl Drop for RequestGuard {
 
 struct MeasuredBody {
     inner: Body,
-    _guard: RequestGuard,
+    /// The response's.
+    status: u16,
+    guard: RequestGuard,
 }
 
 impl http_body::Body for MeasuredBody {
@@ -197,7 +208,11 @@ impl http_body::Body for MeasuredBody {
         mut self: std::pin::Pin<&mut Self>,
         cx: &mut std::task::Context<'_>,
     ) -> std::task::Poll<Option<Result<Frame<Bytes>, axum::Error>>> {
-        std::pin::Pin::new(&mut self.inner).poll_frame(cx)
+        let polled = std::pin::Pin::new(&mut self.inner).poll_frame(cx);
+        if matches!(polled, std::task::Poll::Ready(None)) || self.inner.is_end_stream() {
+            self.guard.status = self.status;
+        }
+        polled
     }
 
     fn is_end_stream(&self) -> bool {

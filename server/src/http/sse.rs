@@ -73,6 +73,10 @@ impl<E: EventEncoder> http_body::Body for SseBody<E> {
         }
         Poll::Ready(Some(Ok(Frame::data(Bytes::copy_from_slice(&this.scratch)))))
     }
+
+    fn is_end_stream(&self) -> bool {
+        self.generation.is_none()
+    }
 }
 
 /// The response that streams `generation`.

@@ -84,8 +84,10 @@ impl Choice {
                     }
                     self.clock.tokens(chunk.tokens.len());
                     self.absorb(chunk)?;
-                    if self.stop.stopped() {
-                        self.sequence.abort();
+                    // The closing account comes over the same channel, so it is only closed to tell an
+                    // engine that cannot be told otherwise.
+                    if self.stop.stopped() && !self.sequence.abort() {
+                        self.events.close();
                     }
                     if !self.delta.text.is_empty() || !self.delta.tokens.is_empty() {
                         return Poll::Ready(Ok(None));

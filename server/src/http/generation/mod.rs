@@ -20,7 +20,8 @@ use super::metrics::TokenClock;
 use super::state::{AppState, ServedModel};
 use choice::Choice;
 
-/// Events that may wait for a slow client before its sequence pauses.
+/// Events that may wait for a slow client. The sequence runs on when there are more: the engine keeps
+/// them, at most `max_tokens`, and offers them again after each step.
 const CHANNEL_CAPACITY: usize = 64;
 
 /// The internal request that every protocol is translated to.
@@ -262,15 +263,17 @@ struct RunningSequence {
 }
 
 impl RunningSequence {
-    fn abort(&self) {
-        self.engine.abort(self.id);
+    /// False if the engine was not told, because too many commands wait for it.
+    fn abort(&self) -> bool {
+        self.engine.abort(self.id)
     }
 }
 
 impl Drop for RunningSequence {
     fn drop(&mut self) {
         if !self.ended {
-            self.abort();
+            // If it cannot be told, the closed channel says the same.
+            let _ = self.abort();
         }
     }
 }

@@ -2,11 +2,10 @@
 //!
 //! `null` is the same as absent. Fields not named here are ignored.
 
-use std::collections::HashMap;
 use std::fmt;
 
 use rand::Rng;
-use serde::de::{self, Unexpected, Visitor};
+use serde::de::{self, MapAccess, Unexpected, Visitor};
 use serde::{Deserialize, Deserializer};
 use tandem_engine::{MAX_DRAFT_TOKENS, SamplingParams};
 
@@ -53,6 +52,38 @@ pub(super) fn integer<'de, D: Deserializer<'de>>(deserializer: D) -> Result<Opti
     Ok(Option::<Integer>::deserialize(deserializer)?.map(|Integer(value)| value))
 }
 
+/// An object's entries as they stand there; one that repeats a key is not lost.
+#[derive(Debug)]
+struct Entries(Vec<(String, f64)>);
+
+impl<'de> Deserialize<'de> for Entries {
+    fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
+        struct EntriesVisitor;
+        impl<'de> Visitor<'de> for EntriesVisitor {
+            type Value = Entries;
+
+            fn expecting(&self, formatter: &mut fmt::Formatter<'_>) -> fmt::Result {
+                formatter.write_str("an object of token ids and numbers")
+            }
+
+            fn visit_map<A: MapAccess<'de>>(self, mut map: A) -> Result<Entries, A::Error> {
+                let mut entries = Vec::new();
+                while let Some(entry) = map.next_entry()? {
+                    entries.push(entry);
+                }
+                Ok(Entries(entries))
+            }
+        }
+        deserializer.deserialize_map(EntriesVisitor)
+    }
+}
+
+/// A token id in plain digits, without a sign or leading zeros: each id has one spelling.
+fn canonical_id(text: &str) -> Option<u32> {
+    let is_plain = text.bytes().all(|byte| byte.is_ascii_digit()) && (text == "0" || !text.starts_with('0'));
+    if is_plain { text.parse().ok() } else { None }
+}
+
 /// One string or several.
 #[derive(Debug, Deserialize)]
 #[serde(untagged, expecting = "expected a string or an array of strings")]
@@ -94,7 +125,7 @@ pub(super) struct SharedFields {
     presence_penalty: Option<f64>,
     frequency_penalty: Option<f64>,
     repetition_penalty: Option<f64>,
-    logit_bias: Option<HashMap<String, f64>>,
+    logit_bias: Option<Entries>,
     #[serde(default, deserialize_with = "integer")]
     min_tokens: Option<i128>,
     ignore_eos: Option<bool>,
@@ -238,18 +269,18 @@ impl SharedFields {
     }
 
     fn logit_bias(&self) -> Result<Vec<(u32, f32)>, ApiError> {
-        let mut biases = Vec::new();
-        for (token, &bias) in self.logit_bias.iter().flatten() {
-            let id = token.parse::<u32>().map_err(|_| {
-                ApiError::invalid(
-                    "logit_bias",
-                    format!("logit_bias has the key {token:?}; keys must be token ids"),
-                )
+        let invalid = |message| ApiError::invalid("logit_bias", message);
+        let mut biases: Vec<(u32, f32)> = Vec::new();
+        for (token, bias) in self.logit_bias.iter().flat_map(|Entries(entries)| entries) {
+            let id = canonical_id(token).ok_or_else(|| {
+                invalid(format!("logit_bias has the key {token:?}; keys must be token ids in plain digits"))
             })?;
-            biases.push((id, number("logit_bias", Some(bias), 0.0)?));
+            biases.push((id, number("logit_bias", Some(*bias), 0.0)?));
         }
-        // A map has no order; the engine gets one.
         biases.sort_unstable_by_key(|(id, _)| *id);
+        if let Some(pair) = biases.windows(2).find(|pair| pair[0].0 == pair[1].0) {
+            return Err(invalid(format!("logit_bias has the key \"{}\" more than once", pair[0].0)));
+        }
         Ok(biases)
     }
 }

@@ -2,7 +2,9 @@
 
 mod support;
 
-use http::{Method, StatusCode};
+use bytes::Bytes;
+use http::{Method, Request, StatusCode};
+use http_body_util::Full;
 use serde_json::{Value, json};
 use support::{TestOptions, TestServer};
 use tandem::http::Limits;
@@ -33,13 +35,13 @@ async fn every_fault_is_named() {
         ("{\"prompt\": \"a\",\n \"n\" 1}", None, &["line 2 column"]),
         ("{\"prompt\": \"a\"} {}", None, &["trailing"]),
         ("[1]", None, &["array"]),
-        ("7", None, &["fit"]),
+        ("7", None, &["fit", "expected an object"]),
         ("{}", Some("prompt"), &["prompt"]),
         ("{\"prompt\": \"\"}", Some("prompt"), &["empty"]),
         ("{\"prompt\": []}", Some("prompt"), &["prompt"]),
         ("{\"prompt\": [[]]}", Some("prompt"), &["empty"]),
         ("{\"prompt\": 7}", Some("prompt"), &["array of token ids"]),
-        ("{\"prompt\": [-1]}", Some("prompt"), &["array of token ids"]),
+        ("{\"prompt\": [-1]}", Some("prompt[0]"), &["array of token ids"]),
         ("{\"prompt\": [4000000000]}", Some("prompt"), &["4000000000", "vocabulary"]),
         (&long, Some("prompt"), &["256"]),
         ("{\"prompt\": \"a\", \"max_tokens\": -1}", Some("max_tokens"), &["-1", "1 to 256"]),
@@ -69,6 +71,21 @@ async fn every_fault_is_named() {
         ("{\"prompt\": \"a\", \"stop\": 3}", Some("stop"), &["array of strings"]),
         ("{\"prompt\": \"a\", \"stop_token_ids\": [-1]}", Some("stop_token_ids"), &["-1"]),
         ("{\"prompt\": \"a\", \"logit_bias\": {\"x\": 1}}", Some("logit_bias"), &["\"x\""]),
+        ("{\"prompt\": \"a\", \"logit_bias\": {\"05\": 1}}", Some("logit_bias"), &["\"05\"", "plain digits"]),
+        ("{\"prompt\": \"a\", \"logit_bias\": {\"+5\": 1}}", Some("logit_bias"), &["\"+5\"", "plain digits"]),
+        ("{\"prompt\": \"a\", \"logit_bias\": {\"\": 1}}", Some("logit_bias"), &["plain digits"]),
+        (
+            "{\"prompt\": \"a\", \"logit_bias\": {\"5\": 1, \"6\": 1, \"5\": 2}}",
+            Some("logit_bias"),
+            &["\"5\"", "more than once"],
+        ),
+        (
+            "{\"prompt\": \"a\", \"logit_bias\": [1]}",
+            Some("logit_bias"),
+            &["expected an object of token ids"],
+        ),
+        ("{\"prompt\": \"a\", \"top_p\": \"x\"}", Some("top_p"), &["expected a number at line 1"]),
+        ("{\"prompt\": \"a\", \"speculative\": 3}", Some("speculative"), &["expected an object at line 1"]),
         ("{\"prompt\": \"a\", \"logit_bias\": {\"999999\": 1}}", Some("logit_bias"), &["999999"]),
         ("{\"prompt\": \"a\", \"logit_bias\": {\"1\": 101}}", Some("logit_bias"), &["101"]),
         ("{\"prompt\": \"a\", \"seed\": 1e40}", Some("seed"), &["seed"]),
@@ -84,13 +101,17 @@ async fn every_fault_is_named() {
         refused(&server, COMPLETIONS, body, *param, words).await;
     }
     let deep = format!("{{\"prompt\": {}{}}}", "[".repeat(1000), "]".repeat(1000));
-    refused(&server, COMPLETIONS, &deep, None, &["recursion"]).await;
+    refused(&server, COMPLETIONS, &deep, Some("prompt[0][0]"), &["expected a token id"]).await;
+    let deep = deep.replace("prompt", "tools");
+    refused(&server, CHAT, &deep, None, &["recursion"]).await;
 
+    let long_role = format!("{{\"messages\": [{{\"role\": \"{}\"}}]}}", "u".repeat(65));
     let cases: &[(&str, Option<&str>, &[&str])] = &[
         ("{}", Some("messages"), &["empty"]),
         ("{\"messages\": []}", Some("messages"), &["empty"]),
         ("{\"messages\": \"hello\"}", Some("messages"), &["string"]),
         ("{\"messages\": [{}]}", Some("messages[0].role"), &["role"]),
+        (&long_role, Some("messages[0].role"), &["65 bytes", "at most 64"]),
         (
             "{\"messages\": [{\"role\": \"user\", \"content\": 5}]}",
             Some("messages[0].content"),
@@ -159,18 +180,79 @@ async fn a_large_body_is_refused_with_an_answer() {
 
 #[tokio::test]
 async fn a_full_queue_asks_to_come_back() {
-    let options = TestOptions { max_waiting: 2, max_model_len: 2048, ..TestOptions::default() };
+    let options = TestOptions { max_waiting: 2, max_model_len: 8192, ..TestOptions::default() };
     let server = TestServer::start(options).await;
-    let answer = server
-        .post(COMPLETIONS, &json!({ "prompt": "a", "n": 32, "max_tokens": 2000, "ignore_eos": true }))
-        .await;
+    let endless = json!({ "prompt": "a", "max_tokens": 8000, "ignore_eos": true, "stream": true });
+    let mut streams = Vec::new();
+    // Eight run and two wait.
+    for count in 1..=10 {
+        let request = Request::post(COMPLETIONS)
+            .header("host", "test")
+            .body(Full::new(Bytes::from(endless.to_string())))
+            .expect("a request");
+        streams.push(server.send(request).await);
+        server.until("it is taken", |stats| stats.num_running + stats.num_waiting == count).await;
+    }
+    let answer = server.post(COMPLETIONS, &endless).await;
     assert_eq!(answer.status, 429);
     assert_eq!(answer.error()["code"], "queue_full");
     let seconds: u32 = answer.headers["retry-after"].to_str().expect("text").parse().expect("seconds");
     assert!((1..=30).contains(&seconds));
+    drop(streams);
     server
         .until("the refused request's sequences are gone", |stats| stats.num_running + stats.num_waiting == 0)
         .await;
+    server.stop().await;
+}
+
+/// A 429 would send the client back with the same request for ever.
+#[tokio::test]
+async fn more_answers_than_the_server_holds_are_a_bad_request() {
+    let server = TestServer::start(TestOptions { max_waiting: 2, ..TestOptions::default() }).await;
+    let completion = json!({ "prompt": ["a", "b"], "n": 6 });
+    let chat = json!({ "messages": [{ "role": "user", "content": "a" }], "n": 11 });
+    for (path, body, count) in [(COMPLETIONS, completion, "12 answers"), (CHAT, chat, "11 answers")] {
+        refused(&server, path, &body.to_string(), Some("n"), &[count, "at most 10"]).await;
+    }
+    let prompts = json!({ "prompt": vec!["a"; 11] });
+    refused(&server, COMPLETIONS, &prompts.to_string(), Some("prompt"), &["11 answers", "at most 10"]).await;
+    server.stop().await;
+}
+
+#[tokio::test]
+async fn text_that_cannot_fit_is_refused_by_its_length() {
+    let server = TestServer::plain().await;
+    let long = "x".repeat(1 << 20);
+    for (path, body, param) in [
+        (COMPLETIONS, json!({ "prompt": long }), "prompt"),
+        (COMPLETIONS, json!({ "prompt": ["a", long] }), "prompt"),
+        (COMPLETIONS, json!({ "prompt": "a", "suffix": long }), "prompt"),
+        (CHAT, json!({ "messages": [{ "role": "user", "content": long }] }), "messages"),
+    ] {
+        let answer = server.post(path, &body).await;
+        assert_eq!(answer.status, 400);
+        let error = answer.error();
+        assert_eq!(error["code"], "context_length_exceeded");
+        assert_eq!(error["param"], param);
+        let message = error["message"].as_str().expect("a message");
+        assert!(message.contains("bytes of text") && message.contains("256 tokens"), "{message}");
+    }
+    // What the template leaves out costs nothing and is no fault.
+    let body = json!({ "messages": [{ "role": "user", "content": "a", "extra": long }], "max_tokens": 2 });
+    assert_eq!(server.post(CHAT, &body).await.status, 200);
+    // One prompt too many tokens long, but not too many bytes, is told in tokens.
+    let body = json!({ "prompt": ["a", "x y ".repeat(200)], "max_tokens": 2 });
+    let error = server.post(COMPLETIONS, &body).await.error();
+    assert_eq!(error["code"], "context_length_exceeded");
+    assert!(!error["message"].as_str().expect("a message").contains("bytes"), "{error}");
+    server.stop().await;
+}
+
+#[tokio::test]
+async fn prompts_past_the_caps_are_refused_while_reading() {
+    let server = TestServer::plain().await;
+    let many = format!("{{\"prompt\": [{}]}}", vec!["[]"; 100_000].join(","));
+    refused(&server, COMPLETIONS, &many, Some("prompt"), &["128"]).await;
     server.stop().await;
 }
 

@@ -75,6 +75,29 @@ async fn metrics_count_what_happened() {
 }
 
 #[tokio::test]
+async fn an_aborted_stream_counts_as_499() {
+    let server = TestServer::start(TestOptions { max_model_len: 8192, ..TestOptions::default() }).await;
+    let body = json!({ "prompt": "a", "max_tokens": 8000, "ignore_eos": true, "stream": true });
+    let request = http::Request::post("/v1/completions")
+        .header("host", "test")
+        .body(http_body_util::Full::new(bytes::Bytes::from(body.to_string())))
+        .expect("a request");
+    let response = server.send(request).await;
+    assert_eq!(response.status(), 200);
+    server.until("it runs", |stats| stats.num_running == 1).await;
+    drop(response);
+    server.until("it is freed", |stats| stats.num_aborted == 1).await;
+    let whole = json!({ "prompt": "a", "max_tokens": 4, "ignore_eos": true, "stream": true });
+    assert_eq!(server.post("/v1/completions", &whole).await.status, 200);
+    let page = String::from_utf8(server.get("/metrics").await.body.to_vec()).expect("text");
+    for line in ["status=\"499\"} 1", "status=\"200\"} 1"] {
+        let line = format!("tandem_http_requests_total{{route=\"/v1/completions\",{line}");
+        assert!(page.lines().any(|have| have == line), "{line:?} is not in\n{page}");
+    }
+    server.stop().await;
+}
+
+#[tokio::test]
 async fn only_health_answers_without_a_key() {
     let api_keys = vec!["first-key".to_owned(), "second-key".to_owned()];
     let server = TestServer::start(TestOptions { api_keys, ..TestOptions::default() }).await;
@@ -126,6 +149,20 @@ async fn pages_of_other_origins_are_let_in_only_if_configured() {
     let server = TestServer::plain().await;
     let answer = server.request(Method::OPTIONS, "/v1/completions", &preflight, "").await;
     assert!(!answer.headers.contains_key("access-control-allow-origin"));
+    // What a page may send without asking first, and would not be able to read.
+    let body = "{\"prompt\": \"a\", \"max_tokens\": 1}";
+    let foreign: [&[(&str, &str)]; 3] =
+        [&[("origin", "https://example.org")], &[("origin", "null")], &[("sec-fetch-site", "cross-site")]];
+    for headers in foreign {
+        let refused = server.request(Method::POST, "/v1/completions", headers, body).await;
+        assert_eq!(refused.status, 403, "{headers:?}");
+        assert_eq!(refused.error()["code"], "origin_not_allowed");
+    }
+    for headers in [&[][..], &[("origin", "http://test")], &[("sec-fetch-site", "same-origin")]] {
+        let answer = server.request(Method::POST, "/v1/completions", headers, body).await;
+        assert_eq!(answer.status, 200, "{headers:?}");
+    }
+    server.until("only those that were let in did work", |stats| stats.num_prompt_tokens == 3).await;
     server.stop().await;
 
     let options = TestOptions { cors: true, api_keys: vec!["key".to_owned()], ..TestOptions::default() };

@@ -17,16 +17,33 @@ use super::state::AppState;
 /// A body parsed as JSON, twice: once for the fields that several endpoints share and once for the
 /// endpoint's own. (`#[serde(flatten)]` would lose the place of a fault and the width of integers.)
 /// Faults name the field, the line and the column.
-pub(super) struct JsonBody<A, B>(pub(super) A, pub(super) B);
+pub(super) struct JsonBody<A, B> {
+    pub(super) shared: A,
+    pub(super) fields: B,
+    /// Length of the body: nothing that was read from it is longer.
+    pub(super) size_bytes: usize,
+}
 
-impl<A: DeserializeOwned, B: DeserializeOwned> FromRequest<Arc<AppState>> for JsonBody<A, B> {
+/// Bodies longer than this are parsed off the async threads.
+const INLINE_BODY_BYTES: usize = 64 << 10;
+
+/// A fault that quotes the client is cut to about this length.
+const MAX_MESSAGE_BYTES: usize = 512;
+
+impl<A, B> FromRequest<Arc<AppState>> for JsonBody<A, B>
+where
+    A: DeserializeOwned + Send + 'static,
+    B: DeserializeOwned + Send + 'static,
+{
     type Rejection = ApiError;
 
     async fn from_request(request: Request, state: &Arc<AppState>) -> Result<Self, ApiError> {
         check_content_type(request.headers())?;
         let limits = &state.limits;
         let bytes = read_body(request, limits.max_body_bytes, limits.body_timeout).await?;
-        Ok(JsonBody(parse(&bytes)?, parse(&bytes)?))
+        let size_bytes = bytes.len();
+        let parse = move || Ok(JsonBody { shared: parse(&bytes)?, fields: parse(&bytes)?, size_bytes });
+        state.heavy.run_if(size_bytes > INLINE_BODY_BYTES, parse).await
     }
 }
 
@@ -44,6 +61,7 @@ fn parse<T: DeserializeOwned>(bytes: &[u8]) -> Result<T, ApiError> {
         let path = error.path().to_string();
         let inner = error.into_inner();
         let is_syntax = !inner.is_data();
+        let inner = in_plain_words(&inner.to_string());
         // "." is the path of the whole document.
         if is_syntax || path == "." {
             let message = if is_syntax {
@@ -60,6 +78,47 @@ fn parse<T: DeserializeOwned>(bytes: &[u8]) -> Result<T, ApiError> {
         ApiError::new(ErrorKind::InvalidRequest, format!("the body is not valid JSON: {error}"))
     })?;
     Ok(value)
+}
+
+/// A fault of serde's with JSON's words in place of Rust's, and with long quotations cut.
+fn in_plain_words(message: &str) -> String {
+    const FOUND: [(&str, &str); 4] =
+        [("map", "object"), ("sequence", "array"), ("floating point", "number"), ("unit value", "null")];
+    const INTEGERS: [&str; 12] =
+        ["i8", "i16", "i32", "i64", "i128", "isize", "u8", "u16", "u32", "u64", "u128", "usize"];
+    // What the client wrote may hold these words, too: what was expected comes last.
+    let Some((found, rest)) = message.rsplit_once(", expected ") else {
+        return shortened(message);
+    };
+    let (wanted, place) = match rest.rfind(" at line ") {
+        Some(at) => rest.split_at(at),
+        None => (rest, ""),
+    };
+    let wanted = match wanted {
+        "f32" | "f64" => "a number",
+        "a sequence" => "an array",
+        "a map" => "an object",
+        _ if INTEGERS.contains(&wanted) => "an integer",
+        _ if wanted.starts_with("struct ") => "an object",
+        _ => wanted,
+    };
+    let mut found = found.to_owned();
+    for (theirs, plain) in FOUND {
+        let start = format!("invalid type: {theirs}");
+        if let Some(rest) = found.strip_prefix(&start) {
+            found = format!("invalid type: {plain}{rest}");
+            break;
+        }
+    }
+    format!("{}, expected {wanted}{place}", shortened(&found))
+}
+
+fn shortened(text: &str) -> String {
+    if text.len() <= MAX_MESSAGE_BYTES {
+        return text.to_owned();
+    }
+    let end = (0..=MAX_MESSAGE_BYTES).rev().find(|&end| text.is_char_boundary(end)).unwrap_or(0);
+    format!("{}...", &text[..end])
 }
 
 /// No content type passes: small tools leave it out.
@@ -132,12 +191,34 @@ fn too_large(size_bytes: usize, max_bytes: usize) -> ApiError {
 
 #[cfg(test)]
 mod tests {
-    use super::parse;
+    use super::{in_plain_words, parse};
 
     #[derive(Debug, serde::Deserialize)]
     struct Sample {
         #[allow(dead_code, reason = "only its parsing is looked at")]
         temperature: Option<f32>,
+    }
+
+    #[test]
+    fn type_faults_speak_json_and_not_rust() {
+        for (theirs, plain) in [
+            (
+                "invalid type: string \"x\", expected f64 at line 1 column 2",
+                "invalid type: string \"x\", expected a number at line 1 column 2",
+            ),
+            ("invalid type: map, expected struct SharedFields", "invalid type: object, expected an object"),
+            ("invalid type: sequence, expected a map", "invalid type: array, expected an object"),
+            (
+                "invalid type: floating point `1.5`, expected u32",
+                "invalid type: number `1.5`, expected an integer",
+            ),
+            (
+                "invalid type: string \", expected f64\", expected a boolean",
+                "invalid type: string \", expected f64\", expected a boolean",
+            ),
+        ] {
+            assert_eq!(in_plain_words(theirs), plain);
+        }
     }
 
     #[test]
@@ -156,6 +237,9 @@ mod tests {
             assert!(error.message.contains(wanted), "{body:?} gave {}", error.message);
             assert_eq!(error.param.as_deref(), param, "{body:?}");
         }
+        let quoted = format!("{{\"temperature\": \"{}\"}}", "x".repeat(1 << 20));
+        let message = parse::<Sample>(quoted.as_bytes()).unwrap_err().message;
+        assert!(message.len() < 1000 && message.contains("expected a number at line 1"), "{message}");
         let deep = format!("{{\"a\":{}", "[".repeat(10_000));
         assert!(parse::<serde_json::Value>(deep.as_bytes()).unwrap_err().message.contains("recursion"));
     }

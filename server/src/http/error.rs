@@ -14,6 +14,8 @@ pub enum ErrorKind {
     InvalidRequest,
     /// No or an unknown API key: 401.
     Unauthorized,
+    /// A web page of another origin: 403.
+    Forbidden,
     /// No such path or model: 404.
     NotFound,
     /// The path exists, the method does not: 405.
@@ -37,6 +39,7 @@ impl ErrorKind {
         match self {
             ErrorKind::InvalidRequest => StatusCode::BAD_REQUEST,
             ErrorKind::Unauthorized => StatusCode::UNAUTHORIZED,
+            ErrorKind::Forbidden => StatusCode::FORBIDDEN,
             ErrorKind::NotFound => StatusCode::NOT_FOUND,
             ErrorKind::MethodNotAllowed => StatusCode::METHOD_NOT_ALLOWED,
             ErrorKind::RequestTimeout => StatusCode::REQUEST_TIMEOUT,
@@ -51,6 +54,7 @@ impl ErrorKind {
     fn name(self) -> &'static str {
         match self {
             ErrorKind::Unauthorized => "authentication_error",
+            ErrorKind::Forbidden => "permission_error",
             ErrorKind::Busy => "rate_limit_error",
             ErrorKind::ShuttingDown => "service_unavailable_error",
             ErrorKind::Internal => "server_error",
@@ -133,9 +137,9 @@ impl From<EngineError> for ApiError {
                 ..ApiError::new(ErrorKind::Busy, message)
             },
             EngineError::ShuttingDown => ApiError::shutting_down(),
-            EngineError::NonFiniteLogits | EngineError::Forward(_) => {
-                ApiError::new(ErrorKind::Internal, message)
-            }
+            EngineError::NonFiniteLogits
+            | EngineError::Forward(_)
+            | EngineError::VocabularyTooSmall { .. } => ApiError::new(ErrorKind::Internal, message),
         }
     }
 }

@@ -1,4 +1,4 @@
-//! The route table, and what stands before every route: keys, metrics, CORS, errors as JSON.
+//! The route table, and what stands before every route: keys, origins, metrics, CORS, errors as JSON.
 
 use std::sync::Arc;
 
@@ -11,7 +11,7 @@ use tower_http::cors::CorsLayer;
 
 use super::error::{ApiError, ErrorKind};
 use super::state::AppState;
-use super::{auth, health, metrics, openai};
+use super::{auth, health, metrics, openai, origin};
 
 /// All of the server's routes over `state`.
 pub fn router(state: Arc<AppState>) -> Router {
@@ -23,6 +23,7 @@ pub fn router(state: Arc<AppState>) -> Router {
         .fallback(no_such_path)
         .method_not_allowed_fallback(wrong_method)
         .layer(from_fn_with_state(state.clone(), auth::require_key))
+        .layer(from_fn_with_state(state.clone(), origin::refuse_others))
         .layer(from_fn_with_state(state.clone(), metrics::measure))
         .layer(map_response(no_sniffing))
         .with_state(state);

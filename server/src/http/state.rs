@@ -8,6 +8,7 @@ use std::time::{Duration, SystemTime, UNIX_EPOCH};
 use tandem_engine::{EngineHandle, Lane};
 use tandem_models::{ChatTemplate, FimTokens, GenerationConfig, Tokenizer};
 
+use super::heavy::HeavyWork;
 use super::metrics::Metrics;
 
 /// One of the pair's models, as far as text is concerned.
@@ -22,6 +23,9 @@ pub struct LaneModel {
     pub generation: GenerationConfig,
 }
 
+/// Where reading a completion request's prompts stops, whatever [`Limits::max_prompts`] is.
+pub const MAX_PROMPTS: usize = 128;
+
 /// Bounds on what one request may ask for.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Limits {
@@ -29,7 +33,7 @@ pub struct Limits {
     pub max_body_bytes: usize,
     /// From a request's head to the last byte of its body.
     pub body_timeout: Duration,
-    /// Most prompts in one completion request.
+    /// Most prompts in one completion request; at most [`MAX_PROMPTS`].
     pub max_prompts: usize,
     /// Most choices (`n`) for a prompt.
     pub max_choices: usize,
@@ -45,7 +49,7 @@ impl Default for Limits {
             // About eight million tokens of text: longer than any context, short of a nuisance.
             max_body_bytes: 32 << 20,
             body_timeout: Duration::from_secs(30),
-            max_prompts: 128,
+            max_prompts: MAX_PROMPTS,
             max_choices: 32,
             max_stops: 16,
             max_stop_bytes: 1024,
@@ -81,6 +85,9 @@ pub struct ServedModel {
     pub stop_token_ids: Vec<u32>,
     /// Tokens that end a fill-in-the-middle answer besides: another file or another gap begins.
     pub fim_stop_token_ids: Vec<u32>,
+    /// Bytes of the longest token's spelling. A spelling is not shorter than the text it stands for
+    /// (an unknown word's aside), so it bounds the text that a number of tokens can hold.
+    pub max_token_bytes: usize,
 }
 
 /// Ends of text and of turn that models' own `eos_token_id` often leaves out.
@@ -114,7 +121,10 @@ impl ServedModel {
         stop_token_ids.dedup();
         let fim_stop_token_ids = ids(FIM_END_TOKENS);
         let fim = FimTokens::detect(&model.tokenizer);
-        ServedModel { lane, model, fim, stop_token_ids, fim_stop_token_ids }
+        let spellings =
+            (0..model.tokenizer.vocab_size() as u32).filter_map(|id| model.tokenizer.id_to_token(id));
+        let max_token_bytes = spellings.map(|token| token.len()).max().unwrap_or(1);
+        ServedModel { lane, model, fim, stop_token_ids, fim_stop_token_ids, max_token_bytes }
     }
 }
 
@@ -136,6 +146,7 @@ pub struct AppState {
     pub metrics: Metrics,
     /// Seconds since the epoch at start: the models' `created`.
     pub started_at: u64,
+    pub(super) heavy: HeavyWork,
     draining: AtomicBool,
 }
 
@@ -155,6 +166,7 @@ impl AppState {
             cors: config.cors,
             limits: config.limits,
             started_at: unix_seconds(),
+            heavy: HeavyWork::new(),
             draining: AtomicBool::new(false),
         }
     }

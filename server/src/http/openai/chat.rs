@@ -10,9 +10,9 @@ use serde_json::{Map, Value};
 use tandem_engine::MAX_LOGPROBS;
 use tandem_models::Tokenizer;
 
-use super::completions::{INLINE_TEXT_BYTES, encode, off_thread_if};
 use super::logprobs::ChatLogprobs;
 use super::params::{SharedFields, answer_tokens, in_range, integer};
+use super::prompt::{INLINE_TEXT_BYTES, check_sequences, check_text_fits, encode};
 use super::types::{Timings, Usage, finish_reason};
 use super::write::{ChunkWriter, Identity, json, response_id, with_headers};
 use crate::http::body::JsonBody;
@@ -64,12 +64,13 @@ struct ChatMessage {
 
 pub(super) async fn chat_completions(
     State(state): State<Arc<AppState>>,
-    JsonBody(shared, fields): JsonBody<SharedFields, ChatFields>,
+    JsonBody { shared, fields, size_bytes }: JsonBody<SharedFields, ChatFields>,
 ) -> Result<Response, ApiError> {
     let served = resolve(&state, shared.model.as_deref(), Work::Chat)?;
     let mut common = shared.resolve(served, &state.limits, &[])?;
     common.params.logprobs = top_logprobs(fields.logprobs, fields.top_logprobs)?;
     let has_logprobs = common.params.logprobs.is_some();
+    check_sequences(&state, 1, common.num_choices)?;
     // Checked before the prompt is rendered; whether it fits beside the prompt is checked after.
     let (param, asked) = match fields.max_completion_tokens {
         Some(value) => ("max_completion_tokens", Some(value)),
@@ -78,7 +79,7 @@ pub(super) async fn chat_completions(
     let max_model_len = state.engine.max_model_len();
     let asked = asked.map(|value| in_range(param, value, 1, max_model_len as i128)).transpose()?;
 
-    let tokens = render(served, fields).await?;
+    let tokens = render(&state, served, fields, size_bytes).await?;
     let max_tokens = answer_tokens(param, asked, None, tokens.len(), max_model_len, true)?;
     let request = GenerationRequest {
         prompts: vec![Prompt { tokens, max_tokens }],
@@ -134,8 +135,14 @@ fn top_logprobs(logprobs: Option<bool>, top: Option<i128>) -> Result<Option<u8>,
     }
 }
 
-/// Messages to tokens, by the model's chat template.
-async fn render(served: &ServedModel, fields: ChatFields) -> Result<Arc<[u32]>, ApiError> {
+/// Messages to tokens, by the model's chat template. Every field can reach the template, so the
+/// length of the whole body says whether that is long work.
+async fn render(
+    state: &Arc<AppState>,
+    served: &ServedModel,
+    fields: ChatFields,
+    size_bytes: usize,
+) -> Result<Arc<[u32]>, ApiError> {
     let Some(template) = served.model.chat_template.clone() else {
         let message = format!("the model {:?} has no chat template; use /v1/completions", served.model.name);
         return Err(ApiError::invalid("model", message));
@@ -144,45 +151,50 @@ async fn render(served: &ServedModel, fields: ChatFields) -> Result<Arc<[u32]>, 
     if messages.is_empty() {
         return Err(ApiError::invalid("messages", "messages is empty; it must hold at least one message"));
     }
-    let mut size_bytes = 0;
-    for (i, message) in messages.iter_mut().enumerate() {
-        size_bytes += normalise(i, message)?;
-    }
-    let tokenizer = served.model.tokenizer.clone();
+    let (state_there, lane) = (state.clone(), served.lane);
     let render = move || {
+        let served = state_there.served(lane).expect("it was found before: this is a bug");
+        for (i, message) in messages.iter_mut().enumerate() {
+            normalise(i, message)?;
+        }
         let messages = Value::Array(messages.into_iter().map(Value::Object).collect());
         let extra = fields.chat_template_kwargs.unwrap_or_default();
         let tools = fields.tools.as_ref().filter(|tools| !tools.is_null());
         let text = template.render(&messages, tools, true, &extra).map_err(|error| {
             ApiError::invalid("messages", format!("the model's chat template refused the messages: {error}"))
         })?;
+        check_text_fits("messages", text.len(), served, state_there.engine.max_model_len())?;
         // The template writes the special tokens itself.
-        encode(&tokenizer, &text, false).map(Arc::from)
+        encode(&served.model.tokenizer, &text, false).map(Arc::from)
     };
-    // Tools and keyword arguments are small beside the bound that decides here.
-    off_thread_if(size_bytes > INLINE_TEXT_BYTES, render).await
+    state.heavy.run_if(size_bytes > INLINE_TEXT_BYTES, render).await
 }
 
+/// Longest `role`: templates compare it with short words.
+const MAX_ROLE_BYTES: usize = 64;
+
 /// Checks a message's shape and joins text parts, which templates of text models do not know.
-/// Returns the size of its text.
-fn normalise(index: usize, message: &mut Map<String, Value>) -> Result<usize, ApiError> {
+fn normalise(index: usize, message: &mut Map<String, Value>) -> Result<(), ApiError> {
     let path = |field: &str| format!("messages[{index}].{field}");
-    if !message.get("role").is_some_and(Value::is_string) {
+    let Some(role) = message.get("role").and_then(Value::as_str) else {
         return Err(ApiError::invalid(path("role"), format!("{} must be a string", path("role"))));
+    };
+    if role.len() > MAX_ROLE_BYTES {
+        let message =
+            format!("{} has {} bytes; it must have at most {MAX_ROLE_BYTES}", path("role"), role.len());
+        return Err(ApiError::invalid(path("role"), message));
     }
     let content = match message.get("content") {
         // Assistant messages that only call tools have none.
-        None | Some(Value::Null) => return Ok(0),
-        Some(Value::String(text)) => return Ok(text.len()),
+        None | Some(Value::Null | Value::String(_)) => return Ok(()),
         Some(Value::Array(parts)) => join_parts(parts, &path("content"))?,
         Some(_) => {
             let message = format!("{} must be a string or an array of text parts", path("content"));
             return Err(ApiError::invalid(path("content"), message));
         }
     };
-    let size_bytes = content.len();
     message.insert("content".to_owned(), Value::String(content));
-    Ok(size_bytes)
+    Ok(())
 }
 
 fn join_parts(parts: &[Value], path: &str) -> Result<String, ApiError> {

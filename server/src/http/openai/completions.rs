@@ -7,24 +7,22 @@ use axum::extract::State;
 use axum::response::{IntoResponse, Response};
 use serde::{Deserialize, Serialize};
 use tandem_engine::MAX_LOGPROBS;
-use tandem_models::{ModelError, Tokenizer};
+use tandem_models::Tokenizer;
 
 use super::logprobs::CompletionLogprobs;
-use super::params::{Shared, SharedFields, answer_tokens, in_range, integer};
+use super::params::{SharedFields, in_range, integer};
+use super::prompt::{PreparedPrompt, PromptField, PromptInput, PromptOptions, check_sequences, prepare};
 use super::types::{Timings, Usage, finish_reason};
 use super::write::{ChunkWriter, Identity, json, response_id, with_headers};
 use crate::http::body::JsonBody;
-use crate::http::error::{ApiError, ErrorKind};
-use crate::http::generation::{Delta, Generation, GenerationRequest, Progress, Prompt};
+use crate::http::error::ApiError;
+use crate::http::generation::{Delta, Generation, GenerationRequest, Progress};
 use crate::http::lanes::{Work, lane_name, resolve};
 use crate::http::sse::{self, EventEncoder};
-use crate::http::state::{AppState, ServedModel};
+use crate::http::state::AppState;
 
 /// OpenAI's default.
-const DEFAULT_MAX_TOKENS: u32 = 16;
-
-/// Text longer than this is tokenized off the async threads.
-pub(super) const INLINE_TEXT_BYTES: usize = 16 << 10;
+pub(super) const DEFAULT_MAX_TOKENS: u32 = 16;
 
 /// The fields that only completions have.
 #[derive(Deserialize)]
@@ -36,40 +34,6 @@ pub(super) struct CompletionFields {
     logprobs: Option<i128>,
     #[serde(default, deserialize_with = "integer")]
     best_of: Option<i128>,
-}
-
-#[derive(Deserialize)]
-#[serde(
-    untagged,
-    expecting = "expected a string, an array of strings, an array of token ids, or an array of arrays of token ids"
-)]
-enum PromptField {
-    Text(String),
-    Tokens(Vec<u32>),
-    Texts(Vec<String>),
-    TokenLists(Vec<Vec<u32>>),
-}
-
-enum PromptInput {
-    Text(String),
-    Tokens(Vec<u32>),
-}
-
-impl PromptField {
-    fn into_inputs(self) -> Vec<PromptInput> {
-        match self {
-            PromptField::Text(text) => vec![PromptInput::Text(text)],
-            PromptField::Tokens(tokens) => vec![PromptInput::Tokens(tokens)],
-            PromptField::Texts(texts) => texts.into_iter().map(PromptInput::Text).collect(),
-            PromptField::TokenLists(lists) => lists.into_iter().map(PromptInput::Tokens).collect(),
-        }
-    }
-}
-
-/// A prompt ready to run, and its text if it is to be echoed.
-struct PreparedPrompt {
-    tokens: Arc<[u32]>,
-    echo: Option<String>,
 }
 
 #[derive(Serialize)]
@@ -94,7 +58,7 @@ struct CompletionChoice {
 
 pub(super) async fn completions(
     State(state): State<Arc<AppState>>,
-    JsonBody(shared, fields): JsonBody<SharedFields, CompletionFields>,
+    JsonBody { shared, fields, .. }: JsonBody<SharedFields, CompletionFields>,
 ) -> Result<Response, ApiError> {
     let echo = fields.echo.unwrap_or(false);
     let max_tokens = max_tokens(&state, &shared, echo)?;
@@ -114,7 +78,7 @@ pub(super) async fn completions(
     common.params.prompt_logprobs = if echo { logprobs } else { None };
     check_best_of(fields.best_of, common.num_choices)?;
 
-    let inputs = fields.prompt.map(PromptField::into_inputs).unwrap_or_default();
+    let inputs: Vec<PromptInput> = fields.prompt.map(|PromptField(inputs)| inputs).unwrap_or_default();
     if inputs.is_empty() || inputs.len() > state.limits.max_prompts {
         let message = format!(
             "prompt holds {} prompts; 1 to {} are taken, each a string or an array of token ids",
@@ -123,8 +87,16 @@ pub(super) async fn completions(
         );
         return Err(ApiError::invalid("prompt", message));
     }
-    let prompts = prepare(served, inputs, suffix, echo).await?;
-    let request = generation_request(&state, &common, &prompts, max_tokens)?;
+    check_sequences(&state, inputs.len(), common.num_choices)?;
+    let options = PromptOptions { echo, max_tokens, max_model_len: state.engine.max_model_len() };
+    let prompts = prepare(&state, served, inputs, suffix, options).await?;
+    let request = GenerationRequest {
+        prompts: prompts.iter().map(PreparedPrompt::to_run).collect(),
+        num_choices: common.num_choices,
+        params: common.params,
+        stop: common.stop,
+        max_draft_tokens: common.max_draft_tokens,
+    };
     let mut generation = Generation::start(&state, served, &request)?;
 
     let lane = lane_name(served.lane);
@@ -181,111 +153,6 @@ fn check_best_of(best_of: Option<i128>, num_choices: usize) -> Result<(), ApiErr
         }
         _ => Ok(()),
     }
-}
-
-async fn prepare(
-    served: &ServedModel,
-    inputs: Vec<PromptInput>,
-    suffix: Option<String>,
-    echo: bool,
-) -> Result<Vec<PreparedPrompt>, ApiError> {
-    let fim = match &suffix {
-        None => None,
-        Some(_) if echo => {
-            return Err(ApiError::invalid("echo", "echo and suffix cannot be combined"));
-        }
-        Some(_) if inputs.iter().any(|input| matches!(input, PromptInput::Tokens(_))) => {
-            let message = "with a suffix the prompt must be text, not token ids";
-            return Err(ApiError::invalid("prompt", message));
-        }
-        Some(_) => Some(served.fim.clone().ok_or_else(|| {
-            let message = format!(
-                "the model {:?} has no fill-in-the-middle tokens in its vocabulary, so it takes no suffix",
-                served.model.name
-            );
-            ApiError::invalid("suffix", message)
-        })?),
-    };
-    let size_bytes: usize = inputs
-        .iter()
-        .map(|input| match input {
-            PromptInput::Text(text) => text.len() + suffix.as_ref().map_or(0, String::len),
-            PromptInput::Tokens(_) => 0,
-        })
-        .sum();
-    let tokenizer = served.model.tokenizer.clone();
-    let tokenize = move || {
-        let one = |input| match (input, &fim, &suffix) {
-            (PromptInput::Text(prefix), Some(fim), Some(suffix)) => {
-                let tokens = fim.encode_psm(&tokenizer, &prefix, suffix).map_err(untokenizable)?;
-                let tokens = tokens.expect("the tokens were found in this vocabulary: this is a bug").into();
-                Ok(PreparedPrompt { tokens, echo: None })
-            }
-            (PromptInput::Text(text), ..) => {
-                let tokens = encode(&tokenizer, &text, true)?.into();
-                Ok(PreparedPrompt { tokens, echo: echo.then_some(text) })
-            }
-            (PromptInput::Tokens(tokens), ..) => {
-                let text = echo.then(|| decode(&tokenizer, &tokens)).transpose()?;
-                Ok(PreparedPrompt { tokens: tokens.into(), echo: text })
-            }
-        };
-        inputs.into_iter().map(one).collect()
-    };
-    off_thread_if(size_bytes > INLINE_TEXT_BYTES, tokenize).await
-}
-
-/// Runs `work` here, or on a blocking thread if it is long: a megabyte of text takes the better part
-/// of a second to tokenize and would hold up other clients' tokens.
-pub(super) async fn off_thread_if<R: Send + 'static>(
-    is_long: bool,
-    work: impl FnOnce() -> Result<R, ApiError> + Send + 'static,
-) -> Result<R, ApiError> {
-    if !is_long {
-        return work();
-    }
-    match tokio::task::spawn_blocking(work).await {
-        Ok(result) => result,
-        Err(_) => Err(ApiError::new(ErrorKind::Internal, "reading the prompt failed")),
-    }
-}
-
-/// Text to tokens. Special tokens written out in the text count as such: clients build their own
-/// fill-in-the-middle prompts that way.
-pub(super) fn encode(tokenizer: &Tokenizer, text: &str, add_special: bool) -> Result<Vec<u32>, ApiError> {
-    tokenizer.encode(text, add_special).map_err(untokenizable)
-}
-
-fn untokenizable(error: ModelError) -> ApiError {
-    ApiError::invalid("prompt", format!("the prompt cannot be tokenized: {error}"))
-}
-
-fn decode(tokenizer: &Tokenizer, tokens: &[u32]) -> Result<String, ApiError> {
-    tokenizer
-        .decode(tokens, false)
-        .map_err(|error| ApiError::invalid("prompt", format!("the prompt cannot be echoed: {error}")))
-}
-
-fn generation_request(
-    state: &AppState,
-    common: &Shared,
-    prompts: &[PreparedPrompt],
-    max_tokens: Option<i128>,
-) -> Result<GenerationRequest, ApiError> {
-    let max_model_len = state.engine.max_model_len();
-    let one = |prompt: &PreparedPrompt| {
-        let default = Some(DEFAULT_MAX_TOKENS);
-        let bound =
-            answer_tokens("max_tokens", max_tokens, default, prompt.tokens.len(), max_model_len, false)?;
-        Ok(Prompt { tokens: prompt.tokens.clone(), max_tokens: bound })
-    };
-    Ok(GenerationRequest {
-        prompts: prompts.iter().map(one).collect::<Result<_, ApiError>>()?,
-        num_choices: common.num_choices,
-        params: common.params.clone(),
-        stop: common.stop.clone(),
-        max_draft_tokens: common.max_draft_tokens,
-    })
 }
 
 /// What the answer's wire form needs besides the answer.

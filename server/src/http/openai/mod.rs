@@ -5,6 +5,7 @@ mod completions;
 mod logprobs;
 mod models;
 mod params;
+mod prompt;
 mod types;
 mod write;
 

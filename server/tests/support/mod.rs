@@ -120,6 +120,7 @@ impl TestServer {
             max_num_batched_tokens: 512,
             max_waiting: options.max_waiting,
             max_model_len: options.max_model_len,
+            num_token_ids: target_model.config().vocab_size,
             draft_tokens: DraftTokens::Fixed(3),
         };
         let models = Models { target: Some(target_model), draft: draft_model };

@@ -249,10 +249,16 @@ async fn text_that_cannot_fit_is_refused_by_its_length() {
 }
 
 #[tokio::test]
-async fn prompts_past_the_caps_are_refused_while_reading() {
+async fn lists_past_the_caps_are_refused_while_reading() {
     let server = TestServer::plain().await;
     let many = format!("{{\"prompt\": [{}]}}", vec!["[]"; 100_000].join(","));
     refused(&server, COMPLETIONS, &many, Some("prompt"), &["128"]).await;
+    for (field, element) in [("stop", "\"\""), ("stop_token_ids", "1")] {
+        for (count, wanted) in [(17, "at most 16"), (100_000, "more than 1024")] {
+            let body = format!("{{\"{field}\": [{}]}}", vec![element; count].join(","));
+            refused(&server, COMPLETIONS, &body, Some(field), &[wanted]).await;
+        }
+    }
     server.stop().await;
 }
 

@@ -5,7 +5,7 @@
 use std::fmt;
 
 use rand::Rng;
-use serde::de::{self, MapAccess, Unexpected, Visitor};
+use serde::de::{self, MapAccess, SeqAccess, Unexpected, Visitor};
 use serde::{Deserialize, Deserializer};
 use tandem_engine::{MAX_DRAFT_TOKENS, SamplingParams};
 
@@ -84,12 +84,66 @@ fn canonical_id(text: &str) -> Option<u32> {
     if is_plain { text.parse().ok() } else { None }
 }
 
+/// Where reading a list of ends stops, whatever [`Limits::max_stops`] is.
+const MAX_LISTED: usize = 1024;
+
 /// One string or several.
-#[derive(Debug, Deserialize)]
-#[serde(untagged, expecting = "expected a string or an array of strings")]
-pub(super) enum OneOrMany {
-    One(String),
-    Many(Vec<String>),
+#[derive(Debug)]
+struct Stops(Vec<String>);
+
+impl<'de> Deserialize<'de> for Stops {
+    fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
+        struct StopsVisitor;
+        impl<'de> Visitor<'de> for StopsVisitor {
+            type Value = Stops;
+
+            fn expecting(&self, formatter: &mut fmt::Formatter<'_>) -> fmt::Result {
+                formatter.write_str("a string or an array of strings")
+            }
+
+            fn visit_str<E>(self, stop: &str) -> Result<Stops, E> {
+                Ok(Stops(vec![stop.to_owned()]))
+            }
+
+            fn visit_seq<A: SeqAccess<'de>>(self, elements: A) -> Result<Stops, A::Error> {
+                listed(elements).map(Stops)
+            }
+        }
+        deserializer.deserialize_any(StopsVisitor)
+    }
+}
+
+/// A list of token ids, not yet checked.
+#[derive(Debug)]
+struct Ids(Vec<Integer>);
+
+impl<'de> Deserialize<'de> for Ids {
+    fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
+        struct IdsVisitor;
+        impl<'de> Visitor<'de> for IdsVisitor {
+            type Value = Ids;
+
+            fn expecting(&self, formatter: &mut fmt::Formatter<'_>) -> fmt::Result {
+                formatter.write_str("an array of token ids")
+            }
+
+            fn visit_seq<A: SeqAccess<'de>>(self, elements: A) -> Result<Ids, A::Error> {
+                listed(elements).map(Ids)
+            }
+        }
+        deserializer.deserialize_seq(IdsVisitor)
+    }
+}
+
+fn listed<'de, T: Deserialize<'de>, A: SeqAccess<'de>>(mut elements: A) -> Result<Vec<T>, A::Error> {
+    let mut list = Vec::new();
+    while let Some(element) = elements.next_element()? {
+        if list.len() == MAX_LISTED {
+            return Err(de::Error::custom(format_args!("the array has more than {MAX_LISTED} entries")));
+        }
+        list.push(element);
+    }
+    Ok(list)
 }
 
 #[derive(Debug, Default, Deserialize)]
@@ -114,7 +168,7 @@ pub(super) struct SharedFields {
     pub(super) n: Option<i128>,
     pub(super) stream: Option<bool>,
     pub(super) stream_options: Option<StreamOptions>,
-    stop: Option<OneOrMany>,
+    stop: Option<Stops>,
     #[serde(default, deserialize_with = "integer")]
     seed: Option<i128>,
     temperature: Option<f64>,
@@ -129,7 +183,7 @@ pub(super) struct SharedFields {
     #[serde(default, deserialize_with = "integer")]
     min_tokens: Option<i128>,
     ignore_eos: Option<bool>,
-    stop_token_ids: Option<Vec<Integer>>,
+    stop_token_ids: Option<Ids>,
     speculative: Option<Speculative>,
 }
 
@@ -233,7 +287,7 @@ impl SharedFields {
             ids.extend_from_slice(&served.stop_token_ids);
             ids.extend_from_slice(extra);
         }
-        let given = self.stop_token_ids.as_deref().unwrap_or_default();
+        let given = self.stop_token_ids.as_ref().map_or(&[][..], |Ids(ids)| ids);
         if given.len() > limits.max_stops {
             return Err(too_many("stop_token_ids", given.len(), limits.max_stops));
         }
@@ -247,11 +301,7 @@ impl SharedFields {
     }
 
     fn stop(&self, limits: &Limits) -> Result<Vec<String>, ApiError> {
-        let stops: &[String] = match &self.stop {
-            None => &[],
-            Some(OneOrMany::One(stop)) => std::slice::from_ref(stop),
-            Some(OneOrMany::Many(stops)) => stops,
-        };
+        let stops = self.stop.as_ref().map_or(&[][..], |Stops(stops)| stops);
         if stops.len() > limits.max_stops {
             return Err(too_many("stop", stops.len(), limits.max_stops));
         }

@@ -1,5 +1,5 @@
 //! Model families: how each writes its `config.json` and names its tensors. A family is a short file
-//! and a line in [`FAMILIES`]; the maths is `decoder.rs`, once, for all of them.
+//! and a line in `FAMILIES`; the maths is `decoder.rs`, once, for all of them.
 
 mod llama;
 mod options;

@@ -2,6 +2,7 @@
 //! tokens and usage out. No text, no HTTP, no JSON.
 
 use std::sync::Arc;
+use std::sync::mpsc::{SyncSender, TrySendError};
 use std::time::Duration;
 
 use arrayvec::ArrayVec;
@@ -172,6 +173,15 @@ pub trait EventSink: Send {
     /// # Errors
     /// Gives the event back if the channel is full; [`SinkError::Closed`] if nobody listens.
     fn try_send(&mut self, event: Event) -> Result<(), SinkError>;
+}
+
+impl EventSink for SyncSender<Event> {
+    fn try_send(&mut self, event: Event) -> Result<(), SinkError> {
+        SyncSender::try_send(self, event).map_err(|error| match error {
+            TrySendError::Full(event) => SinkError::Full(event),
+            TrySendError::Disconnected(_) => SinkError::Closed,
+        })
+    }
 }
 
 /// Why an event was not taken.

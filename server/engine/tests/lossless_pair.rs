@@ -11,7 +11,7 @@ mod common;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
-use common::{Answer, ChannelSink};
+use common::Answer;
 use safetensors::tensor::{Dtype, SafeTensors, TensorView};
 use tandem_engine::{
     DraftTokens, Engine, EngineConfig, Lane, Models, SamplingParams, SequenceId, SubmitRequest, TokenId,
@@ -127,7 +127,7 @@ impl Pair {
                 prompt: Arc::clone(prompt),
                 params: params(temperature, *seed as u64),
                 max_draft_tokens: Some(draft_tokens),
-                events: Box::new(ChannelSink(sender)),
+                events: Box::new(sender),
             };
             self.engine.submit(request, clock());
             receivers.push(receiver);

@@ -11,9 +11,7 @@ use anyhow::{Context as _, bail};
 use clap::{Args, ValueEnum};
 use serde_json::json;
 use tandem::http::state::ServedModel;
-use tandem_engine::{
-    Event, EventSink, FinishReason, Finished, Lane, SamplingParams, SinkError, SubmitRequest,
-};
+use tandem_engine::{Event, FinishReason, Finished, Lane, SamplingParams, SubmitRequest};
 use tandem_models::Detokenizer;
 
 use super::settings::ModelSettings;
@@ -145,7 +143,7 @@ pub(super) fn run(args: &GenerateArgs) -> anyhow::Result<ExitCode> {
         prompt: prompt.into(),
         params,
         max_draft_tokens: None,
-        events: Box::new(ChannelSink(sender)),
+        events: Box::new(sender),
     })?;
     let finished = show(&events, detokenizer)?;
     if let Some(finished) = finished {
@@ -191,18 +189,6 @@ fn encode(args: &GenerateArgs, served: &ServedModel, text: &str) -> anyhow::Resu
         return Ok(tokenizer.encode(&rendered, false)?);
     }
     Ok(tokenizer.encode_text(text, true)?)
-}
-
-/// The engine's end of the channel.
-struct ChannelSink(mpsc::SyncSender<Event>);
-
-impl EventSink for ChannelSink {
-    fn try_send(&mut self, event: Event) -> Result<(), SinkError> {
-        self.0.try_send(event).map_err(|error| match error {
-            mpsc::TrySendError::Full(event) => SinkError::Full(event),
-            mpsc::TrySendError::Disconnected(_) => SinkError::Closed,
-        })
-    }
 }
 
 /// Writes the answer as it comes; `None` if whoever read our output has gone.

@@ -3,12 +3,12 @@
 
 use std::cell::Cell;
 use std::sync::Arc;
-use std::sync::mpsc::{Receiver, SyncSender, TrySendError, sync_channel};
+use std::sync::mpsc::{Receiver, sync_channel};
 use std::time::Duration;
 
 use tandem_engine::{
-    DraftTokens, Engine, EngineConfig, EngineError, Event, EventSink, Finished, Lane, Models, OutputToken,
-    SamplingParams, SequenceId, SinkError, SubmitRequest, TokenId, TokenLogprobs,
+    DraftTokens, Engine, EngineConfig, EngineError, Event, Finished, Lane, Models, OutputToken,
+    SamplingParams, SequenceId, SubmitRequest, TokenId, TokenLogprobs,
 };
 use tandem_models::{DecoderConfig, ForwardBatch, Model, ModelError, RopeScaling};
 
@@ -167,18 +167,6 @@ impl Answer {
     }
 }
 
-/// A sink over a bounded std channel.
-pub(crate) struct ChannelSink(pub(crate) SyncSender<Event>);
-
-impl EventSink for ChannelSink {
-    fn try_send(&mut self, event: Event) -> Result<(), SinkError> {
-        self.0.try_send(event).map_err(|error| match error {
-            TrySendError::Full(event) => SinkError::Full(event),
-            TrySendError::Disconnected(_) => SinkError::Closed,
-        })
-    }
-}
-
 pub(crate) fn config(draft_tokens: DraftTokens) -> EngineConfig {
     EngineConfig {
         block_size: 4,
@@ -204,7 +192,7 @@ pub(crate) fn request(
     capacity: usize,
 ) -> (SubmitRequest, Receiver<Event>) {
     let (sender, receiver) = sync_channel(capacity);
-    let events = Box::new(ChannelSink(sender));
+    let events = Box::new(sender);
     let prompt: Arc<[TokenId]> = prompt.into();
     (SubmitRequest { id: SequenceId(id), lane, prompt, params, max_draft_tokens: None, events }, receiver)
 }

@@ -310,6 +310,7 @@ mod tests {
             num_output_tokens: 101,
             num_draft_tokens: 80,
             num_accepted_tokens: 60,
+            num_decode_steps: 40,
             decode_time: Duration::from_millis(500),
             prefill_time: Duration::from_millis(4),
             ..Usage::default()

@@ -25,7 +25,16 @@ pub struct Decoder<B: Backend> {
     weights: Weights<B>,
     cache: Option<Cache<B>>,
     workspace: Option<Workspace<B>>,
+    pass: Pass,
     backend: B,
+}
+
+/// The pass that is under way.
+#[derive(Clone, Copy, Debug, Default)]
+struct Pass {
+    shape: PassShape,
+    /// Layers computed so far.
+    num_layers_done: usize,
 }
 
 struct Weights<B: Backend> {
@@ -87,7 +96,7 @@ struct Workspace<B: Backend> {
 }
 
 /// The counts that decide which operations a pass is made of.
-#[derive(Clone, Copy)]
+#[derive(Clone, Copy, Debug, Default)]
 struct PassShape {
     num_tokens: usize,
     num_logits_rows: usize,
@@ -118,15 +127,30 @@ impl<B: Backend> Model for Decoder<B> {
         Ok(())
     }
 
-    fn forward(&mut self, batch: &ForwardBatch, logits: &mut Vec<f32>) -> Result<(), ModelError> {
-        let shape = self.begin(batch)?;
+    fn begin(&mut self, batch: &ForwardBatch) -> Result<(), ModelError> {
+        // A pass that fails to begin must leave none behind to go on with.
+        self.pass = Pass::default();
+        let shape = self.set_up(batch)?;
         if shape.num_tokens > 0 {
             self.embed(shape)?;
-            for index in 0..self.weights.layers.len() {
-                self.layer(index, shape)?;
-            }
         }
-        self.finish(shape, logits)
+        self.pass = Pass { shape, num_layers_done: 0 };
+        Ok(())
+    }
+
+    fn advance(&mut self) -> Result<bool, ModelError> {
+        let Pass { shape, num_layers_done } = self.pass;
+        if shape.num_tokens == 0 || num_layers_done == self.weights.layers.len() {
+            return Ok(false);
+        }
+        self.layer(num_layers_done, shape)?;
+        self.pass.num_layers_done += 1;
+        Ok(true)
+    }
+
+    fn finish(&mut self, logits: &mut Vec<f32>) -> Result<(), ModelError> {
+        let Pass { shape, .. } = std::mem::take(&mut self.pass);
+        self.head(shape, logits)
     }
 }
 
@@ -137,7 +161,7 @@ impl<B: Backend> Decoder<B> {
     }
 
     /// Checks the batch, makes room for it and hands it to the device.
-    fn begin(&mut self, batch: &ForwardBatch) -> Result<PassShape, ModelError> {
+    fn set_up(&mut self, batch: &ForwardBatch) -> Result<PassShape, ModelError> {
         let cache = self.cache.as_mut().ok_or_else(|| ModelError::Backend {
             context: "forward pass",
             reason: "no KV cache; call allocate_kv_cache first".to_owned(),
@@ -193,7 +217,7 @@ impl<B: Backend> Decoder<B> {
     }
 
     /// The head, and the one moment at which the host waits.
-    fn finish(&mut self, shape: PassShape, logits: &mut Vec<f32>) -> Result<(), ModelError> {
+    fn head(&mut self, shape: PassShape, logits: &mut Vec<f32>) -> Result<(), ModelError> {
         if shape.num_logits_rows == 0 {
             logits.clear();
             return Ok(());
@@ -233,9 +257,9 @@ impl<B: Backend> Decoder<B> {
     }
 }
 
-/// Workspace and cache exist from [`Decoder::begin`] to the end of the pass.
+/// Workspace and cache exist from [`Decoder::set_up`] to the end of the pass.
 fn ready<T>(part: &mut Option<T>) -> &mut T {
-    part.as_mut().expect("begin() sets up the pass: this is a bug")
+    part.as_mut().expect("set_up() prepares the pass: this is a bug")
 }
 
 impl<B: Backend> std::fmt::Debug for Decoder<B> {

@@ -29,5 +29,5 @@ pub use generation::GenerationConfig;
 pub use model::Model;
 pub use pair::check_pair;
 pub use source::{HubOptions, resolve};
-pub use text::{ChatTemplate, Detokenizer, FimTokens, TemplateError, Tokenizer};
+pub use text::{ChatTemplate, Detokenizer, FimFrame, FimOrder, FimTokens, TemplateError, Tokenizer};
 pub use weights::{Dtype, TensorView, WeightStore};

@@ -25,13 +25,36 @@ pub trait Model: Send {
     /// If either number is 0, or if the storage is larger than the device can give.
     fn allocate_kv_cache(&mut self, num_blocks: usize, block_size: usize) -> Result<(), ModelError>;
 
-    /// Runs one pass: stores the batch's keys and values and overwrites `logits` with
-    /// `[batch.logits_rows.len(), vocab_size]`, row-major.
+    /// Starts a pass that stores the batch's keys and values and yields the logits of its
+    /// `logits_rows`. A pass that was not finished is forgotten; its keys and values may be half written.
     ///
     /// Does not allocate once it has seen a batch as large as this one.
     ///
     /// # Errors
     /// If the KV cache is not allocated, if the batch names a token, position, slot, block or row that
-    /// does not exist, or if the device fails. The cache then holds what the failed pass wrote.
-    fn forward(&mut self, batch: &ForwardBatch, logits: &mut Vec<f32>) -> Result<(), ModelError>;
+    /// does not exist, or if the device fails.
+    fn begin(&mut self, batch: &ForwardBatch) -> Result<(), ModelError>;
+
+    /// Computes one layer of the pass that was begun. False if there was none left: then
+    /// [`Model::finish`] is next. Whatever else runs between two layers, the bits are the same.
+    ///
+    /// # Errors
+    /// If the device fails. The cache then holds what the failed pass wrote.
+    fn advance(&mut self) -> Result<bool, ModelError>;
+
+    /// Ends the pass: overwrites `logits` with `[batch.logits_rows.len(), vocab_size]`, row-major.
+    ///
+    /// # Errors
+    /// As [`Model::advance`].
+    fn finish(&mut self, logits: &mut Vec<f32>) -> Result<(), ModelError>;
+
+    /// Runs one pass from begin to finish.
+    ///
+    /// # Errors
+    /// As [`Model::begin`].
+    fn forward(&mut self, batch: &ForwardBatch, logits: &mut Vec<f32>) -> Result<(), ModelError> {
+        self.begin(batch)?;
+        while self.advance()? {}
+        self.finish(logits)
+    }
 }

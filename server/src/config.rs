@@ -33,7 +33,7 @@ pub(crate) struct Config {
     pub(crate) threads: Option<usize>,
     /// Bytes of KV cache, both models together; `None` is computed when the models are known.
     pub(crate) kv_memory: Option<u64>,
-    /// Sequences that run at the same time.
+    /// Sequences of each lane that run at the same time.
     pub(crate) max_num_seqs: usize,
     /// Longest prompt and output together, in tokens; `None` is the model's own limit.
     pub(crate) max_model_len: Option<usize>,
@@ -43,6 +43,12 @@ pub(crate) struct Config {
     pub(crate) api_keys: Vec<String>,
     /// Web pages of any origin may call.
     pub(crate) cors: bool,
+    /// The blocks of finished sequences are kept and shared.
+    pub(crate) prefix_cache: bool,
+    /// The target's pass makes room for the fast lane between layers.
+    pub(crate) lane_isolation: bool,
+    /// Requests may read the output of a sequence that another one started.
+    pub(crate) sharing: bool,
     /// What is logged, in `RUST_LOG` syntax; `None` leaves it to `RUST_LOG`, then to the command.
     pub(crate) log: Option<String>,
 }
@@ -63,6 +69,9 @@ impl Default for Config {
             max_waiting: 256,
             api_keys: Vec::new(),
             cors: false,
+            prefix_cache: true,
+            lane_isolation: true,
+            sharing: true,
             log: None,
         }
     }
@@ -107,7 +116,7 @@ const SETTINGS: &[Setting] = &[
     one("port", "a port from 0 to 65535", |c, v| put(&mut c.port, parse::number(v, 0, u16::MAX))),
     one("target", "a model folder or hub id", |c, v| put(&mut c.target, parse::optional_text(v))),
     one("draft", "a model folder or hub id", |c, v| put(&mut c.draft, parse::optional_text(v))),
-    one("draft-tokens", "`auto` or a number from 0 to 16", |c, v| {
+    one("draft-tokens", "`auto` or a number from 0 to 32", |c, v| {
         put(&mut c.draft_tokens, parse::draft_tokens(v, MAX_DRAFT_TOKENS as u8))
     }),
     one("backend", "`cpu` or `reference`", |c, v| put(&mut c.backend, parse::backend(v))),
@@ -128,6 +137,11 @@ const SETTINGS: &[Setting] = &[
     }),
     many("api-key", "one or more keys, none of them empty", |c, v| put(&mut c.api_keys, parse::texts(v))),
     one("cors", "true or false", |c, v| put(&mut c.cors, parse::boolean(v))),
+    one("no-prefix-cache", "true or false", |c, v| put(&mut c.prefix_cache, parse::boolean(v).map(|no| !no))),
+    one("no-lane-isolation", "true or false", |c, v| {
+        put(&mut c.lane_isolation, parse::boolean(v).map(|no| !no))
+    }),
+    one("no-sharing", "true or false", |c, v| put(&mut c.sharing, parse::boolean(v).map(|no| !no))),
     one("log", "a filter such as info, debug or tandem=debug,warn", |c, v| {
         put(&mut c.log, parse::log_filter(v).map(Some))
     }),

@@ -10,7 +10,7 @@ use anyhow::{Context as _, bail};
 use tandem::http::{AppConfig, AppState, LaneModel, Limits};
 use tandem_engine::{EngineConfig, EngineHandle, Models};
 use tandem_kernels::ThreadPool;
-use tandem_models::{BackendKind, ChatTemplate, Checkpoint, Dtype, HubOptions, Model, Tokenizer};
+use tandem_models::{BackendKind, ChatTemplate, Checkpoint, Dtype, FimTokens, HubOptions, Model, Tokenizer};
 
 use crate::config::Config;
 
@@ -65,6 +65,8 @@ pub(crate) struct Runtime {
     pub(crate) kv: KvInfo,
     pub(crate) max_model_len: usize,
     pub(crate) threads: usize,
+    /// See [`Config::sharing`].
+    pub(crate) sharing: bool,
     pub(crate) load_time: Duration,
 }
 
@@ -77,6 +79,7 @@ impl Runtime {
             draft: self.draft.map(|(_, text)| text),
             api_keys,
             cors,
+            sharing: self.sharing,
             limits: Limits::default(),
         });
         (state, self.engine_thread)
@@ -88,6 +91,32 @@ impl Runtime {
 /// # Errors
 /// A model that is missing, broken or no match for the other; settings that cannot work with it.
 pub(crate) fn start(config: &Config) -> anyhow::Result<Runtime> {
+    // Threads inherit their priority from who starts them.
+    std::thread::scope(|scope| {
+        let starting = scope.spawn(|| {
+            yield_to_others();
+            load(config)
+        });
+        starting.join().expect("loading does not panic: this is a bug")
+    })
+}
+
+/// Priority of the threads that compute, on a scale from 0 to 19: little enough that other programs do not
+/// push them aside.
+#[cfg(target_os = "linux")]
+const COMPUTE_NICENESS: i32 = 5;
+
+/// Lets the threads that compute, which take every CPU there is, give way at once to those that talk to
+/// clients: a request is read when it comes, and not when the system next looks whose turn it is.
+fn yield_to_others() {
+    #[cfg(target_os = "linux")]
+    {
+        // Without it a request may wait some milliseconds longer.
+        let _ = rustix::process::setpriority_process(None, COMPUTE_NICENESS);
+    }
+}
+
+fn load(config: &Config) -> anyhow::Result<Runtime> {
     let started = Instant::now();
     let (target_dir, draft_dir) = find_pair(config)?;
     let threads = config.threads.unwrap_or_else(default_threads);
@@ -130,6 +159,10 @@ pub(crate) fn start(config: &Config) -> anyhow::Result<Runtime> {
         max_model_len,
         num_token_ids,
         draft_tokens: config.draft_tokens,
+        prefix_cache: config.prefix_cache,
+        hash_key: rand::random(),
+        hash_bits: 64,
+        lane_isolation: config.lane_isolation,
     };
     let (target_model, target) = split(target);
     let (draft_model, draft) = split(draft);
@@ -143,6 +176,7 @@ pub(crate) fn start(config: &Config) -> anyhow::Result<Runtime> {
         kv,
         max_model_len,
         threads,
+        sharing: config.sharing,
         load_time: started.elapsed(),
     })
 }
@@ -215,10 +249,12 @@ impl Opened {
         checkpoint.name = display_name(&checkpoint);
         let tokenizer = Arc::new(Tokenizer::from_dir(dir)?);
         let chat_template = ChatTemplate::from_dir(dir, &tokenizer)?.map(Arc::new);
+        let fim = FimTokens::from_dir(dir, &tokenizer)?;
         let text = LaneModel {
             name: checkpoint.name.clone(),
             tokenizer,
             chat_template,
+            fim,
             generation: checkpoint.generation.clone(),
         };
         Ok(Opened { checkpoint, text })

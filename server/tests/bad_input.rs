@@ -30,6 +30,12 @@ async fn refused(server: &TestServer, path: &str, body: &str, param: Option<&str
 async fn every_fault_is_named() {
     let server = TestServer::plain().await;
     let long = format!("{{\"prompt\": \"{}\"}}", "x y ".repeat(400));
+    let long_salt = format!("{{\"prompt\": \"a\", \"cache_salt\": \"{}\"}}", "s".repeat(257));
+    let predicting = |text: String| {
+        json!({ "prompt": "a", "prediction": { "type": "content", "content": text } }).to_string()
+    };
+    let (long_prediction, longer_prediction) =
+        (predicting("x y ".repeat(200)), predicting("x".repeat(1 << 20)));
     let cases: &[(&str, Option<&str>, &[&str])] = &[
         ("", None, &["empty"]),
         ("{\"prompt\": \"a\",\n \"n\" 1}", None, &["line 2 column"]),
@@ -95,6 +101,48 @@ async fn every_fault_is_named() {
             Some("speculative.max_draft_tokens"),
             &["99", "16"],
         ),
+        (
+            "{\"prompt\": \"a\", \"speculative\": {\"sources\": [\"draft\", \"oracle\"]}}",
+            Some("speculative.sources"),
+            &["oracle", "\"ngram\""],
+        ),
+        (
+            "{\"prompt\": \"a\", \"priority\": \"urgent\"}",
+            Some("priority"),
+            &["urgent", "\"interactive\" or \"batch\""],
+        ),
+        ("{\"prompt\": \"a\", \"priority\": 3}", Some("priority"), &["expected a string"]),
+        (
+            "{\"prompt\": \"a\", \"t_max_predict_ms\": -2}",
+            Some("t_max_predict_ms"),
+            &["-2", "-1 to 86400000"],
+        ),
+        ("{\"prompt\": \"a\", \"cache_salt\": \"\"}", Some("cache_salt"), &["0 bytes", "1 to 256"]),
+        ("{\"prompt\": \"a\", \"cache_salt\": 7}", Some("cache_salt"), &["expected a string"]),
+        ("{\"prompt\": \"a\", \"prediction\": \"b\"}", Some("prediction"), &["expected an object"]),
+        (
+            "{\"prompt\": \"a\", \"prediction\": {\"type\": \"file\", \"content\": \"b\"}}",
+            Some("prediction.type"),
+            &["file", "\"content\""],
+        ),
+        (
+            "{\"prompt\": \"a\", \"prediction\": {\"type\": \"content\"}}",
+            Some("prediction"),
+            &["missing field `content`"],
+        ),
+        (
+            "{\"prompt\": \"a\", \"prediction\": {\"type\": \"content\", \"content\": 5}}",
+            Some("prediction.content"),
+            &["array of text parts"],
+        ),
+        (
+            "{\"prompt\": \"a\", \"prediction\": {\"type\": \"content\", \"content\": [{\"type\": \"image\"}]}}",
+            Some("prediction.content[0]"),
+            &["missing field `text`"],
+        ),
+        (&long_salt, Some("cache_salt"), &["257 bytes"]),
+        (&long_prediction, Some("prediction.content"), &["tokens", "256"]),
+        (&longer_prediction, Some("prediction.content"), &["bytes of text", "256"]),
         ("{\"prompt\": \"a\", \"suffix\": \"b\", \"echo\": true}", Some("echo"), &["suffix"]),
     ];
     for (body, param, words) in cases {
@@ -197,7 +245,7 @@ async fn a_full_queue_asks_to_come_back() {
     assert_eq!(answer.status, 429);
     assert_eq!(answer.error()["code"], "queue_full");
     let seconds: u32 = answer.headers["retry-after"].to_str().expect("text").parse().expect("seconds");
-    assert!((1..=30).contains(&seconds));
+    assert!((1..=60).contains(&seconds));
     drop(streams);
     server
         .until("the refused request's sequences are gone", |stats| stats.num_running + stats.num_waiting == 0)

@@ -19,7 +19,7 @@ fn body(extra: Value) -> Value {
 
 #[tokio::test]
 async fn a_chat_answer_is_the_completion_of_the_rendered_template() {
-    let server = TestServer::plain().await;
+    let server = TestServer::uncached().await;
     let answer = server.post(PATH, &body(json!({}))).await;
     assert_eq!(answer.headers["x-tandem-lane"], "deep", "chats are deep work");
     let answer = answer.json();
@@ -38,7 +38,7 @@ async fn a_chat_answer_is_the_completion_of_the_rendered_template() {
 
 #[tokio::test]
 async fn a_stream_has_role_text_end_and_usage() {
-    let server = TestServer::plain().await;
+    let server = TestServer::uncached().await;
     let whole = server.post(PATH, &body(json!({}))).await.json();
     for include_usage in [false, true] {
         let request = body(json!({ "stream": true, "stream_options": { "include_usage": include_usage } }));

@@ -6,7 +6,7 @@ use std::sync::Arc;
 
 use tandem_kernels::ThreadPool;
 
-use super::{Decoder, LayerWeights, Projection, Weights};
+use super::{Decoder, LayerWeights, Pass, Projection, Weights};
 use crate::backend::{Backend, BackendKind, CpuBackend, Heads, ReferenceBackend};
 use crate::checkpoint::Checkpoint;
 use crate::config::DecoderConfig;
@@ -49,7 +49,7 @@ impl<B: Backend> Decoder<B> {
         let mut loader = Loader { checkpoint, config: &config, heads, backend };
         let weights = loader.weights()?;
         let backend = loader.backend;
-        Ok(Decoder { config, heads, weights, cache: None, workspace: None, backend })
+        Ok(Decoder { config, heads, weights, cache: None, workspace: None, pass: Pass::default(), backend })
     }
 }
 

@@ -1,9 +1,17 @@
 //! Fill-in-the-middle: the control tokens under which code models were trained to write what belongs
 //! between a prefix and a suffix (Bavarian et al., arXiv 2207.14255).
 
-use super::Tokenizer;
+use std::path::Path;
 
-/// The control tokens of a model that fills in the middle.
+use super::Tokenizer;
+use super::tokenizer::{TOKENIZER_CONFIG_FILE, read_tokenizer_config};
+use crate::ModelError;
+
+/// The key of `tokenizer_config.json` that states a model's [`FimOrder`].
+const FIM_ORDER_KEY: &str = "fim_order";
+
+/// The control tokens of a model that fills in the middle, and the order in which it likes its
+/// prompts. The one place that knows how such a prompt is laid out.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct FimTokens {
     /// Stands before the text before the gap.
@@ -12,80 +20,143 @@ pub struct FimTokens {
     pub suffix: String,
     /// Stands before the answer.
     pub middle: String,
-    order: Order,
+    /// What [`FimTokens::encode`] writes.
+    pub order: FimOrder,
+    /// Of prefix, suffix and middle.
+    ids: [u32; 3],
+    spelling: Spelling,
 }
 
-/// Which token opens a prompt and which one stands at the gap.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-enum Order {
-    /// `<prefix>P<suffix>S<middle>`
+/// In which order a prompt gives the texts around the gap.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum FimOrder {
+    /// `<prefix>P<suffix>S<middle>`: the one every such model knows.
+    #[default]
     PrefixSuffixMiddle,
-    /// `<prefix>P<hole>S<end>`: DeepSeek's begin, hole and end are the same three places by other names.
+    /// `<prefix><suffix>S<middle>P`: ends with the text at the cursor, so that what was computed for a
+    /// suffix serves every keystroke before it.
+    SuffixPrefixMiddle,
+}
+
+/// What the three tokens stand for.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Spelling {
+    /// The texts around the gap and the answer.
+    Parts,
+    /// `<begin>P<hole>S<end>`: DeepSeek's are the same three places by other names, and have no other
+    /// order.
     Hole,
+}
+
+/// What stands around the text before the gap in every prompt with the same suffix.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct FimFrame {
+    head: Vec<u32>,
+    tail: Vec<u32>,
+}
+
+impl FimFrame {
+    /// The prompt for the gap between `prefix` and the frame's suffix. Nothing in the text becomes a
+    /// control token.
+    ///
+    /// # Errors
+    /// If the text cannot be encoded.
+    pub fn around(&self, tokenizer: &Tokenizer, prefix: &str) -> Result<Vec<u32>, ModelError> {
+        let prefix = tokenizer.encode_text(prefix, false)?;
+        Ok([self.head.as_slice(), &prefix, &self.tail].concat())
+    }
 }
 
 /// Spelling of (prefix, suffix, middle). Qwen2.5-Coder and our own; StarCoder, SantaCoder, Granite;
 /// CodeLlama; CodeGemma is spelled as Qwen; DeepSeek-Coder; Codestral's order differs and is not here.
-const SPELLINGS: &[(&str, &str, &str, Order)] = &[
-    ("<|fim_prefix|>", "<|fim_suffix|>", "<|fim_middle|>", Order::PrefixSuffixMiddle),
-    ("<fim_prefix>", "<fim_suffix>", "<fim_middle>", Order::PrefixSuffixMiddle),
-    ("<fim-prefix>", "<fim-suffix>", "<fim-middle>", Order::PrefixSuffixMiddle),
-    ("▁<PRE>", "▁<SUF>", "▁<MID>", Order::PrefixSuffixMiddle),
-    ("<PRE>", "<SUF>", "<MID>", Order::PrefixSuffixMiddle),
-    ("<｜fim▁begin｜>", "<｜fim▁hole｜>", "<｜fim▁end｜>", Order::Hole),
+const SPELLINGS: &[(&str, &str, &str, Spelling)] = &[
+    ("<|fim_prefix|>", "<|fim_suffix|>", "<|fim_middle|>", Spelling::Parts),
+    ("<fim_prefix>", "<fim_suffix>", "<fim_middle>", Spelling::Parts),
+    ("<fim-prefix>", "<fim-suffix>", "<fim-middle>", Spelling::Parts),
+    ("▁<PRE>", "▁<SUF>", "▁<MID>", Spelling::Parts),
+    ("<PRE>", "<SUF>", "<MID>", Spelling::Parts),
+    ("<｜fim▁begin｜>", "<｜fim▁hole｜>", "<｜fim▁end｜>", Spelling::Hole),
 ];
 
 impl FimTokens {
-    /// Finds the tokens in `tokenizer`; `None` if the model was not trained to fill in.
+    /// Finds the tokens in `tokenizer`; `None` if the model was not trained to fill in. The order is
+    /// prefix, suffix, middle.
     pub fn detect(tokenizer: &Tokenizer) -> Option<FimTokens> {
-        let known = |token: &str| tokenizer.token_to_id(token).is_some();
-        SPELLINGS
-            .iter()
-            .find(|(prefix, suffix, middle, _)| known(prefix) && known(suffix) && known(middle))
-            .map(|&(prefix, suffix, middle, order)| FimTokens {
+        SPELLINGS.iter().find_map(|&(prefix, suffix, middle, spelling)| {
+            let id = |token: &str| tokenizer.token_to_id(token);
+            Some(FimTokens {
+                ids: [id(prefix)?, id(suffix)?, id(middle)?],
                 prefix: prefix.to_owned(),
                 suffix: suffix.to_owned(),
                 middle: middle.to_owned(),
-                order,
+                order: FimOrder::default(),
+                spelling,
             })
+        })
     }
 
-    /// The prompt in the order prefix, suffix, middle: the one every such model knows.
+    /// Finds the tokens in `tokenizer`, and the order in the key `fim_order` (`"psm"` or `"spm"`) of
+    /// the folder's `tokenizer_config.json`.
+    ///
+    /// # Errors
+    /// If the key has another value, or names an order that these tokens do not have.
+    pub fn from_dir(dir: &Path, tokenizer: &Tokenizer) -> Result<Option<FimTokens>, ModelError> {
+        let config = read_tokenizer_config(dir)?;
+        let fault = |wanted: &'static str| ModelError::Config {
+            path: dir.join(TOKENIZER_CONFIG_FILE),
+            key: FIM_ORDER_KEY.to_owned(),
+            found: config[FIM_ORDER_KEY].to_string(),
+            wanted: wanted.to_owned(),
+        };
+        let order = match config.get(FIM_ORDER_KEY).map(|order| order.as_str()) {
+            None | Some(Some("psm")) => FimOrder::PrefixSuffixMiddle,
+            Some(Some("spm")) => FimOrder::SuffixPrefixMiddle,
+            Some(_) => return Err(fault("\"psm\" or \"spm\"")),
+        };
+        let Some(tokens) = Self::detect(tokenizer) else { return Ok(None) };
+        if tokens.spelling == Spelling::Hole && order == FimOrder::SuffixPrefixMiddle {
+            return Err(fault("\"psm\": a model with a hole token knows no other order"));
+        }
+        Ok(Some(FimTokens { order, ..tokens }))
+    }
+
+    /// The prompt in the order prefix, suffix, middle.
     pub fn psm(&self, prefix: &str, suffix: &str) -> String {
         format!("{}{prefix}{}{suffix}{}", self.prefix, self.suffix, self.middle)
     }
 
-    /// The prompt in the order suffix, prefix, middle, whose end is the text at the cursor; `None`
-    /// for models that were not trained on it.
+    /// The prompt in the order suffix, prefix, middle; `None` for models that cannot know it.
     pub fn spm(&self, prefix: &str, suffix: &str) -> Option<String> {
-        match self.order {
-            Order::PrefixSuffixMiddle => {
-                Some(format!("{}{}{suffix}{}{prefix}", self.prefix, self.suffix, self.middle))
-            }
-            Order::Hole => None,
+        match self.spelling {
+            Spelling::Parts => Some(format!("{}{}{suffix}{}{prefix}", self.prefix, self.suffix, self.middle)),
+            Spelling::Hole => None,
         }
     }
 
-    /// The prompt in the order prefix, suffix, middle as token ids. Text from the client cannot become
-    /// a control token. `None` if one of the three tokens is not in `tokenizer`.
+    /// What prompts with this suffix have in common, in the model's own order. Nothing in the text
+    /// becomes a control token.
     ///
     /// # Errors
     /// If the text cannot be encoded.
-    pub fn encode_psm(
-        &self,
-        tokenizer: &Tokenizer,
-        prefix: &str,
-        suffix: &str,
-    ) -> Result<Option<Vec<u32>>, crate::ModelError> {
-        let ids = [&self.prefix, &self.suffix, &self.middle].map(|token| tokenizer.token_to_id(token));
-        let [Some(prefix_id), Some(suffix_id), Some(middle_id)] = ids else { return Ok(None) };
+    pub fn frame(&self, tokenizer: &Tokenizer, suffix: &str) -> Result<FimFrame, ModelError> {
+        let [prefix_id, suffix_id, middle_id] = self.ids;
         // What the model wants around every input (a beginning-of-sequence token) comes first.
-        let mut prompt = tokenizer.encode_text("", true)?;
-        prompt.push(prefix_id);
-        prompt.extend(tokenizer.encode_text(prefix, false)?);
-        prompt.push(suffix_id);
-        prompt.extend(tokenizer.encode_text(suffix, false)?);
-        prompt.push(middle_id);
-        Ok(Some(prompt))
+        let mut head = tokenizer.encode_text("", true)?;
+        head.push(prefix_id);
+        let mut rest = vec![suffix_id];
+        rest.extend(tokenizer.encode_text(suffix, false)?);
+        rest.push(middle_id);
+        Ok(match self.order {
+            FimOrder::PrefixSuffixMiddle => FimFrame { head, tail: rest },
+            FimOrder::SuffixPrefixMiddle => FimFrame { head: [head, rest].concat(), tail: Vec::new() },
+        })
+    }
+
+    /// The prompt for a gap as token ids, in the model's own order.
+    ///
+    /// # Errors
+    /// If the text cannot be encoded.
+    pub fn encode(&self, tokenizer: &Tokenizer, prefix: &str, suffix: &str) -> Result<Vec<u32>, ModelError> {
+        self.frame(tokenizer, suffix)?.around(tokenizer, prefix)
     }
 }

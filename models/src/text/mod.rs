@@ -14,6 +14,6 @@ mod tokenizer;
 pub(crate) use chat_template::CHAT_TEMPLATE_FILES;
 pub use chat_template::{ChatTemplate, TemplateError};
 pub use detokenizer::Detokenizer;
-pub use fim::FimTokens;
+pub use fim::{FimFrame, FimOrder, FimTokens};
 pub use tokenizer::Tokenizer;
 pub(crate) use tokenizer::{TOKENIZER_CONFIG_FILE, TOKENIZER_FILE};

@@ -6,6 +6,7 @@ use std::sync::mpsc::{SyncSender, TrySendError};
 use std::time::Duration;
 
 use arrayvec::ArrayVec;
+use bytemuck::{Pod, Zeroable};
 
 /// A token id in the vocabulary that target and draft share.
 pub type TokenId = u32;
@@ -139,11 +140,92 @@ pub struct SubmitRequest {
     pub prompt: Arc<[TokenId]>,
     /// How to sample.
     pub params: SamplingParams,
-    /// Draft tokens a verification for this sequence: `None` lets the engine's policy choose, 0
-    /// turns speculation off. Never changes the output.
-    pub max_draft_tokens: Option<u8>,
+    /// Who goes first when there is not room for all.
+    pub priority: Priority,
+    /// Whose cached blocks and session text the sequence may share.
+    pub cache_salt: CacheSalt,
+    /// Longest time from the first output token to the last; what is there then is the answer
+    /// ([`FinishReason::Deadline`]).
+    pub max_predict_time: Option<Duration>,
+    /// How to speculate. Never changes the output.
+    pub speculation: SpeculationParams,
     /// Where the events go.
     pub events: Box<dyn EventSink>,
+}
+
+/// Who goes first when there is not room for all. Within a priority the oldest goes first, and a
+/// batch sequence that has waited [`BATCH_PATIENCE`] counts as interactive, so nobody starves.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash, PartialOrd, Ord)]
+pub enum Priority {
+    /// Somebody is waiting for it.
+    #[default]
+    Interactive,
+    /// Gives way: starts after, and is preempted before, interactive work.
+    Batch,
+}
+
+/// How long batch work gives way.
+pub const BATCH_PATIENCE: Duration = Duration::from_secs(10);
+
+/// Separates tenants: sequences with different salts share neither cached blocks nor session text, so
+/// nobody can tell from timing what another one has sent. The caller makes it unguessable.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash)]
+pub struct CacheSalt(pub u128);
+
+/// Who proposes draft tokens.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub enum DraftSource {
+    /// The draft model.
+    Draft,
+    /// A continuation found in the sequence's own text or its session's.
+    Ngram,
+    /// The text that the client expects.
+    Prediction,
+}
+
+impl DraftSource {
+    /// All of them.
+    pub const ALL: [DraftSource; 3] = [DraftSource::Draft, DraftSource::Ngram, DraftSource::Prediction];
+}
+
+/// A set of [`DraftSource`]s.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct DraftSources(u8);
+
+impl DraftSources {
+    /// No source: plain decoding.
+    pub const NONE: DraftSources = DraftSources(0);
+    /// Every source.
+    pub const ALL: DraftSources = DraftSources(0b111);
+
+    /// The set with `source` in it.
+    #[must_use]
+    pub fn with(self, source: DraftSource) -> DraftSources {
+        DraftSources(self.0 | 1 << source as u8)
+    }
+
+    /// True if `source` is in the set.
+    pub fn contains(self, source: DraftSource) -> bool {
+        self.0 & 1 << source as u8 != 0
+    }
+}
+
+impl Default for DraftSources {
+    fn default() -> Self {
+        DraftSources::ALL
+    }
+}
+
+/// How a sequence speculates.
+#[derive(Clone, Debug, Default)]
+pub struct SpeculationParams {
+    /// `None`: the engine's policy chooses source and length. A number: always as many draft tokens as
+    /// that, from the first of prediction, draft model and n-gram that may and can; 0 is none.
+    pub max_draft_tokens: Option<u8>,
+    /// Who may propose.
+    pub sources: DraftSources,
+    /// The output that the client expects (OpenAI's Predicted Outputs); empty: none.
+    pub prediction: Arc<[TokenId]>,
 }
 
 /// Names a sequence.
@@ -157,6 +239,9 @@ pub enum Command {
     /// Ends a sequence with [`FinishReason::Aborted`]; its blocks are free when the current step ends.
     /// Unknown ids are ignored.
     Abort(SequenceId),
+    /// Raises a sequence's `max_tokens` (a lower value changes nothing), because somebody else reads
+    /// its output too and wants more. Unknown ids are ignored.
+    Extend(SequenceId, u32),
     /// Finishes what runs, refuses what is new, then the engine thread ends.
     Drain,
     /// Ends every sequence with [`FinishReason::Aborted`], then the engine thread ends.
@@ -172,6 +257,7 @@ pub trait EventSink: Send {
     ///
     /// # Errors
     /// Gives the event back if the channel is full; [`SinkError::Closed`] if nobody listens.
+    #[expect(clippy::result_large_err, reason = "an event that is not taken comes back as it is")]
     fn try_send(&mut self, event: Event) -> Result<(), SinkError>;
 }
 
@@ -185,6 +271,7 @@ impl EventSink for SyncSender<Event> {
 }
 
 /// Why an event was not taken.
+#[expect(clippy::large_enum_variant, reason = "an event that is not taken comes back as it is")]
 #[derive(Debug)]
 pub enum SinkError {
     /// No room now; the event comes back.
@@ -197,7 +284,7 @@ pub enum SinkError {
 pub const MAX_TOKENS_PER_STEP: usize = MAX_DRAFT_TOKENS + 1;
 
 /// The longest draft that one verification takes.
-pub const MAX_DRAFT_TOKENS: usize = 16;
+pub const MAX_DRAFT_TOKENS: usize = 32;
 
 /// Tokens that became final in one step.
 #[derive(Debug, Clone, Default)]
@@ -248,6 +335,8 @@ pub enum FinishReason {
     Stop(TokenId),
     /// `max_tokens` were produced, or the context is full.
     Length,
+    /// [`SubmitRequest::max_predict_time`] is over.
+    Deadline,
     /// Aborted by the caller.
     Aborted,
 }
@@ -266,14 +355,14 @@ pub struct Finished {
 pub struct Usage {
     /// Tokens of the prompt.
     pub num_prompt_tokens: u32,
-    /// Prompt tokens whose KV was found in the cache (0 until there is a prefix cache).
+    /// Prompt tokens whose keys and values the answering model found in the prefix cache.
     pub num_cached_tokens: u32,
     /// Tokens of the output.
     pub num_output_tokens: u32,
-    /// Draft tokens offered to the target.
-    pub num_draft_tokens: u32,
+    /// Draft tokens offered to the target, by [`DraftSource`].
+    pub num_draft_tokens: [u32; 3],
     /// Of those, accepted.
-    pub num_accepted_tokens: u32,
+    pub num_accepted_tokens: [u32; 3],
     /// Forward passes of the answering model after the one that gave the first token.
     pub num_decode_steps: u32,
     /// From submission to the first forward pass.
@@ -348,6 +437,8 @@ pub enum EngineError {
     QueueFull {
         /// Sequences in the queue.
         waiting: usize,
+        /// When there will be room, by the measured rate at which waiting sequences start.
+        retry_after: Duration,
     },
     /// The engine is draining or has ended.
     #[error("the server is shutting down")]
@@ -358,19 +449,29 @@ pub enum EngineError {
     /// A forward pass failed.
     #[error("the forward pass failed: {0}")]
     Forward(String),
+    /// Something in the engine contradicts itself; it does not go on.
+    #[error("the engine stopped: {0}")]
+    Integrity(String),
 }
 
 /// Counters and gauges, copied out by the engine after each step for `/metrics` and `/health`.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Pod, Zeroable)]
+#[repr(C)]
 pub struct EngineStats {
     /// Sequences waiting for room.
     pub num_waiting: u64,
     /// Sequences running.
     pub num_running: u64,
+    /// Sequences waiting, by [`Lane`].
+    pub num_waiting_by_lane: [u64; 2],
+    /// Sequences running, by [`Lane`].
+    pub num_running_by_lane: [u64; 2],
     /// Blocks of the KV cache, in all.
     pub num_total_blocks: u64,
-    /// Blocks not in use.
+    /// Blocks that hold nothing.
     pub num_free_blocks: u64,
+    /// Blocks of the prefix cache that no sequence uses; they are evicted when room is needed.
+    pub num_cached_blocks: u64,
     /// Engine steps so far.
     pub num_steps: u64,
     /// Forward passes of the target.
@@ -379,18 +480,46 @@ pub struct EngineStats {
     pub num_draft_passes: u64,
     /// Prompt tokens computed.
     pub num_prompt_tokens: u64,
+    /// Prompt tokens found in the prefix cache.
+    pub num_cached_tokens: u64,
+    /// Running sequences that had to give up their blocks and compute them again later.
+    pub num_preemptions: u64,
+    /// Cached blocks given to somebody else.
+    pub num_evictions: u64,
     /// Output tokens of the fast lane.
     pub num_fast_tokens: u64,
     /// Output tokens of the deep lane.
     pub num_deep_tokens: u64,
-    /// Draft tokens offered to the target.
-    pub num_draft_tokens: u64,
+    /// Draft tokens offered to the target, by [`DraftSource`].
+    pub num_draft_tokens: [u64; 3],
     /// Of those, accepted.
-    pub num_accepted_tokens: u64,
+    pub num_accepted_tokens: [u64; 3],
+    /// Milliseconds until a sequence that starts to wait now would run, from the measured rate at which
+    /// waiting ones start; 0 while nobody waits.
+    pub queue_wait_ms: u64,
     /// Sequences that finished by themselves.
     pub num_finished: u64,
     /// Sequences aborted by their client.
     pub num_aborted: u64,
     /// Sequences that failed.
     pub num_failed: u64,
+}
+
+impl EngineStats {
+    /// When a sequence that is refused now should be tried again: a second at least, a minute at most.
+    pub fn retry_after(&self) -> Duration {
+        Duration::from_millis(self.queue_wait_ms).clamp(Duration::from_secs(1), Duration::from_secs(60))
+    }
+}
+
+impl Usage {
+    /// Draft tokens offered to the target, whoever proposed them.
+    pub fn total_draft_tokens(&self) -> u32 {
+        self.num_draft_tokens.iter().sum()
+    }
+
+    /// Draft tokens accepted, whoever proposed them.
+    pub fn total_accepted_tokens(&self) -> u32 {
+        self.num_accepted_tokens.iter().sum()
+    }
 }

@@ -1,9 +1,10 @@
 //! The engine's thread, and the handle through which the rest of the process talks to it.
 //!
 //! One bounded channel of commands goes in; each sequence's events come out through its own sink.
-//! Requests are checked on the caller's thread, so a bad one never reaches the engine's. If the
-//! engine panics, every sequence fails, it is unhealthy from then on and its thread ends with that
-//! panic: it never continues on a state that may be wrong.
+//! Requests are checked on the caller's thread, so a bad one never reaches the engine's. A model that
+//! fails or panics costs the sequence that made it do so. If the engine itself panics, or its account of
+//! blocks contradicts itself, every sequence fails, it is unhealthy from then on and its thread ends with
+//! a panic: it never continues on a state that may be wrong.
 
 use std::panic::{AssertUnwindSafe, catch_unwind, resume_unwind};
 use std::sync::Arc;
@@ -26,8 +27,8 @@ pub struct EngineHandle {
 /// What both sides see. All of it is advisory, so relaxed atomics do.
 struct Shared {
     next_id: AtomicU64,
-    /// Submissions in the channel, not yet seen by the engine.
-    num_submitted: AtomicU64,
+    /// Submissions in the channel, not yet seen by the engine, by lane.
+    num_submitted: [AtomicU64; 2],
     healthy: AtomicBool,
     accepting: AtomicBool,
     stats: SharedStats,
@@ -63,7 +64,7 @@ impl EngineHandle {
         use crate::api::Lane;
         let shared = Arc::new(Shared {
             next_id: AtomicU64::new(0),
-            num_submitted: AtomicU64::new(0),
+            num_submitted: Default::default(),
             healthy: AtomicBool::new(true),
             accepting: AtomicBool::new(true),
             stats: SharedStats::default(),
@@ -80,7 +81,7 @@ impl EngineHandle {
         });
         let start = Instant::now();
         let mut engine = Engine::new(&config, models)?;
-        if config.draft_tokens == DraftTokens::Auto {
+        if config.draft_tokens == DraftTokens::Auto || config.lane_isolation {
             engine.profile(config.draft_tokens, &|| start.elapsed())?;
         }
         shared.stats.publish(&engine.stats());
@@ -89,7 +90,16 @@ impl EngineHandle {
         let thread = std::thread::Builder::new()
             .name("tandem-engine".into())
             .spawn(move || {
-                EngineThread { engine, inbox, shared, start, ending: None, num_received: 0 }.guarded_run()
+                EngineThread {
+                    engine,
+                    inbox,
+                    shared,
+                    start,
+                    ending: None,
+                    num_received: [0; 2],
+                    broken: None,
+                }
+                .guarded_run()
             })
             .map_err(|error| EngineError::Forward(format!("the engine's thread did not start: {error}")))?;
         Ok((handle, thread))
@@ -107,21 +117,25 @@ impl EngineHandle {
         if !self.shared.accepting.load(Ordering::Relaxed) {
             return Err(EngineError::ShuttingDown);
         }
-        let submitted = self.shared.num_submitted.fetch_add(1, Ordering::Relaxed);
+        let lane = request.lane as usize;
+        let num_submitted = &self.shared.num_submitted[lane];
+        let submitted = num_submitted.fetch_add(1, Ordering::Relaxed);
         let stats = self.shared.stats.load();
-        let waiting = (submitted + stats.num_waiting) as usize;
+        let waiting = (submitted + stats.num_waiting_by_lane[lane]) as usize;
         let limits = &self.shared.limits;
-        let free_seats = limits.max_num_seqs.saturating_sub(stats.num_running as usize);
+        let free_seats = limits.max_num_seqs.saturating_sub(stats.num_running_by_lane[lane] as usize);
         let refuse = |error| {
-            self.shared.num_submitted.fetch_sub(1, Ordering::Relaxed);
+            num_submitted.fetch_sub(1, Ordering::Relaxed);
             Err(error)
         };
         if waiting >= limits.max_waiting + free_seats {
-            return refuse(EngineError::QueueFull { waiting });
+            return refuse(EngineError::QueueFull { waiting, retry_after: stats.retry_after() });
         }
         match self.commands.try_send(Command::Submit(request)) {
             Ok(()) => Ok(()),
-            Err(TrySendError::Full(_)) => refuse(EngineError::QueueFull { waiting }),
+            Err(TrySendError::Full(_)) => {
+                refuse(EngineError::QueueFull { waiting, retry_after: stats.retry_after() })
+            }
             Err(TrySendError::Disconnected(_)) => refuse(EngineError::ShuttingDown),
         }
     }
@@ -134,7 +148,14 @@ impl EngineHandle {
         self.commands.try_send(Command::Abort(id)).is_ok()
     }
 
-    /// Sequences that the engine holds at most, running and waiting.
+    /// Raises the `max_tokens` of a sequence whose output somebody else reads too, to at most what the
+    /// context holds. False as for [`EngineHandle::abort`].
+    #[must_use]
+    pub fn extend(&self, id: SequenceId, max_tokens: u32) -> bool {
+        self.commands.try_send(Command::Extend(id, max_tokens)).is_ok()
+    }
+
+    /// Sequences that a lane holds at most, running and waiting.
     pub fn max_sequences(&self) -> usize {
         self.shared.limits.max_num_seqs + self.shared.limits.max_waiting
     }
@@ -195,7 +216,8 @@ impl Limits {
         if num_prompt_tokens == 0 {
             return Err(EngineError::EmptyPrompt);
         }
-        if let Some(&id) = request.prompt.iter().find(|&&id| id as usize >= self.num_token_ids) {
+        let mut ids = request.prompt.iter().chain(request.speculation.prediction.iter());
+        if let Some(&id) = ids.find(|&&id| id as usize >= self.num_token_ids) {
             return Err(EngineError::TokenOutOfRange { id, vocab_size: self.num_token_ids });
         }
         let room = self.max_model_len.saturating_sub(num_prompt_tokens);
@@ -227,8 +249,10 @@ struct EngineThread {
     shared: Arc<Shared>,
     start: Instant,
     ending: Option<Ending>,
-    /// Submissions taken from the channel since the statistics were last published.
-    num_received: u64,
+    /// Submissions taken from the channel since the statistics were last published, by lane.
+    num_received: [u64; 2],
+    /// What the engine found wrong with itself.
+    broken: Option<EngineError>,
 }
 
 impl EngineThread {
@@ -238,7 +262,10 @@ impl EngineThread {
         self.shared.accepting.store(false, Ordering::Relaxed);
         if let Err(panic) = outcome {
             self.shared.healthy.store(false, Ordering::Relaxed);
-            self.engine.fail_all(&EngineError::Forward("an internal error stopped the engine".into()));
+            let broken = self.broken.take();
+            let error =
+                broken.unwrap_or_else(|| EngineError::Forward("an internal error stopped the engine".into()));
+            self.engine.fail_all(&error);
             self.publish();
             resume_unwind(panic);
         }
@@ -254,7 +281,10 @@ impl EngineThread {
                 }
             } else {
                 let start = self.start;
-                self.engine.step(&|| start.elapsed());
+                if let Err(error) = self.engine.step(&|| start.elapsed()) {
+                    self.broken = Some(error.clone());
+                    panic!("{error}: this is a bug");
+                }
             }
             self.publish();
         }
@@ -277,7 +307,9 @@ impl EngineThread {
     fn publish(&mut self) {
         self.shared.stats.publish(&self.engine.stats());
         // Only now, so that at every moment each sequence is counted somewhere.
-        self.shared.num_submitted.fetch_sub(std::mem::take(&mut self.num_received), Ordering::Relaxed);
+        for (submitted, received) in self.shared.num_submitted.iter().zip(&mut self.num_received) {
+            submitted.fetch_sub(std::mem::take(received), Ordering::Relaxed);
+        }
     }
 
     /// Takes every command there is; waits for one only if there is nothing else to do.
@@ -313,10 +345,11 @@ impl EngineThread {
     fn apply(&mut self, command: Command) {
         match command {
             Command::Submit(request) => {
+                self.num_received[request.lane as usize] += 1;
                 self.engine.submit(request, self.start.elapsed());
-                self.num_received += 1;
             }
             Command::Abort(id) => self.engine.abort(id),
+            Command::Extend(id, max_tokens) => self.engine.extend(id, max_tokens),
             Command::Drain => self.ending = self.ending.or(Some(Ending::Drained)),
             Command::Shutdown => self.ending = Some(Ending::Now),
         }
@@ -329,49 +362,73 @@ struct SharedStats {
     values: [AtomicU64; NUM_STATS],
 }
 
-const NUM_STATS: usize = 15;
+const NUM_STATS: usize = size_of::<EngineStats>() / size_of::<u64>();
 
 impl SharedStats {
     fn publish(&self, stats: &EngineStats) {
-        for (cell, value) in self.values.iter().zip(stats.to_array()) {
+        let values: [u64; NUM_STATS] = bytemuck::cast(*stats);
+        for (cell, value) in self.values.iter().zip(values) {
             cell.store(value, Ordering::Relaxed);
         }
     }
 
     fn load(&self) -> EngineStats {
-        EngineStats::from_array(std::array::from_fn(|i| self.values[i].load(Ordering::Relaxed)))
+        bytemuck::cast::<[u64; NUM_STATS], EngineStats>(std::array::from_fn(|i| {
+            self.values[i].load(Ordering::Relaxed)
+        }))
     }
 }
 
-/// Lists the fields once, for both directions.
-macro_rules! stats_array {
-    ($($field:ident),+ $(,)?) => {
-        impl EngineStats {
-            fn to_array(self) -> [u64; NUM_STATS] {
-                [$(self.$field),+]
-            }
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::api::{Lane, SamplingParams};
+    use crate::common::{config, hash_pair, request};
 
-            fn from_array([$($field),+]: [u64; NUM_STATS]) -> Self {
-                EngineStats { $($field),+ }
-            }
-        }
-    };
+    fn shared() -> Arc<Shared> {
+        Arc::new(Shared {
+            next_id: AtomicU64::new(0),
+            num_submitted: Default::default(),
+            healthy: AtomicBool::new(true),
+            accepting: AtomicBool::new(true),
+            stats: SharedStats::default(),
+            limits: Limits {
+                num_token_ids: 48,
+                max_model_len: 1024,
+                max_waiting: 4,
+                max_num_seqs: 4,
+                block_size: 4,
+                num_blocks: 512,
+                has_fast: true,
+                has_deep: true,
+            },
+        })
+    }
+
+    #[test]
+    fn a_broken_account_fails_everybody_and_stops_the_engine() {
+        let mut engine =
+            Engine::new(&config(DraftTokens::Fixed(2)), hash_pair(1.0)).expect("the engine starts");
+        let params = SamplingParams { max_tokens: 50, ..SamplingParams::default() };
+        let (submit, events) = request(1, Lane::Deep, &[1, 2, 3], params, 100);
+        engine.submit(submit, Duration::ZERO);
+        engine.scheduler.blocks.corrupt();
+        let shared = shared();
+        let (_commands, inbox) = sync_channel(1);
+        let thread = EngineThread {
+            engine,
+            inbox,
+            shared: Arc::clone(&shared),
+            start: Instant::now(),
+            ending: None,
+            num_received: [0; 2],
+            broken: None,
+        };
+        let ended = catch_unwind(AssertUnwindSafe(|| thread.guarded_run()));
+        assert!(ended.is_err(), "it must not go on");
+        assert!(!shared.healthy.load(Ordering::Relaxed) && !shared.accepting.load(Ordering::Relaxed));
+        let last = events.try_iter().last();
+        let Some(Event::Failed(EngineError::Integrity(reason))) = last else { panic!("{last:?}") };
+        assert!(reason.contains("block 511"), "{reason}");
+    }
 }
-
-stats_array!(
-    num_waiting,
-    num_running,
-    num_total_blocks,
-    num_free_blocks,
-    num_steps,
-    num_target_passes,
-    num_draft_passes,
-    num_prompt_tokens,
-    num_fast_tokens,
-    num_deep_tokens,
-    num_draft_tokens,
-    num_accepted_tokens,
-    num_finished,
-    num_aborted,
-    num_failed,
-);

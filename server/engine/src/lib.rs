@@ -5,15 +5,27 @@
 //! a function of (answering model's weights, prompt, sampling parameters, seed) only.
 
 mod api;
+mod batch;
 mod block_manager;
 mod engine;
 mod handle;
+mod pass;
+mod plan;
+mod prefix_cache;
+mod profile;
 mod sampler;
 mod scheduler;
 mod sequence;
 mod speculation;
+mod step;
 
 pub use api::*;
 pub use engine::{Engine, EngineConfig, Models};
 pub use handle::EngineHandle;
 pub use speculation::DraftTokens;
+
+#[cfg(test)]
+extern crate self as tandem_engine;
+#[cfg(test)]
+#[path = "../tests/common/mod.rs"]
+mod common;

@@ -1,91 +1,121 @@
-//! Which sequences run, and which tokens each pass computes. Pure bookkeeping: no model, no clock.
+//! Who runs: the queues, the seats, and who gives way when there is not room for all. Pure
+//! bookkeeping: no model, and no clock but the time passed in. What a pass computes is in
+//! [`crate::batch`].
 //!
-//! A pass takes, per sequence, some of the tokens that its model has not computed yet. There is no
-//! separate prefill or decode: a sequence with one token to compute decodes, one with more prefills
-//! (in chunks, if the budget is short), one with draft tokens verifies. Whoever reaches its last
-//! token gets logits. Sequences that decode come first, so prefill never stops the others.
+//! **Order.** Interactive before batch, then the oldest first ([`Urgency`]). Each lane has a queue and
+//! seats of its own, so that a deep sequence which waits never stands before a fast one.
 //!
-//! Admission is first come, first served, and reserves blocks for prompt and `max_tokens`, so a
-//! running sequence never lacks a block.
+//! **Blocks** are taken as a sequence grows. When there are none left the least urgent running
+//! sequence is preempted: its blocks go back (those that are full stay cached), it waits again and
+//! computes later what it lost. The most urgent one is never preempted and every sequence fits alone
+//! (checked at submission), so somebody always makes progress; and who has waited long for blocks
+//! keeps everybody younger from starting, so nobody starves.
+
+#![expect(clippy::vec_box, reason = "sequences move from queue to seat to delivery: their boxes do")]
 
 use std::collections::VecDeque;
 use std::time::Duration;
 
-use tandem_models::ForwardBatch;
-
-use crate::api::{Lane, SequenceId};
+use crate::api::{BATCH_PATIENCE, FinishReason, Lane, Priority, SequenceId};
 use crate::block_manager::BlockManager;
-use crate::sequence::{ModelRole, Sequence};
+use crate::sequence::{ModelRole, Sequence, Urgency};
 
-/// Limits of one pass.
-#[derive(Clone, Copy, Debug)]
-pub(crate) struct SchedulerLimits {
-    /// Sequences that run at a time.
-    pub(crate) max_num_seqs: usize,
-    /// Tokens of one pass; at least `max_num_seqs * MAX_TOKENS_PER_STEP`, so that every sequence
-    /// that decodes fits.
-    pub(crate) max_num_batched_tokens: usize,
-    /// Prompt tokens a sequence with `prompt_logprobs` computes in one pass: each takes a row of logits.
-    pub(crate) max_logits_rows: usize,
-}
+/// Blocks that an admitted sequence, and each running one, should still be able to take before
+/// anybody must be preempted; fewer if it will not need as many.
+const HEADROOM_BLOCKS: usize = 4;
 
-/// One sequence's part of a pass.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(crate) struct ScheduledSequence {
-    /// Index among the running sequences.
-    pub(crate) index: usize,
-    /// Tokens computed.
-    pub(crate) num_tokens: usize,
-    /// Rows of logits it gets: the last `num_logits` of its tokens.
-    pub(crate) num_logits: usize,
-}
-
-/// One pass: who is in it, and the model's inputs.
-#[derive(Debug, Default)]
-pub(crate) struct ScheduledBatch {
-    pub(crate) sequences: Vec<ScheduledSequence>,
-    pub(crate) inputs: ForwardBatch,
-}
-
-impl ScheduledBatch {
-    fn clear(&mut self) {
-        self.sequences.clear();
-        self.inputs.clear();
-    }
-}
+/// Weight of the past in the measured interval between starts.
+const DECAY: f64 = 0.9;
 
 /// Waiting and running sequences, and the blocks they own.
 pub(crate) struct Scheduler {
-    limits: SchedulerLimits,
+    max_num_seqs: usize,
     pub(crate) blocks: BlockManager,
-    waiting: VecDeque<Sequence>,
-    pub(crate) running: Vec<Sequence>,
+    /// By lane, each in no particular order.
+    waiting: [VecDeque<Box<Sequence>>; 2],
+    /// A sequence keeps its seat while it runs. The first half is the fast lane's. Boxed, because every
+    /// step goes along all seats a few times.
+    pub(crate) seats: Vec<Option<Box<Sequence>>>,
     /// Finished, blocks released, the client still has to take the last events.
-    delivering: Vec<Sequence>,
+    delivering: Vec<Box<Sequence>>,
+    /// Ended while they waited, to be retired.
+    expired: Vec<Box<Sequence>>,
+    num_preemptions: u64,
+    num_cached_tokens: u64,
+    drain: DrainRate,
+}
+
+/// How fast waiting sequences start.
+#[derive(Debug, Default)]
+struct DrainRate {
+    /// Seconds between starts, decayed; `None` before the first two.
+    interval: Option<f64>,
+    last_start: Option<Duration>,
+}
+
+impl DrainRate {
+    fn started(&mut self, now: Duration, others_wait: bool) {
+        if let Some(last) = self.last_start {
+            let seconds = now.saturating_sub(last).as_secs_f64();
+            self.interval = Some(self.interval.map_or(seconds, |i| DECAY * i + (1.0 - DECAY) * seconds));
+        }
+        // Time in which nobody waited says nothing of how fast the queue drains.
+        self.last_start = others_wait.then_some(now);
+    }
 }
 
 impl Scheduler {
-    pub(crate) fn new(limits: SchedulerLimits, blocks: BlockManager) -> Self {
+    /// `max_num_seqs` seats a lane.
+    pub(crate) fn new(max_num_seqs: usize, blocks: BlockManager) -> Self {
         Scheduler {
-            limits,
+            max_num_seqs,
             blocks,
-            waiting: VecDeque::new(),
-            running: Vec::with_capacity(limits.max_num_seqs),
+            waiting: [VecDeque::new(), VecDeque::new()],
+            seats: std::iter::repeat_with(|| None).take(2 * max_num_seqs).collect(),
             delivering: Vec::new(),
+            expired: Vec::new(),
+            num_preemptions: 0,
+            num_cached_tokens: 0,
+            drain: DrainRate::default(),
         }
     }
 
-    pub(crate) fn add(&mut self, sequence: Sequence) {
-        self.waiting.push_back(sequence);
+    pub(crate) fn add(&mut self, sequence: Box<Sequence>) {
+        self.waiting[sequence.lane as usize].push_back(sequence);
     }
 
     pub(crate) fn num_waiting(&self) -> usize {
-        self.waiting.len()
+        self.waiting.iter().map(VecDeque::len).sum()
+    }
+
+    /// The same by lane.
+    pub(crate) fn num_waiting_by_lane(&self) -> [usize; 2] {
+        [Lane::Fast, Lane::Deep].map(|lane| self.waiting[lane as usize].len())
+    }
+
+    /// The running sequences, by seat.
+    pub(crate) fn running(&self) -> impl Iterator<Item = &Sequence> {
+        self.seats.iter().flatten().map(|sequence| &**sequence)
+    }
+
+    pub(crate) fn num_preemptions(&self) -> u64 {
+        self.num_preemptions
+    }
+
+    /// Tokens that started sequences found in the prefix cache.
+    pub(crate) fn num_cached_tokens(&self) -> u64 {
+        self.num_cached_tokens
+    }
+
+    /// Time until a sequence that starts to wait now would run.
+    pub(crate) fn queue_wait(&self) -> Duration {
+        let places = self.num_waiting() as f64;
+        Duration::from_secs_f64((places * self.drain.interval.unwrap_or(0.0)).min(3600.0))
     }
 
     /// Nothing to compute.
     pub(crate) fn is_idle(&self) -> bool {
-        self.waiting.is_empty() && self.running.is_empty()
+        self.num_waiting() == 0 && self.running().next().is_none()
     }
 
     /// Clients that have not taken their last events.
@@ -95,100 +125,173 @@ impl Scheduler {
 
     /// Starts waiting sequences while there is room for them.
     pub(crate) fn admit(&mut self, now: Duration) {
-        while self.running.len() < self.limits.max_num_seqs
-            && let Some(next) = self.waiting.front()
-            && let Some(block_table) = self.blocks.allocate(next.max_len())
-            && let Some(mut sequence) = self.waiting.pop_front()
-        {
-            sequence.start(block_table, now);
-            self.running.push(sequence);
-        }
-    }
-
-    /// Plans the draft's pass number `round` of a step. Round 0 takes everything the draft has to
-    /// compute; later rounds take one token of each sequence that decodes or proposes.
-    pub(crate) fn schedule_draft(&self, round: usize, batch: &mut ScheduledBatch) {
-        batch.clear();
-        let in_pass = |sequence: &Sequence| match sequence.lane {
-            Lane::Fast => true,
-            Lane::Deep => sequence.num_planned_draft_tokens > round,
-        };
-        self.fill(ModelRole::Draft, round > 0, &in_pass, batch);
-    }
-
-    /// Plans the target's pass of a step: decode, verification and prefill of the deep lane.
-    pub(crate) fn schedule_target(&self, batch: &mut ScheduledBatch) {
-        batch.clear();
-        self.fill(ModelRole::Target, false, &|sequence| sequence.lane == Lane::Deep, batch);
-    }
-
-    fn fill(
-        &self,
-        role: ModelRole,
-        decode_only: bool,
-        in_pass: &dyn Fn(&Sequence) -> bool,
-        batch: &mut ScheduledBatch,
-    ) {
-        let mut budget = self.limits.max_num_batched_tokens;
-        for prefill in [false, true] {
-            if prefill && decode_only {
-                break;
-            }
-            for (index, sequence) in self.running.iter().enumerate() {
-                if sequence.finished.is_some() || !in_pass(sequence) {
-                    continue;
+        // Set when somebody has waited long for blocks: nobody less urgent starts before.
+        let mut overdue: Option<Urgency> = None;
+        for lane in 0..2 {
+            while let Some(seat) = self.seat_for(lane, now) {
+                let Some((index, urgency)) = self.most_urgent_waiting(lane, now) else { break };
+                let is_taken = self.seats[seat].is_some();
+                if overdue.is_some_and(|overdue| overdue < urgency)
+                    || (is_taken && !self.outranks(urgency, seat, now))
+                {
+                    break;
                 }
-                let computed = sequence.num_computed(role);
-                let uncomputed = sequence.tokens().len() - computed;
-                // The last committed token and the draft tokens after it make a decode; the draft
-                // may also be one token behind, after a verification in which all its tokens stood.
-                let catch_up = usize::from(role == ModelRole::Draft && sequence.lane == Lane::Deep);
-                let is_prefill = sequence.num_tokens() > computed + 1 + catch_up;
-                if is_prefill != prefill || uncomputed == 0 {
-                    continue;
+                if !self.make_room(lane, index, urgency, now) {
+                    if self.waiting[lane][index].age(now) >= BATCH_PATIENCE {
+                        overdue = Some(overdue.map_or(urgency, |overdue| overdue.min(urgency)));
+                    }
+                    break;
                 }
-                let scores_prompt = sequence.params.prompt_logprobs.is_some()
-                    && role == sequence.lane.answered_by()
-                    && computed < sequence.num_prompt_tokens();
-                let limit = if scores_prompt { budget.min(self.limits.max_logits_rows) } else { budget };
-                let num_tokens = uncomputed.min(limit);
-                if num_tokens == 0 {
-                    continue;
-                }
-                let reaches_end = num_tokens == uncomputed;
-                let num_logits = match () {
-                    () if scores_prompt => num_tokens,
-                    () if !reaches_end => 0,
-                    () if role == ModelRole::Target => 1 + sequence.draft_tokens().len(),
-                    () => 1,
-                };
-                budget -= num_tokens;
-                self.blocks.push_sequence(
-                    &mut batch.inputs,
-                    &sequence.tokens()[computed..computed + num_tokens],
-                    computed,
-                    &sequence.block_table,
-                    num_logits,
-                );
-                batch.sequences.push(ScheduledSequence { index, num_tokens, num_logits });
+                // Unless that was done for its blocks.
+                self.preempt(seat);
+                self.start(lane, index, seat, now);
             }
         }
     }
 
-    /// Takes finished sequences out of the running ones and gives their blocks back.
+    fn start(&mut self, lane: usize, index: usize, seat: usize, now: Duration) {
+        let mut sequence = self.waiting[lane].remove(index).expect("found a moment ago: this is a bug");
+        let prefix = self.blocks.acquire_prefix(sequence.cache_salt, sequence.committed_tokens());
+        sequence.start(prefix, now);
+        self.num_cached_tokens += sequence.num_computed(sequence.lane.answered_by()) as u64;
+        self.drain.started(now, !self.waiting[lane].is_empty());
+        self.seats[seat] = Some(sequence);
+    }
+
+    fn most_urgent_waiting(&self, lane: usize, now: Duration) -> Option<(usize, Urgency)> {
+        let by_urgency = self.waiting[lane].iter().map(|sequence| sequence.urgency(now)).enumerate();
+        by_urgency.min_by_key(|&(_, urgency)| urgency)
+    }
+
+    /// An empty seat of the lane, or that of the running batch sequence that gives way first; `None`
+    /// if nobody waits.
+    fn seat_for(&self, lane: usize, now: Duration) -> Option<usize> {
+        if self.waiting[lane].is_empty() {
+            return None;
+        }
+        let of_lane = lane * self.max_num_seqs..(lane + 1) * self.max_num_seqs;
+        let empty = of_lane.clone().find(|&seat| self.seats[seat].is_none());
+        let is_batch = |s: &Sequence| s.urgency(now).priority() == Priority::Batch;
+        empty.or_else(|| self.least_urgent(now, |seat, s| of_lane.contains(&seat) && is_batch(s)))
+    }
+
+    /// True if there are blocks for a waiting sequence's tokens and some more, if need be because
+    /// running batch sequences gave theirs to an interactive one.
+    fn make_room(&mut self, lane: usize, index: usize, urgency: Urgency, now: Duration) -> bool {
+        loop {
+            let sequence = &self.waiting[lane][index];
+            let tokens = sequence.committed_tokens();
+            let (num_found, num_unused) = self.blocks.cached_prefix_blocks(sequence.cache_salt, tokens);
+            let wanted = self.blocks.blocks_for(tokens.len()) - num_found + num_unused;
+            let headroom = self.headroom(sequence) + self.running().map(|s| self.headroom(s)).sum::<usize>();
+            let is_alone = self.running().next().is_none();
+            let available = self.blocks.num_available();
+            if available >= wanted + headroom || (is_alone && available >= wanted) {
+                return true;
+            }
+            let Some(victim) = self.least_urgent(now, |_, _| true) else { return false };
+            if !self.outranks(urgency, victim, now) {
+                return false;
+            }
+            self.preempt(victim);
+        }
+    }
+
+    /// Blocks that a sequence will want next.
+    fn headroom(&self, sequence: &Sequence) -> usize {
+        let at_most = self.blocks.blocks_for(sequence.max_len());
+        at_most.saturating_sub(self.blocks.blocks_for(sequence.num_tokens())).min(HEADROOM_BLOCKS)
+    }
+
+    /// True if somebody of this urgency may take the seat of a sequence that runs: only interactive
+    /// work that of batch work. Between equals whoever runs goes on, or they would take turns at
+    /// computing the same again.
+    fn outranks(&self, urgency: Urgency, seat: usize, now: Duration) -> bool {
+        self.seats[seat].as_ref().is_some_and(|s| urgency.priority() < s.urgency(now).priority())
+    }
+
+    /// The running sequence that gives way first. Those of a pass under way do not.
+    fn least_urgent(&self, now: Duration, may: impl Fn(usize, &Sequence) -> bool) -> Option<usize> {
+        let candidates = self.seats.iter().enumerate().filter_map(|(seat, s)| Some((seat, s.as_deref()?)));
+        candidates
+            .filter(|(seat, s)| s.finished.is_none() && !s.in_flight && may(*seat, s))
+            .max_by_key(|(_, s)| s.urgency(now))
+            .map(|(seat, _)| seat)
+    }
+
+    fn preempt(&mut self, seat: usize) {
+        if let Some(mut sequence) = self.seats[seat].take() {
+            self.blocks.release(sequence.preempt());
+            self.num_preemptions += 1;
+            self.add(sequence);
+        }
+    }
+
+    /// Makes the running sequence's table hold `num_tokens` tokens; less urgent ones are preempted if
+    /// need be. False if it has to wait.
+    pub(crate) fn grow(&mut self, seat: usize, num_tokens: usize, now: Duration) -> bool {
+        loop {
+            let Some(sequence) = &mut self.seats[seat] else { return false };
+            if self.blocks.grow(&mut sequence.block_table, num_tokens) {
+                return true;
+            }
+            let urgency = sequence.urgency(now);
+            let gives_way = |other: usize, s: &Sequence| other != seat && s.urgency(now) > urgency;
+            let Some(victim) = self.least_urgent(now, gives_way) else { return false };
+            self.preempt(victim);
+        }
+    }
+
+    /// Tells the prefix cache what a running sequence has computed.
+    pub(crate) fn register(&mut self, seat: usize) {
+        let Some(sequence) = &mut self.seats[seat] else { return };
+        let mut table = std::mem::take(&mut sequence.block_table);
+        let computed = [ModelRole::Target, ModelRole::Draft].map(|role| sequence.num_computed(role));
+        self.blocks.register(&mut table, sequence.cache_salt, sequence.committed_tokens(), computed);
+        sequence.block_table = table;
+    }
+
+    /// Makes the table hold `num_tokens` tokens, or as many as there are blocks for without anybody
+    /// giving way; returns how many it holds.
+    pub(crate) fn grow_if_free(&mut self, seat: usize, num_tokens: usize) -> usize {
+        let Some(sequence) = &mut self.seats[seat] else { return 0 };
+        let mut wanted = num_tokens;
+        while wanted > 0 && !self.blocks.grow(&mut sequence.block_table, wanted) {
+            wanted -= 1;
+        }
+        wanted
+    }
+
+    /// Ends sequences whose time is over. What they have is their answer.
+    pub(crate) fn expire(&mut self, now: Duration) {
+        for sequence in self.seats.iter_mut().flatten() {
+            if sequence.finished.is_none() && !sequence.in_flight && sequence.is_out_of_time(now) {
+                sequence.rollback();
+                sequence.finished = Some(FinishReason::Deadline);
+            }
+        }
+        for lane in &mut self.waiting {
+            while let Some(index) = lane.iter().position(|sequence| sequence.is_out_of_time(now)) {
+                if let Some(mut sequence) = lane.remove(index) {
+                    sequence.finished = Some(FinishReason::Deadline);
+                    self.expired.push(sequence);
+                }
+            }
+        }
+    }
+
+    /// Takes finished sequences from their seats and gives their blocks back; returns all that ended
+    /// since the last call.
     pub(crate) fn retire(&mut self) -> impl Iterator<Item = &Sequence> {
         let first_new = self.delivering.len();
-        let mut index = 0;
-        while index < self.running.len() {
-            if self.running[index].finished.is_some() {
-                let mut sequence = self.running.remove(index);
+        self.delivering.append(&mut self.expired);
+        for seat in &mut self.seats {
+            if let Some(mut sequence) = seat.take_if(|s| s.finished.is_some() && !s.in_flight) {
                 self.blocks.release(std::mem::take(&mut sequence.block_table));
                 self.delivering.push(sequence);
-            } else {
-                index += 1;
             }
         }
-        self.delivering[first_new..].iter()
+        self.delivering[first_new..].iter().map(|sequence| &**sequence)
     }
 
     /// Offers the finished sequences' last events again and forgets those that took them.
@@ -197,31 +300,51 @@ impl Scheduler {
     }
 
     /// Hands over a finished sequence's last events, now or as soon as its client has room.
-    pub(crate) fn deliver_last(&mut self, sequence: Sequence) {
+    pub(crate) fn deliver_last(&mut self, sequence: Box<Sequence>) {
         self.delivering.push(sequence);
         self.deliver();
     }
 
-    /// Takes a sequence that has not finished out of the queue or the running ones, its blocks back.
-    pub(crate) fn remove(&mut self, id: SequenceId) -> Option<Sequence> {
-        if let Some(index) = self.waiting.iter().position(|s| s.id == id) {
-            return self.waiting.remove(index);
+    /// A sequence that has not finished, waiting or running.
+    pub(crate) fn find(&mut self, id: SequenceId) -> Option<&mut Sequence> {
+        let waiting = self.waiting.iter_mut().flatten();
+        let mut all = waiting.chain(self.seats.iter_mut().flatten());
+        all.find(|s| s.id == id && s.finished.is_none()).map(|sequence| &mut **sequence)
+    }
+
+    /// Takes a sequence that has not finished out of the queue or its seat, its blocks back.
+    ///
+    /// It may be part of a pass under way. That goes on and writes to its blocks, though only to slots
+    /// that nobody counts as computed: whoever gets such a block next fills it in a later pass of that
+    /// model.
+    pub(crate) fn remove(&mut self, id: SequenceId) -> Option<Box<Sequence>> {
+        for lane in &mut self.waiting {
+            if let Some(index) = lane.iter().position(|s| s.id == id) {
+                return lane.remove(index);
+            }
         }
-        if let Some(index) = self.running.iter().position(|s| s.id == id) {
-            let mut sequence = self.running.remove(index);
-            self.blocks.release(std::mem::take(&mut sequence.block_table));
-            return Some(sequence);
-        }
-        None
+        let seat = self.seats.iter_mut().find(|seat| seat.as_ref().is_some_and(|s| s.id == id))?;
+        let mut sequence = seat.take()?;
+        self.blocks.release(std::mem::take(&mut sequence.block_table));
+        Some(sequence)
     }
 
     /// Removes every sequence that has not finished.
-    pub(crate) fn remove_all(&mut self) -> Vec<Sequence> {
-        let mut removed: Vec<Sequence> = self.waiting.drain(..).collect();
-        for mut sequence in self.running.drain(..) {
+    pub(crate) fn remove_all(&mut self) -> Vec<Box<Sequence>> {
+        let mut removed: Vec<Box<Sequence>> =
+            self.waiting.iter_mut().flat_map(|lane| lane.drain(..)).collect();
+        for mut sequence in self.seats.iter_mut().filter_map(Option::take) {
             self.blocks.release(std::mem::take(&mut sequence.block_table));
             removed.push(sequence);
         }
         removed
+    }
+
+    /// Checks the account of blocks; see [`BlockManager::check`].
+    ///
+    /// # Errors
+    /// Says what is wrong with it.
+    pub(crate) fn check(&self) -> Result<(), String> {
+        self.blocks.check(self.running().map(|sequence| &sequence.block_table))
     }
 }

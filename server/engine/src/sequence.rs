@@ -3,13 +3,16 @@
 use std::sync::Arc;
 use std::time::Duration;
 
+use arrayvec::ArrayVec;
+
 use crate::api::{
-    EngineError, Event, EventSink, FinishReason, Finished, Lane, MAX_DRAFT_TOKENS, OutputToken,
-    SamplingParams, SequenceId, SinkError, SubmitRequest, TokenChunk, TokenId, TokenLogprobs, Usage,
+    BATCH_PATIENCE, CacheSalt, DraftSource, EngineError, Event, EventSink, FinishReason, Finished, Lane,
+    MAX_DRAFT_TOKENS, OutputToken, Priority, SamplingParams, SequenceId, SinkError, SpeculationParams,
+    SubmitRequest, TokenChunk, TokenId, TokenLogprobs, Usage,
 };
-use crate::block_manager::BlockTable;
+use crate::block_manager::{BlockTable, CachedPrefix};
 use crate::sampler::TokenCounts;
-use crate::speculation::AcceptanceRate;
+use crate::speculation::{Acceptance, Offer, ProposalKind, TextProposers};
 
 /// One of the pair.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -28,7 +31,48 @@ impl Lane {
     }
 }
 
-/// A sequence, waiting or running.
+/// One step's draft of a sequence.
+#[derive(Clone, Debug)]
+pub(crate) struct DraftState {
+    /// Who proposes.
+    pub(crate) source: DraftSource,
+    /// What the proposal is like, for the account of how often such ones stand.
+    pub(crate) kind: ProposalKind,
+    /// The policy decides after each token whether the draft model goes on.
+    pub(crate) is_adaptive: bool,
+    /// The chance that all its tokens so far stand.
+    pub(crate) standing: f64,
+    /// How sure the draft model was of each of its tokens.
+    pub(crate) confidences: ArrayVec<f32, MAX_DRAFT_TOKENS>,
+}
+
+impl Default for DraftState {
+    fn default() -> Self {
+        DraftState {
+            source: DraftSource::Draft,
+            kind: ProposalKind::new(DraftSource::Draft, Offer::default()),
+            is_adaptive: false,
+            standing: 1.0,
+            confidences: ArrayVec::new(),
+        }
+    }
+}
+
+/// Who goes first: the smaller one.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
+pub(crate) struct Urgency {
+    priority: Priority,
+    submitted: Duration,
+    id: SequenceId,
+}
+
+impl Urgency {
+    pub(crate) fn priority(self) -> Priority {
+        self.priority
+    }
+}
+
+/// A sequence, waiting or running. A preempted one waits again, with its output so far.
 ///
 /// `tokens` is the prompt, then the committed output, then this step's draft tokens, which are
 /// provisional: [`Sequence::rollback`] removes them, and nothing that leaves the engine shows them.
@@ -36,18 +80,26 @@ pub(crate) struct Sequence {
     pub(crate) id: SequenceId,
     pub(crate) lane: Lane,
     pub(crate) params: SamplingParams,
+    priority: Priority,
+    pub(crate) cache_salt: CacheSalt,
+    max_predict_time: Option<Duration>,
+    pub(crate) speculation: SpeculationParams,
     prompt: Arc<[TokenId]>,
     tokens: Vec<TokenId>,
     num_tokens: usize,
     num_computed: [usize; 2],
     pub(crate) block_table: BlockTable,
     pub(crate) counts: Option<TokenCounts>,
-    pub(crate) max_draft_tokens: Option<u8>,
+    /// Tokens that the draft model is to propose in this step.
     pub(crate) num_planned_draft_tokens: usize,
-    pub(crate) acceptance: AcceptanceRate,
+    /// What this step's draft is.
+    pub(crate) drafting: DraftState,
+    /// Proposers that need no forward pass; on the deep lane only.
+    pub(crate) proposers: Option<Box<TextProposers>>,
+    /// Part of the target's pass that is under way.
+    pub(crate) in_flight: bool,
+    pub(crate) acceptance: Acceptance,
     pub(crate) finished: Option<FinishReason>,
-    /// Set when the sequence cannot go on; the engine fails it at the end of the pass.
-    pub(crate) error: Option<EngineError>,
     outbox: Outbox,
     clock: Clock,
     pub(crate) usage: Usage,
@@ -70,11 +122,16 @@ impl Sequence {
             num_computed: [0; 2],
             block_table: BlockTable::default(),
             counts: TokenCounts::for_sequence(&request.prompt, &request.params),
-            max_draft_tokens: request.max_draft_tokens,
+            priority: request.priority,
+            cache_salt: request.cache_salt,
+            max_predict_time: request.max_predict_time,
+            speculation: request.speculation,
             num_planned_draft_tokens: 0,
-            acceptance: AcceptanceRate::default(),
+            drafting: DraftState::default(),
+            proposers: None,
+            in_flight: false,
+            acceptance: Acceptance::default(),
             finished: None,
-            error: None,
             outbox: Outbox::new(request.events, &request.params),
             clock: Clock { submitted: now, ..Clock::default() },
             usage: Usage { num_prompt_tokens: request.prompt.len() as u32, ..Usage::default() },
@@ -83,13 +140,78 @@ impl Sequence {
         }
     }
 
-    /// Takes the sequence from waiting to running. The only place where its buffers are allocated.
-    pub(crate) fn start(&mut self, block_table: BlockTable, now: Duration) {
-        self.block_table = block_table;
-        self.tokens.reserve_exact(self.max_len() + MAX_DRAFT_TOKENS);
-        self.tokens.extend_from_slice(&self.prompt);
-        self.clock.started = Some(now);
-        self.usage.queue_time = now.saturating_sub(self.clock.submitted);
+    /// Where the sequence stands in the order of who goes first.
+    pub(crate) fn urgency(&self, now: Duration) -> Urgency {
+        let is_patient = now.saturating_sub(self.clock.submitted) < BATCH_PATIENCE;
+        let priority = if is_patient { self.priority } else { Priority::Interactive };
+        Urgency { priority, submitted: self.clock.submitted, id: self.id }
+    }
+
+    /// How long ago the sequence was submitted.
+    pub(crate) fn age(&self, now: Duration) -> Duration {
+        now.saturating_sub(self.clock.submitted)
+    }
+
+    /// Takes the sequence from waiting to running, with what the cache has of it. The only place where
+    /// its buffers are allocated.
+    pub(crate) fn start(&mut self, prefix: CachedPrefix, now: Duration) {
+        self.block_table = prefix.table;
+        if self.tokens.is_empty() {
+            self.tokens.reserve_exact(self.max_len() + MAX_DRAFT_TOKENS);
+            self.tokens.extend_from_slice(&self.prompt);
+            if self.lane == Lane::Deep {
+                let max_len = self.max_len();
+                self.proposers =
+                    Some(Box::new(TextProposers::new(&self.speculation, self.prompt.len(), max_len)));
+            }
+        }
+        // The last token is computed in any case: its logits are what the sequence goes on from.
+        let most = self.num_tokens - 1;
+        self.num_computed = prefix.num_computed.map(|computed| computed.min(most));
+        if self.scores_prompt() {
+            // Prompt tokens whose successors have not been scored must be computed for their logits.
+            let computed = &mut self.num_computed[self.lane.answered_by() as usize];
+            *computed = (*computed).min(self.outbox.num_scored);
+        }
+        if self.clock.started.is_none() {
+            self.clock.started = Some(now);
+            self.usage.queue_time = now.saturating_sub(self.clock.submitted);
+            let cached = self.num_computed(self.lane.answered_by()).min(self.prompt.len());
+            self.usage.num_cached_tokens = cached as u32;
+        }
+    }
+
+    /// Takes the sequence from running to waiting, and its blocks from it.
+    pub(crate) fn preempt(&mut self) -> BlockTable {
+        self.rollback();
+        self.in_flight = false;
+        self.num_computed = [0; 2];
+        std::mem::take(&mut self.block_table)
+    }
+
+    /// Prompt and committed output; the prompt alone before the first start.
+    pub(crate) fn committed_tokens(&self) -> &[TokenId] {
+        if self.tokens.is_empty() { &self.prompt } else { &self.tokens[..self.num_tokens] }
+    }
+
+    /// Raises `max_tokens`.
+    pub(crate) fn extend(&mut self, max_tokens: u32) {
+        self.params.max_tokens = self.params.max_tokens.max(max_tokens);
+        if !self.tokens.is_empty() {
+            let wanted = self.max_len() + MAX_DRAFT_TOKENS;
+            self.tokens.reserve_exact(wanted.saturating_sub(self.tokens.len()));
+        }
+    }
+
+    /// True if the time for the output is over.
+    pub(crate) fn is_out_of_time(&self, now: Duration) -> bool {
+        let since_first = self.clock.first_token.map(|first| now.saturating_sub(first));
+        self.max_predict_time.zip(since_first).is_some_and(|(limit, time)| time >= limit)
+    }
+
+    /// True until the first output token.
+    pub(crate) fn awaits_first_token(&self) -> bool {
+        self.clock.first_token.is_none()
     }
 
     /// Tokens the sequence has when it has produced all it may.
@@ -101,7 +223,7 @@ impl Sequence {
         self.prompt.len()
     }
 
-    /// Prompt and committed output.
+    /// Tokens of prompt and committed output.
     pub(crate) fn num_tokens(&self) -> usize {
         self.num_tokens
     }
@@ -129,6 +251,13 @@ impl Sequence {
         self.tokens.push(id);
     }
 
+    /// Takes back the last draft token, which no model has computed yet.
+    pub(crate) fn pop_draft_token(&mut self) {
+        if self.tokens.len() > self.num_tokens {
+            self.tokens.pop();
+        }
+    }
+
     /// Tokens whose keys and values this model's cache holds.
     pub(crate) fn num_computed(&self, role: ModelRole) -> usize {
         self.num_computed[role as usize]
@@ -140,7 +269,7 @@ impl Sequence {
 
     /// True while the answering model has not seen the whole prompt.
     pub(crate) fn is_prefilling(&self) -> bool {
-        self.num_tokens - self.num_computed(self.lane.answered_by()) > 1
+        self.num_tokens > self.num_computed(self.lane.answered_by()) + 1
     }
 
     /// Forgets the draft tokens, in the text and in both caches.
@@ -181,8 +310,19 @@ impl Sequence {
         self.usage.decode_time = now.saturating_sub(first);
     }
 
+    /// True while prompt tokens wait to be scored; there is no output yet then.
+    pub(crate) fn scores_prompt(&self) -> bool {
+        self.params.prompt_logprobs.is_some() && self.outbox.num_scored + 1 < self.prompt.len()
+    }
+
+    /// Prompt tokens whose successor has been scored, from the start.
+    pub(crate) fn num_scored(&self) -> usize {
+        self.outbox.num_scored
+    }
+
     pub(crate) fn push_prompt_logprobs(&mut self, logprobs: TokenLogprobs) {
         self.outbox.prompt_logprobs.get_or_insert_with(|| vec![None]).push(Some(logprobs));
+        self.outbox.num_scored += 1;
     }
 
     /// Offers what is new to the client.
@@ -216,6 +356,7 @@ pub(crate) struct ClientGone;
 struct Outbox {
     sink: Box<dyn EventSink>,
     prompt_logprobs: Option<Vec<Option<TokenLogprobs>>>,
+    num_scored: usize,
     /// Unsent output, in chunks that each fit one event.
     tokens: std::collections::VecDeque<TokenChunk>,
     with_logprobs: bool,
@@ -228,6 +369,7 @@ impl Outbox {
             sink,
             // The first prompt token has no distribution; a one-token prompt reports just that.
             prompt_logprobs: params.prompt_logprobs.map(|_| vec![None]),
+            num_scored: 0,
             tokens: std::collections::VecDeque::with_capacity(2),
             with_logprobs: params.logprobs.is_some(),
             delivered: false,

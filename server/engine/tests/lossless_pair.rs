@@ -11,16 +11,17 @@ mod common;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
-use common::Answer;
+use common::{Answer, Ask, Server};
 use safetensors::tensor::{Dtype, SafeTensors, TensorView};
 use tandem_engine::{
-    DraftTokens, Engine, EngineConfig, Lane, Models, SamplingParams, SequenceId, SubmitRequest, TokenId,
+    DraftSource, DraftSources, DraftTokens, EngineConfig, Lane, Models, Priority, SamplingParams,
+    SpeculationParams, TokenId,
 };
 use tandem_kernels::pool::ThreadPool;
 use tandem_models::{BackendKind, Checkpoint, FimTokens, Model, Tokenizer};
 
 const FIXTURE: &str = include_str!("../../src/cli/bench/prompts.jsonl");
-const MAX_TOKENS: u32 = 128;
+const MAX_TOKENS: u32 = 64;
 const BATCH_SIZES: [usize; 3] = [1, 3, 8];
 
 fn demo(name: &str) -> PathBuf {
@@ -87,63 +88,35 @@ fn params(temperature: f32, seed: u64) -> SamplingParams {
     SamplingParams { temperature, seed, max_tokens: MAX_TOKENS, ..SamplingParams::default() }
 }
 
-/// One engine with the pair, kept over many runs.
-struct Pair {
-    engine: Engine,
-    next_id: u64,
+/// An engine with the pair, kept over many runs.
+fn pair(draft: Option<Box<dyn Model>>, change: impl FnOnce(&mut EngineConfig)) -> Server {
+    let mut config = EngineConfig {
+        block_size: 16,
+        num_blocks: 8 * 128,
+        max_num_seqs: 64,
+        max_num_batched_tokens: 512,
+        max_model_len: 2048,
+        num_token_ids: 4096,
+        ..common::config(DraftTokens::Fixed(0))
+    };
+    change(&mut config);
+    Server::new(&config, Models { target: Some(load(&demo("target"))), draft })
 }
 
-impl Pair {
-    fn new(draft: Option<Box<dyn Model>>) -> Self {
-        let config = EngineConfig {
-            block_size: 16,
-            num_blocks: 8 * 128,
-            max_num_seqs: 8,
-            max_num_batched_tokens: 512,
-            max_waiting: 64,
-            max_model_len: 2048,
-            num_token_ids: 4096,
-            draft_tokens: DraftTokens::Fixed(0),
-        };
-        let models = Models { target: Some(load(&demo("target"))), draft };
-        Pair { engine: Engine::new(&config, models).expect("the engine starts"), next_id: 0 }
-    }
-
-    /// The deep lane's answers to `prompts`, run together.
-    fn run(
-        &mut self,
-        prompts: &[(usize, Arc<[TokenId]>)],
-        temperature: f32,
-        draft_tokens: u8,
-    ) -> Vec<Answer> {
-        let clock = common::clock();
-        let mut receivers = Vec::new();
-        for (seed, prompt) in prompts {
-            let (sender, receiver) = std::sync::mpsc::sync_channel(256);
-            self.next_id += 1;
-            let request = SubmitRequest {
-                id: SequenceId(self.next_id),
-                lane: Lane::Deep,
-                prompt: Arc::clone(prompt),
-                params: params(temperature, *seed as u64),
-                max_draft_tokens: Some(draft_tokens),
-                events: Box::new(sender),
-            };
-            self.engine.submit(request, clock());
-            receivers.push(receiver);
-        }
-        while !(self.engine.is_idle() && self.engine.is_delivered()) {
-            self.engine.step(&clock);
-        }
-        receivers
-            .iter()
-            .map(|receiver| {
-                let mut answer = Answer::default();
-                receiver.try_iter().for_each(|event| answer.take(event));
-                answer
-            })
-            .collect()
-    }
+/// Requests for the deep lane, drafted for by the draft model; a prompt's index is its seed.
+fn asks(prompts: &[(usize, Arc<[TokenId]>)], temperature: f32, draft_tokens: u8) -> Vec<Ask> {
+    let speculation = SpeculationParams {
+        max_draft_tokens: Some(draft_tokens),
+        sources: DraftSources::NONE.with(DraftSource::Draft),
+        ..SpeculationParams::default()
+    };
+    prompts
+        .iter()
+        .map(|(seed, prompt)| Ask {
+            speculation: speculation.clone(),
+            ..Ask::new(Lane::Deep, prompt, &params(temperature, *seed as u64))
+        })
+        .collect()
 }
 
 #[test]
@@ -151,16 +124,16 @@ fn the_deep_lane_answers_the_same_with_and_without_speculation() {
     let full = std::env::var("TANDEM_LOSSLESS").is_ok_and(|value| value == "full");
     let prompts: Vec<(usize, Arc<[TokenId]>)> = prompts().into_iter().enumerate().collect();
     let mut pairs = [
-        ("the pair's draft", Pair::new(Some(load(&demo("draft"))))),
-        ("a random draft", Pair::new(Some(random_draft()))),
+        ("the pair's draft", pair(Some(load(&demo("draft"))), |_| {})),
+        ("a random draft", pair(Some(random_draft()), |_| {})),
     ];
-    let mut plain_pair = Pair::new(None);
+    let mut plain_pair = pair(None, |config| config.prefix_cache = false);
     let mut compared = 0;
     let (mut offered, mut accepted) = ([0u64; 2], [0u64; 2]);
     for temperature in [0.0, 0.8] {
         let plain: Vec<Answer> = prompts
             .iter()
-            .map(|p| plain_pair.run(std::slice::from_ref(p), temperature, 0).remove(0))
+            .map(|p| plain_pair.serve(&asks(std::slice::from_ref(p), temperature, 0)).remove(0))
             .collect();
         let mut setting = 0;
         for (which, (name, pair)) in pairs.iter_mut().enumerate() {
@@ -175,7 +148,7 @@ fn the_deep_lane_answers_the_same_with_and_without_speculation() {
                         (0..batch_size).map(|i| prompts[(start + i) % prompts.len()].clone()).collect()
                     };
                     for batch in turn.chunks(batch_size) {
-                        let answers = pair.run(batch, temperature, draft_tokens);
+                        let answers = pair.serve(&asks(batch, temperature, draft_tokens));
                         for ((index, _), answer) in batch.iter().zip(&answers) {
                             assert_eq!(
                                 answer.invariant(),
@@ -183,8 +156,8 @@ fn the_deep_lane_answers_the_same_with_and_without_speculation() {
                                 "prompt {index}, temperature {temperature}, {name}, {draft_tokens} drafted, batch of {batch_size}"
                             );
                             let usage = answer.finished.expect("finished").usage;
-                            offered[which] += u64::from(usage.num_draft_tokens);
-                            accepted[which] += u64::from(usage.num_accepted_tokens);
+                            offered[which] += u64::from(usage.total_draft_tokens());
+                            accepted[which] += u64::from(usage.total_accepted_tokens());
                             compared += 1;
                         }
                     }
@@ -203,4 +176,66 @@ fn the_deep_lane_answers_the_same_with_and_without_speculation() {
         accepted[1] * 10 < offered[1],
         "the random draft is right too often: {accepted:?} of {offered:?}"
     );
+}
+
+/// Requests of both lanes, greedy and sampled, with every source of drafts.
+fn crowd(num: usize) -> Vec<Ask> {
+    let prompts = prompts();
+    (0..num)
+        .map(|i| {
+            let params = SamplingParams {
+                temperature: if i % 3 == 0 { 0.8 } else { 0.0 },
+                seed: i as u64,
+                logprobs: Some(1),
+                max_tokens: 24,
+                ..SamplingParams::default()
+            };
+            let lane = if i % 4 == 3 { Lane::Fast } else { Lane::Deep };
+            let prompt = &prompts[i % prompts.len()];
+            let prediction = prompt[prompt.len() / 2..].into();
+            Ask {
+                priority: if i % 2 == 0 { Priority::Batch } else { Priority::Interactive },
+                speculation: SpeculationParams {
+                    max_draft_tokens: if i % 5 == 0 { None } else { Some(i as u8 % 9) },
+                    sources: DraftSources::ALL,
+                    prediction,
+                },
+                ..Ask::new(lane, prompt, &params)
+            }
+        })
+        .collect()
+}
+
+fn assert_same(answers: &[Answer], wanted: &[Answer], when: &str) {
+    for (index, (answer, wanted)) in answers.iter().zip(wanted).enumerate() {
+        assert_eq!(answer.invariant(), wanted.invariant(), "request {index}, {when}");
+    }
+}
+
+#[test]
+fn a_batch_of_64_cached_and_preempted_answers_as_each_alone() {
+    let crowd = crowd(64);
+    let draft = || Some(load(&demo("draft")));
+    let mut plain = pair(draft(), |config| config.prefix_cache = false);
+    let wanted: Vec<Answer> = crowd
+        .iter()
+        .map(|ask| {
+            let speculation = SpeculationParams { max_draft_tokens: Some(0), ..SpeculationParams::default() };
+            plain.serve(&[Ask { speculation, ..ask.clone() }]).remove(0)
+        })
+        .collect();
+
+    let mut roomy = pair(draft(), |config| config.draft_tokens = DraftTokens::Auto);
+    assert_same(&roomy.serve(&crowd), &wanted, "64 together");
+    assert_same(&roomy.serve(&crowd), &wanted, "64 together, cached");
+    assert!(roomy.engine.stats().num_cached_tokens > 0);
+    assert_eq!(roomy.engine.stats().num_preemptions, 0);
+
+    let mut tight = pair(draft(), |config| config.num_blocks = 96);
+    let mut late = crowd;
+    for (i, ask) in late.iter_mut().enumerate() {
+        ask.arrives = i;
+    }
+    assert_same(&tight.serve(&late), &wanted, "one after the other, with few blocks");
+    assert!(tight.engine.stats().num_preemptions > 0);
 }

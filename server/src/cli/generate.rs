@@ -11,7 +11,10 @@ use anyhow::{Context as _, bail};
 use clap::{Args, ValueEnum};
 use serde_json::json;
 use tandem::http::state::ServedModel;
-use tandem_engine::{Event, FinishReason, Finished, Lane, SamplingParams, SubmitRequest};
+use tandem_engine::{
+    CacheSalt, Event, FinishReason, Finished, Lane, Priority, SamplingParams, SpeculationParams,
+    SubmitRequest,
+};
 use tandem_models::Detokenizer;
 
 use super::settings::ModelSettings;
@@ -142,7 +145,11 @@ pub(super) fn run(args: &GenerateArgs) -> anyhow::Result<ExitCode> {
         lane,
         prompt: prompt.into(),
         params,
-        max_draft_tokens: None,
+        priority: Priority::default(),
+        // Nobody else is here to be kept apart from.
+        cache_salt: CacheSalt::default(),
+        max_predict_time: None,
+        speculation: SpeculationParams::default(),
         events: Box::new(sender),
     })?;
     let finished = show(&events, detokenizer)?;
@@ -177,8 +184,8 @@ fn encode(args: &GenerateArgs, served: &ServedModel, text: &str) -> anyhow::Resu
         let unknown = || {
             format!("{} was not trained to fill gaps: it has no fill-in-the-middle tokens", served.model.name)
         };
-        let fim = served.fim.as_ref().with_context(unknown)?;
-        return fim.encode_psm(tokenizer, text, suffix)?.with_context(unknown);
+        let fim = served.model.fim.as_ref().with_context(unknown)?;
+        return Ok(fim.encode(tokenizer, text, suffix)?);
     }
     if args.chat {
         let template = served.model.chat_template.as_ref().with_context(|| {
@@ -258,14 +265,10 @@ fn closing_line(finished: &Finished, lane: Lane, seed: Option<u64>) -> String {
     }
     let to_first = usage.queue_time + usage.prefill_time;
     parts.push(format!("first after {:.1} ms", 1e3 * to_first.as_secs_f64()));
-    if usage.num_draft_tokens > 0 {
-        let share = f64::from(usage.num_accepted_tokens) / f64::from(usage.num_draft_tokens);
-        parts.push(format!(
-            "{} of {} draft tokens accepted ({:.0} %)",
-            usage.num_accepted_tokens,
-            usage.num_draft_tokens,
-            100.0 * share
-        ));
+    let (drafted, accepted) = (usage.total_draft_tokens(), usage.total_accepted_tokens());
+    if drafted > 0 {
+        let share = 100.0 * f64::from(accepted) / f64::from(drafted);
+        parts.push(format!("{accepted} of {drafted} draft tokens accepted ({share:.0} %)"));
     }
     if lane == Lane::Deep && usage.num_decode_steps > 0 {
         let tokens = f64::from(num_decoded) / f64::from(usage.num_decode_steps);
@@ -277,6 +280,7 @@ fn closing_line(finished: &Finished, lane: Lane, seed: Option<u64>) -> String {
     parts.push(match finished.reason {
         FinishReason::Stop(_) => "ended by itself".to_owned(),
         FinishReason::Length => "stopped at the length limit".to_owned(),
+        FinishReason::Deadline => "stopped at the time limit".to_owned(),
         FinishReason::Aborted => "aborted".to_owned(),
     });
     parts.join(", ")
@@ -308,8 +312,8 @@ mod tests {
     fn the_closing_line_accounts_for_speculation() {
         let usage = Usage {
             num_output_tokens: 101,
-            num_draft_tokens: 80,
-            num_accepted_tokens: 60,
+            num_draft_tokens: [70, 10, 0],
+            num_accepted_tokens: [55, 5, 0],
             num_decode_steps: 40,
             decode_time: Duration::from_millis(500),
             prefill_time: Duration::from_millis(4),

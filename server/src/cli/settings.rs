@@ -21,7 +21,7 @@ pub(crate) struct ModelSettings {
     #[arg(long, value_name = "MODEL", help_heading = "Models")]
     draft: Option<String>,
 
-    /// Tokens the draft proposes before each verification: a number up to 16, 0 for no speculation, or
+    /// Tokens the draft proposes before each verification: a number up to 32, 0 for no speculation, or
     /// auto. Changes speed, never the output [default: auto]
     #[arg(long, value_name = "auto|N", help_heading = "Models")]
     draft_tokens: Option<String>,
@@ -43,6 +43,30 @@ pub(crate) struct ModelSettings {
     /// [default: what --max-num-seqs full contexts need, at most a quarter of the free memory]
     #[arg(long, value_name = "SIZE", help_heading = "Machine")]
     kv_memory: Option<String>,
+
+    /// Do not keep the keys and values of finished sequences for prompts that begin alike. Changes speed,
+    /// never the output [default: false]
+    #[arg(
+        long,
+        value_name = "true|false",
+        num_args = 0..=1,
+        require_equals = true,
+        default_missing_value = "true",
+        help_heading = "Machine"
+    )]
+    no_prefix_cache: Option<String>,
+
+    /// Do not suspend the target's pass between layers while the fast lane has work. Changes speed, never
+    /// the output [default: false]
+    #[arg(
+        long,
+        value_name = "true|false",
+        num_args = 0..=1,
+        require_equals = true,
+        default_missing_value = "true",
+        help_heading = "Machine"
+    )]
+    no_lane_isolation: Option<String>,
 
     /// TOML file with any of these settings under the same names [env: TANDEM_CONFIG]
     #[arg(long, value_name = "FILE", help_heading = "Settings")]
@@ -81,7 +105,20 @@ pub(crate) struct ServeSettings {
     )]
     cors: Option<String>,
 
-    /// Sequences that run at the same time; further ones wait [default: 32]
+    /// Run a sequence of its own for every request. Otherwise identical requests that run at the same time
+    /// share one, and a request that adds what a running completion has just written to its prompt goes on
+    /// with that completion [default: false]
+    #[arg(
+        long,
+        value_name = "true|false",
+        num_args = 0..=1,
+        require_equals = true,
+        default_missing_value = "true",
+        help_heading = "Machine"
+    )]
+    no_sharing: Option<String>,
+
+    /// Sequences of each lane that run at the same time; further ones wait [default: 32]
     #[arg(long, value_name = "N", help_heading = "Machine")]
     max_num_seqs: Option<String>,
 
@@ -104,6 +141,8 @@ impl ModelSettings {
             ("backend", &self.backend),
             ("threads", &self.threads),
             ("kv-memory", &self.kv_memory),
+            ("no-prefix-cache", &self.no_prefix_cache),
+            ("no-lane-isolation", &self.no_lane_isolation),
             ("log", &self.log),
         ])
     }
@@ -123,6 +162,7 @@ impl ServeSettings {
             ("max-num-seqs", &self.max_num_seqs),
             ("max-waiting", &self.max_waiting),
             ("cors", &self.cors),
+            ("no-sharing", &self.no_sharing),
         ]);
         if !self.api_key.is_empty() {
             flags.push(("api-key", self.api_key.clone()));

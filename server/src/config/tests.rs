@@ -56,6 +56,9 @@ fn every_setting_can_be_set_in_the_file_and_in_the_environment() {
         ("max-waiting", "9"),
         ("api-key", "k1"),
         ("cors", "true"),
+        ("no-prefix-cache", "true"),
+        ("no-lane-isolation", "true"),
+        ("no-sharing", "true"),
         ("log", "debug"),
     ];
     assert_eq!(values.map(|(key, _)| key).to_vec(), SETTINGS.iter().map(|s| s.key).collect::<Vec<_>>());
@@ -73,6 +76,9 @@ fn every_setting_can_be_set_in_the_file_and_in_the_environment() {
         max_waiting: 9,
         api_keys: vec!["k1".to_owned()],
         cors: true,
+        prefix_cache: false,
+        lane_isolation: false,
+        sharing: false,
         log: Some("debug".to_owned()),
     };
     let text: String = values.iter().map(|(key, value)| format!("{key} = \"{value}\"\n")).collect();
@@ -115,8 +121,8 @@ fn a_wrong_value_names_key_value_and_place() {
         message,
         "the environment variable TANDEM_KV_MEMORY is \"lots\"; it must be a size such as 512MiB or 2GiB"
     );
-    let message = load(&flags(&[("draft-tokens", "17")]), None, env(&[])).unwrap_err().to_string();
-    assert_eq!(message, "the flag --draft-tokens is \"17\"; it must be `auto` or a number from 0 to 16");
+    let message = load(&flags(&[("draft-tokens", "33")]), None, env(&[])).unwrap_err().to_string();
+    assert_eq!(message, "the flag --draft-tokens is \"33\"; it must be `auto` or a number from 0 to 32");
 }
 
 #[test]

@@ -36,7 +36,8 @@ pub(super) async fn require_key(
     }
 }
 
-fn offered_key(headers: &HeaderMap) -> Option<&[u8]> {
+/// The key that a request offers, known or not.
+pub(super) fn offered_key(headers: &HeaderMap) -> Option<&[u8]> {
     if let Some(value) = headers.get(AUTHORIZATION) {
         let value = value.as_bytes();
         let (scheme, key) = value.split_at_checked(7)?;

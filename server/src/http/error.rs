@@ -1,6 +1,8 @@
 //! The one error that handlers answer with, in OpenAI's shape:
 //! `{"error":{"message","type","param","code"}}`.
 
+use std::time::Duration;
+
 use axum::response::{IntoResponse, Response};
 use http::header::{CONTENT_TYPE, RETRY_AFTER, WWW_AUTHENTICATE};
 use http::{HeaderValue, StatusCode};
@@ -129,19 +131,24 @@ impl From<EngineError> for ApiError {
             EngineError::PromptTooLong { .. } | EngineError::KvCacheTooSmall { .. } => {
                 ApiError::invalid("prompt", message).with_code("context_length_exceeded")
             }
-            // A queue of `waiting` requests empties in seconds rather than minutes; one second for
-            // every 16 spreads the clients that come back.
-            EngineError::QueueFull { waiting } => ApiError {
+            EngineError::QueueFull { retry_after, .. } => ApiError {
                 code: Some("queue_full"),
-                retry_after: Some(u32::try_from(1 + waiting / 16).unwrap_or(u32::MAX).min(30)),
+                retry_after: Some(whole_seconds(retry_after)),
                 ..ApiError::new(ErrorKind::Busy, message)
             },
             EngineError::ShuttingDown => ApiError::shutting_down(),
             EngineError::NonFiniteLogits
             | EngineError::Forward(_)
+            | EngineError::Integrity(_)
             | EngineError::VocabularyTooSmall { .. } => ApiError::new(ErrorKind::Internal, message),
         }
     }
+}
+
+/// Rounded up: a client that comes back early is refused again.
+fn whole_seconds(time: Duration) -> u32 {
+    let seconds = time.as_secs() + u64::from(time.subsec_nanos() > 0);
+    u32::try_from(seconds).unwrap_or(u32::MAX)
 }
 
 impl ApiError {

@@ -20,9 +20,10 @@ use prometheus_client::metrics::family::Family;
 use prometheus_client::metrics::gauge::{ConstGauge, Gauge};
 use prometheus_client::metrics::histogram::Histogram;
 use prometheus_client::registry::{Registry, Unit};
-use tandem_engine::{EngineHandle, EngineStats, Lane};
+use tandem_engine::{DraftSource, EngineHandle, EngineStats, Lane};
 
 use super::error::{ApiError, ErrorKind};
+use super::generation::Shared;
 use super::state::AppState;
 
 /// Everything that `/metrics` shows.
@@ -31,6 +32,7 @@ pub struct Metrics {
     requests: Family<RequestLabels, Counter>,
     request_seconds: Family<RouteLabels, Histogram, fn() -> Histogram>,
     in_flight: Gauge<i64, AtomicI64>,
+    shared: Family<SharedLabels, Counter>,
     fast: LaneMetrics,
     deep: LaneMetrics,
 }
@@ -56,6 +58,11 @@ struct RouteLabels {
 #[derive(Clone, Debug, Hash, PartialEq, Eq, EncodeLabelSet)]
 struct LaneLabels {
     lane: &'static str,
+}
+
+#[derive(Clone, Debug, Hash, PartialEq, Eq, EncodeLabelSet)]
+struct SharedLabels {
+    kind: &'static str,
 }
 
 const REQUEST_SECONDS: [f64; 14] =
@@ -84,6 +91,14 @@ impl Metrics {
         let in_flight = Gauge::default();
         registry.register("http_requests_in_flight", "Requests being answered", in_flight.clone());
 
+        let shared = Family::<SharedLabels, Counter>::default();
+        for kind in [Shared::Identical, Shared::Continuation] {
+            // Shows as 0 from the start.
+            drop(shared.get_or_create(&SharedLabels { kind: kind.name() }));
+        }
+        let help = "Answers read from a sequence that another request had started";
+        registry.register("sequences_shared", help, shared.clone());
+
         let first =
             Family::<LaneLabels, Histogram, _>::new_with_constructor(|| Histogram::new(FIRST_TOKEN_SECONDS));
         let between =
@@ -105,7 +120,12 @@ impl Metrics {
             inter_token_latency: between.get_or_create_owned(&LaneLabels { lane }),
         };
         let (fast, deep) = (lane("fast"), lane("deep"));
-        Metrics { registry, requests, request_seconds, in_flight, fast, deep }
+        Metrics { registry, requests, request_seconds, in_flight, shared, fast, deep }
+    }
+
+    /// Counts an answer that is read from somebody else's sequence.
+    pub(super) fn sequence_shared(&self, shared: Shared) {
+        self.shared.get_or_create(&SharedLabels { kind: shared.name() }).inc();
     }
 
     /// Where a lane's sequences report their latencies.
@@ -120,27 +140,41 @@ impl Metrics {
 /// Watches one sequence's token times.
 pub struct TokenClock {
     metrics: LaneMetrics,
-    has_started: bool,
-    last: Instant,
+    start: Instant,
+    /// When the first and the latest token came.
+    tokens: Option<(Instant, Instant)>,
 }
 
 impl TokenClock {
     /// Starts at the sequence's submission.
     pub fn start(metrics: LaneMetrics) -> Self {
-        TokenClock { metrics, has_started: false, last: Instant::now() }
+        TokenClock { metrics, start: Instant::now(), tokens: None }
     }
 
     /// `num_tokens` came together.
     pub fn tokens(&mut self, num_tokens: usize) {
         let now = Instant::now();
-        let elapsed = (now - self.last).as_secs_f64();
-        self.last = now;
-        if !self.has_started {
-            self.has_started = true;
-            self.metrics.time_to_first_token.observe(elapsed);
-        } else {
-            self.metrics.inter_token_latency.observe(elapsed / num_tokens.max(1) as f64);
+        match &mut self.tokens {
+            None => {
+                self.tokens = Some((now, now));
+                self.metrics.time_to_first_token.observe((now - self.start).as_secs_f64());
+            }
+            Some((_, last)) => {
+                let elapsed = (now - *last).as_secs_f64();
+                *last = now;
+                self.metrics.inter_token_latency.observe(elapsed / num_tokens.max(1) as f64);
+            }
         }
+    }
+
+    /// From the start to the first token.
+    pub fn time_to_first(&self) -> Duration {
+        self.tokens.map_or(Duration::ZERO, |(first, _)| first - self.start)
+    }
+
+    /// From the first token to the latest.
+    pub fn decode_time(&self) -> Duration {
+        self.tokens.map_or(Duration::ZERO, |(first, last)| last - first)
     }
 }
 
@@ -251,6 +285,14 @@ impl Collector for EngineCollector {
             let gauge = ConstGauge::new(i64::try_from(value).unwrap_or(i64::MAX));
             gauge.encode(encoder.encode_descriptor(name, help, None, gauge.metric_type())?)?;
         }
+        let wait = ConstGauge::new(stats.queue_wait_ms as f64 / 1000.0);
+        let help = "How long a sequence that begins to wait now would wait";
+        wait.encode(encoder.encode_descriptor(
+            "queue_wait",
+            help,
+            Some(&Unit::Seconds),
+            wait.metric_type(),
+        )?)?;
         for (name, help, value) in counters(&stats) {
             let counter = ConstCounter::new(value);
             counter.encode(encoder.encode_descriptor(name, help, None, counter.metric_type())?)?;
@@ -261,25 +303,47 @@ impl Collector for EngineCollector {
         labelled(&mut encoder, "forward_passes", "Forward passes, by model", "model", passes)?;
         let ends =
             [("finished", stats.num_finished), ("aborted", stats.num_aborted), ("failed", stats.num_failed)];
-        labelled(&mut encoder, "sequences_ended", "Sequences that ended, by how", "reason", ends)
+        labelled(&mut encoder, "sequences_ended", "Sequences that ended, by how", "reason", ends)?;
+        let by_source =
+            |counts: [u64; 3]| DraftSource::ALL.map(|source| (source_name(source), counts[source as usize]));
+        let (offered, accepted) = (by_source(stats.num_draft_tokens), by_source(stats.num_accepted_tokens));
+        labelled(
+            &mut encoder,
+            "draft_tokens",
+            "Draft tokens offered to the target, by who proposed them",
+            "source",
+            offered,
+        )?;
+        let help = "Draft tokens that the target accepted, by who proposed them";
+        labelled(&mut encoder, "draft_tokens_accepted", help, "source", accepted)
     }
 }
 
-fn gauges(stats: &EngineStats) -> [(&'static str, &'static str, u64); 4] {
+fn source_name(source: DraftSource) -> &'static str {
+    match source {
+        DraftSource::Draft => "draft",
+        DraftSource::Ngram => "ngram",
+        DraftSource::Prediction => "prediction",
+    }
+}
+
+fn gauges(stats: &EngineStats) -> [(&'static str, &'static str, u64); 5] {
     [
         ("sequences_waiting", "Sequences waiting for room", stats.num_waiting),
         ("sequences_running", "Sequences running", stats.num_running),
         ("kv_blocks", "Blocks of the KV cache", stats.num_total_blocks),
-        ("kv_blocks_free", "Blocks of the KV cache not in use", stats.num_free_blocks),
+        ("kv_blocks_free", "Blocks of the KV cache that hold nothing", stats.num_free_blocks),
+        ("kv_blocks_cached", "Blocks of the prefix cache that no sequence uses", stats.num_cached_blocks),
     ]
 }
 
-fn counters(stats: &EngineStats) -> [(&'static str, &'static str, u64); 4] {
+fn counters(stats: &EngineStats) -> [(&'static str, &'static str, u64); 5] {
     [
         ("engine_steps", "Steps of the engine", stats.num_steps),
         ("prompt_tokens", "Prompt tokens computed", stats.num_prompt_tokens),
-        ("draft_tokens", "Draft tokens offered to the target", stats.num_draft_tokens),
-        ("draft_tokens_accepted", "Draft tokens that the target accepted", stats.num_accepted_tokens),
+        ("prompt_tokens_cached", "Prompt tokens found in the prefix cache", stats.num_cached_tokens),
+        ("preemptions", "Sequences that gave up their blocks to be computed again", stats.num_preemptions),
+        ("cache_evictions", "Blocks of the prefix cache given to somebody else", stats.num_evictions),
     ]
 }
 

@@ -19,6 +19,7 @@ mod router;
 mod server;
 mod sse;
 pub mod state;
+mod tenant;
 
 pub use error::{ApiError, ErrorKind};
 pub use router::router;

@@ -5,11 +5,15 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
-use tandem_engine::{EngineHandle, Lane};
+use http::HeaderMap;
+use tandem_engine::{CacheSalt, EngineHandle, Lane};
 use tandem_models::{ChatTemplate, FimTokens, GenerationConfig, Tokenizer};
 
+use super::auth::offered_key;
+use super::generation::Flights;
 use super::heavy::HeavyWork;
 use super::metrics::Metrics;
+use super::tenant::Tenants;
 
 /// One of the pair's models, as far as text is concerned.
 pub struct LaneModel {
@@ -19,6 +23,8 @@ pub struct LaneModel {
     pub tokenizer: Arc<Tokenizer>,
     /// Its chat template; without one `/v1/chat/completions` is refused.
     pub chat_template: Option<Arc<ChatTemplate>>,
+    /// Its fill-in-the-middle tokens; without them a `suffix` is refused.
+    pub fim: Option<FimTokens>,
     /// Stop tokens and default sampling parameters from its folder.
     pub generation: GenerationConfig,
 }
@@ -69,6 +75,8 @@ pub struct AppConfig {
     pub api_keys: Vec<String>,
     /// Lets web pages of any origin call the server.
     pub cors: bool,
+    /// Requests may read the output of a sequence that another one started.
+    pub sharing: bool,
     /// Bounds on requests.
     pub limits: Limits,
 }
@@ -79,8 +87,6 @@ pub struct ServedModel {
     pub lane: Lane,
     /// Name, tokenizer, template, defaults.
     pub model: LaneModel,
-    /// Fill-in-the-middle tokens, if the vocabulary has them.
-    pub fim: Option<FimTokens>,
     /// Tokens that end any answer.
     pub stop_token_ids: Vec<u32>,
     /// Tokens that end a fill-in-the-middle answer besides: another file or another gap begins.
@@ -120,11 +126,10 @@ impl ServedModel {
         stop_token_ids.sort_unstable();
         stop_token_ids.dedup();
         let fim_stop_token_ids = ids(FIM_END_TOKENS);
-        let fim = FimTokens::detect(&model.tokenizer);
         let spellings =
             (0..model.tokenizer.vocab_size() as u32).filter_map(|id| model.tokenizer.id_to_token(id));
         let max_token_bytes = spellings.map(|token| token.len()).max().unwrap_or(1);
-        ServedModel { lane, model, fim, stop_token_ids, fim_stop_token_ids, max_token_bytes }
+        ServedModel { lane, model, stop_token_ids, fim_stop_token_ids, max_token_bytes }
     }
 }
 
@@ -147,6 +152,8 @@ pub struct AppState {
     /// Seconds since the epoch at start: the models' `created`.
     pub started_at: u64,
     pub(super) heavy: HeavyWork,
+    pub(super) flights: Flights,
+    tenants: Tenants,
     draining: AtomicBool,
 }
 
@@ -167,6 +174,8 @@ impl AppState {
             limits: config.limits,
             started_at: unix_seconds(),
             heavy: HeavyWork::new(),
+            flights: Flights::new(config.sharing),
+            tenants: Tenants::new(),
             draining: AtomicBool::new(false),
         }
     }
@@ -177,6 +186,13 @@ impl AppState {
             Lane::Deep => self.target.as_ref(),
             Lane::Fast => self.draft.as_ref(),
         }
+    }
+
+    /// Whose cached work a request may use: that of requests with the same API key and `cache_salt`.
+    /// Without keys everybody has the same one.
+    pub(super) fn cache_salt(&self, headers: &HeaderMap, cache_salt: Option<&str>) -> CacheSalt {
+        let key = if self.api_keys.is_empty() { None } else { offered_key(headers) };
+        self.tenants.salt(key, cache_salt)
     }
 
     /// True from the moment the server was asked to stop.

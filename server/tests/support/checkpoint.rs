@@ -27,13 +27,19 @@ const CHAT_TEMPLATE: &str = "{% for message in messages %}\
 #[derive(Clone)]
 pub(crate) struct CheckpointSpec {
     pub(crate) with_fim: bool,
+    pub(crate) fim_order: Option<&'static str>,
     pub(crate) with_chat_template: bool,
     pub(crate) generation_config: Value,
 }
 
 impl Default for CheckpointSpec {
     fn default() -> Self {
-        CheckpointSpec { with_fim: true, with_chat_template: true, generation_config: json!({}) }
+        CheckpointSpec {
+            with_fim: true,
+            fim_order: None,
+            with_chat_template: true,
+            generation_config: json!({}),
+        }
     }
 }
 
@@ -67,6 +73,9 @@ impl CheckpointSpec {
             json!({ "tokenizer_class": "PreTrainedTokenizerFast", "eos_token": "<|endoftext|>" });
         if self.with_chat_template {
             tokenizer_config["chat_template"] = json!(CHAT_TEMPLATE);
+        }
+        if let Some(order) = self.fim_order {
+            tokenizer_config["fim_order"] = json!(order);
         }
         write_json(dir, "tokenizer_config.json", &tokenizer_config);
         fs::write(dir.join("model.safetensors"), weights(vocab_size, num_layers, seed)).expect("weights");

@@ -18,7 +18,7 @@ use serde_json::Value;
 use tandem::http::{AppConfig, AppState, LaneModel, Limits, ServeOptions, serve};
 use tandem_engine::{DraftTokens, EngineConfig, EngineHandle, Models};
 use tandem_kernels::ThreadPool;
-use tandem_models::{BackendKind, ChatTemplate, Checkpoint, Model, Tokenizer};
+use tandem_models::{BackendKind, ChatTemplate, Checkpoint, FimTokens, Model, Tokenizer};
 use tempfile::TempDir;
 use tokio::net::{TcpListener, TcpStream};
 use tokio::sync::oneshot;
@@ -32,6 +32,8 @@ pub(crate) struct TestOptions {
     pub(crate) limits: Limits,
     pub(crate) api_keys: Vec<String>,
     pub(crate) cors: bool,
+    pub(crate) sharing: bool,
+    pub(crate) prefix_cache: bool,
     pub(crate) max_waiting: usize,
     pub(crate) max_model_len: usize,
     pub(crate) with_draft: bool,
@@ -45,6 +47,8 @@ impl Default for TestOptions {
             limits: Limits::default(),
             api_keys: vec![],
             cors: false,
+            sharing: true,
+            prefix_cache: true,
             max_waiting: 64,
             max_model_len: 256,
             with_draft: true,
@@ -102,6 +106,13 @@ impl Answer {
     }
 }
 
+/// Reads a response to its end.
+pub(crate) async fn finish(response: http::Response<Incoming>) -> Answer {
+    let (parts, body) = response.into_parts();
+    let body = body.collect().await.expect("a whole body").to_bytes();
+    Answer { status: parts.status, headers: parts.headers, body }
+}
+
 impl TestServer {
     pub(crate) async fn start(options: TestOptions) -> TestServer {
         let folder = tempfile::tempdir().expect("a temporary folder");
@@ -122,6 +133,10 @@ impl TestServer {
             max_model_len: options.max_model_len,
             num_token_ids: target_model.config().vocab_size,
             draft_tokens: DraftTokens::Fixed(3),
+            prefix_cache: options.prefix_cache,
+            hash_key: [5, 6],
+            hash_bits: 64,
+            lane_isolation: true,
         };
         let models = Models { target: Some(target_model), draft: draft_model };
         let (engine, engine_thread) = EngineHandle::spawn(config, models).expect("the engine starts");
@@ -131,6 +146,7 @@ impl TestServer {
             draft,
             api_keys: options.api_keys,
             cors: options.cors,
+            sharing: options.sharing,
             limits: options.limits,
         }));
         let listener = TcpListener::bind("127.0.0.1:0").await.expect("a free port");
@@ -146,6 +162,11 @@ impl TestServer {
     /// The server as most tests need it.
     pub(crate) async fn plain() -> TestServer {
         TestServer::start(TestOptions::default()).await
+    }
+
+    /// The same without a prefix cache, so that equal requests have equal accounts.
+    pub(crate) async fn uncached() -> TestServer {
+        TestServer::start(TestOptions { prefix_cache: false, ..TestOptions::default() }).await
     }
 
     /// Asks the server to stop; returns at once.
@@ -164,6 +185,20 @@ impl TestServer {
 
     pub(crate) async fn connect(&self) -> TcpStream {
         TcpStream::connect(self.address).await.expect("the server accepts")
+    }
+
+    /// Posts without waiting for the body; dropping the response closes the connection.
+    pub(crate) async fn post_open(
+        &self,
+        path: &str,
+        headers: &[(&str, &str)],
+        body: &Value,
+    ) -> http::Response<Incoming> {
+        let mut request = Request::post(path).header("host", "test");
+        for (name, value) in headers {
+            request = request.header(*name, *value);
+        }
+        self.send(request.body(Full::new(Bytes::from(body.to_string()))).expect("a request")).await
     }
 
     /// Sends a request on a connection of its own.
@@ -186,10 +221,7 @@ impl TestServer {
             request = request.header(*name, *value);
         }
         let body = Full::new(Bytes::copy_from_slice(body.as_bytes()));
-        let response = self.send(request.body(body).expect("a request")).await;
-        let (parts, body) = response.into_parts();
-        let body = body.collect().await.expect("a whole body").to_bytes();
-        Answer { status: parts.status, headers: parts.headers, body }
+        finish(self.send(request.body(body).expect("a request")).await).await
     }
 
     pub(crate) async fn get(&self, path: &str) -> Answer {
@@ -221,6 +253,7 @@ fn load(dir: &std::path::Path, pool: &Arc<ThreadPool>) -> (Box<dyn Model>, LaneM
     let model = tandem_models::load(&checkpoint, BackendKind::Cpu, pool.clone()).expect("the model loads");
     let tokenizer = Arc::new(Tokenizer::from_dir(dir).expect("the tokenizer loads"));
     let chat_template = ChatTemplate::from_dir(dir, &tokenizer).expect("the template loads").map(Arc::new);
+    let fim = FimTokens::from_dir(dir, &tokenizer).expect("the order is known");
     let name = checkpoint.name.clone();
-    (model, LaneModel { name, tokenizer, chat_template, generation: checkpoint.generation })
+    (model, LaneModel { name, tokenizer, chat_template, fim, generation: checkpoint.generation })
 }

@@ -1,10 +1,22 @@
-//! How many tokens to draft: the length that maximises expected tokens per second, from step costs
-//! measured at start and the sequence's own acceptance so far. Zero is a length like any other, so
-//! speculation that does not pay is not done. The choice never changes the output.
+//! Who drafts for each sequence and how many tokens: what maximises the expected tokens per second of the
+//! whole step, from pass costs measured at start and what became of earlier proposals. Zero is a
+//! length like any other, so speculation that does not pay is not done. The choice never changes the output.
+//!
+//! All deep sequences of a step are planned together. Every token that could be drafted has a chance to
+//! stand and a price; they are taken in the order of what they are worth, and of all prefixes of that
+//! order the one with the most tokens per second is the plan. (All, because pass costs are not convex: a
+//! ninth row may cost nothing and a tenth a lot.) A draft round is paid by whoever is first in it, so
+//! every number of rounds is tried. So a full batch's rows go to the sequences that gain
+//! the most from them.
+//!
+//! Trying again what did not pay has a budget, a fixed share of the time ([`PROBE_SHARE`]).
+//! A plan costs O(T log T + R T) for R rounds and T tokens that could be drafted, some microseconds at batch 16, and
+//! allocates nothing once it has seen the largest batch.
 
-use std::time::Duration;
-
-use crate::api::MAX_DRAFT_TOKENS;
+use super::acceptance::{Acceptance, Calibration, ProposalKind, Scope, Standing};
+use super::costs::StepCosts;
+use super::proposers::Offer;
+use crate::api::{DraftSource, MAX_DRAFT_TOKENS};
 
 /// What the user asked for.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -15,182 +27,419 @@ pub enum DraftTokens {
     Fixed(u8),
 }
 
-/// The longest draft that the policy chooses by itself.
-const MAX_AUTO_DRAFT_TOKENS: usize = 8;
-
-/// A decayed estimate of the probability that a draft token stands, given that all before it do.
+/// A deep sequence that decodes in this step.
 #[derive(Clone, Copy, Debug)]
-pub(crate) struct AcceptanceRate {
-    accepted: f64,
-    offered: f64,
-    /// Steps since tokens were last offered.
-    idle_steps: u32,
+pub(crate) struct Candidate {
+    /// What became of its proposals.
+    pub(crate) acceptance: Acceptance,
+    /// The request's own choice of length.
+    pub(crate) fixed: Option<u8>,
+    /// What each [`DraftSource`] could give now; of the draft model `num_tokens` is the most that is wanted.
+    pub(crate) offers: [Offer; 3],
+    /// Tokens that the draft's cache lacks, beyond the one that every draft pass computes.
+    pub(crate) catch_up: usize,
+    /// Output tokens that may still come, of which the target adds the last itself.
+    pub(crate) remaining: usize,
 }
 
-/// Weight of the past after each verification: about the last ten count.
-const DECAY: f64 = 0.9;
+impl Candidate {
+    /// The most tokens worth taking from `source`.
+    fn limit(&self, source: DraftSource) -> usize {
+        let room = self.remaining.saturating_sub(1).min(MAX_DRAFT_TOKENS);
+        self.offers[source as usize].num_tokens.min(room)
+    }
 
-impl Default for AcceptanceRate {
-    fn default() -> Self {
-        // As if three of five had stood: optimistic enough to try, quickly overruled.
-        AcceptanceRate { accepted: 3.0, offered: 5.0, idle_steps: 0 }
+    fn kind(&self, source: DraftSource) -> ProposalKind {
+        ProposalKind::new(source, self.offers[source as usize])
+    }
+
+    /// `length` tokens of the first source that offers any. A prediction that has lost its place only
+    /// guesses, and so comes last.
+    fn fixed_choice(&self, length: u8) -> Option<(DraftSource, usize)> {
+        let guesses = self.offers[DraftSource::Prediction as usize].agreement == 0;
+        let mut order = [DraftSource::Prediction, DraftSource::Draft, DraftSource::Ngram];
+        order.rotate_left(usize::from(guesses));
+        order
+            .into_iter()
+            .map(|source| (source, self.limit(source).min(usize::from(length))))
+            .find(|&(_, length)| length > 0)
     }
 }
 
-impl AcceptanceRate {
-    /// Notes a verification. Tokens after the first that fell were never judged.
-    pub(crate) fn record(&mut self, num_draft_tokens: usize, num_accepted_tokens: usize) {
-        if num_draft_tokens == 0 {
-            self.idle_steps += 1;
-            return;
-        }
-        let num_judged = num_draft_tokens.min(num_accepted_tokens + 1);
-        self.accepted = DECAY * self.accepted + num_accepted_tokens as f64;
-        self.offered = DECAY * self.offered + num_judged as f64;
-        self.idle_steps = 0;
-    }
-
-    /// The estimate, in `0.0..1.0`.
-    pub(crate) fn estimate(&self) -> f64 {
-        (self.accepted / self.offered).min(0.99)
-    }
+/// What else the step computes.
+#[derive(Clone, Copy, Debug, Default)]
+pub(crate) struct StepLoad {
+    /// Fast-lane sequences: rows of every draft pass.
+    pub(crate) num_fast: usize,
+    /// Rows of prompts in the target's pass.
+    pub(crate) num_prefill_rows: usize,
 }
 
-/// Seconds that passes take, measured at start.
-#[derive(Clone, Debug, Default)]
-pub(crate) struct StepCosts {
-    /// `(rows, seconds)` of target passes, ascending in rows.
-    target: Vec<(usize, f64)>,
-    /// The same for the draft.
-    draft: Vec<(usize, f64)>,
-}
+/// Share of the time, per source, that goes into trying again what did not pay.
+const PROBE_SHARE: f64 = 0.005;
 
-/// Row counts worth measuring: every length of one sequence, then batches of them.
-pub(crate) const PROFILED_ROWS: [usize; 12] = [1, 2, 3, 4, 5, 6, 7, 8, 9, 16, 32, 64];
+/// Most steps' worth of time that is saved up for one probe (a draft whose cache is far behind).
+const MAX_PROBE_STEPS: f64 = 64.0;
 
-impl StepCosts {
-    pub(crate) fn from_measured(target: Vec<(usize, Duration)>, draft: Vec<(usize, Duration)>) -> Self {
-        let seconds = |costs: Vec<(usize, Duration)>| {
-            let mut least = f64::INFINITY;
-            // A pass over more rows cannot be cheaper; where it seems so, the smaller one was disturbed.
-            let mut costs: Vec<(usize, f64)> = costs
-                .into_iter()
-                .rev()
-                .map(|(rows, time)| {
-                    least = least.min(time.as_secs_f64());
-                    (rows, least)
-                })
-                .collect();
-            costs.reverse();
-            costs
-        };
-        StepCosts { target: seconds(target), draft: seconds(draft) }
-    }
+/// Tokens of a probe.
+const PROBE_TOKENS: usize = 2;
 
-    /// Seconds of a pass over `rows` rows, between measured points linearly, beyond them in proportion.
-    fn lookup(costs: &[(usize, f64)], rows: usize) -> f64 {
-        let after = costs.partition_point(|c| c.0 < rows);
-        match (after.checked_sub(1).map(|i| costs[i]), costs.get(after)) {
-            (_, Some(&(at, seconds))) if at == rows => seconds,
-            (Some((r0, s0)), Some(&(r1, s1))) => s0 + (s1 - s0) * (rows - r0) as f64 / (r1 - r0) as f64,
-            (Some((r0, s0)), None) => s0 * rows as f64 / r0 as f64,
-            (None, Some(&(_, seconds))) => seconds,
-            (None, None) => 0.0,
-        }
-    }
-}
+/// A sequence with this many recent verifications needs no probe.
+const KNOWN: f64 = 4.0;
 
-/// Chooses draft lengths.
+/// Over how many steps at most the cost of catching up is spread: a sequence changes its source.
+const DWELL_STEPS: f64 = 64.0;
+
+/// Tokens less likely to stand than this are not considered.
+const LEAST_STANDING: f64 = 0.01;
+
+/// Rows a sequence over which the price of one is averaged to compare sources.
+const ROWS_AHEAD: usize = 4;
+
+/// Chooses sources and lengths.
 #[derive(Clone, Debug)]
 pub(crate) struct DraftPolicy {
     setting: DraftTokens,
-    costs: StepCosts,
+    pub(super) costs: StepCosts,
+    /// All sequences' experience; a new sequence starts from it.
+    pub(super) pool: Acceptance,
+    /// Of greedy and of sampled sequences.
+    pub(super) calibrations: [Calibration; 2],
+    /// Plans so far.
+    pub(super) step: u64,
+    /// Of the last plan, expected.
+    pub(super) tokens_per_second: f64,
+    /// Time saved up for probes, by source.
+    probe_seconds: [f64; 3],
+    pub(super) num_dropped: u32,
+    scratch: Scratch,
 }
 
-/// After this many steps without a draft one is tried again, so that a sequence whose text became
-/// predictable is noticed; costs at most a draft of two in 64 steps.
-const PROBE_INTERVAL: u32 = 64;
+#[derive(Clone, Debug, Default)]
+struct Scratch {
+    /// One a candidate: what it would draft from.
+    choices: Vec<Option<Choice>>,
+    /// All tokens that could be drafted.
+    tokens: Vec<DraftToken>,
+    /// One a candidate: the length in the prefix at hand.
+    lengths: Vec<usize>,
+    /// Of the target's pass with so many more rows.
+    target_seconds: Vec<f64>,
+    /// Of so many deep rows in a draft round.
+    draft_seconds: Vec<f64>,
+}
+
+/// A sequence's source in one try of a plan.
+#[derive(Clone, Copy, Debug)]
+struct Choice {
+    source: DraftSource,
+    standing: Standing,
+    limit: usize,
+    /// Seconds that the first token costs beside passes: the share of catching up.
+    charge: f64,
+}
+
+#[derive(Clone, Copy, Debug)]
+struct DraftToken {
+    /// Chance to stand less its price in tokens; falls within a sequence.
+    worth: f64,
+    standing: f64,
+    /// Of the first token: seconds that it costs beside passes.
+    charge: f64,
+    sequence: usize,
+    /// 0 is the first draft token of its sequence.
+    place: usize,
+    /// By the draft model, in round `place`.
+    is_drafted: bool,
+}
+
+/// The passes of a step as planned so far.
+#[derive(Clone, Copy, Debug)]
+struct Passes {
+    target_rows: usize,
+    /// Deep rows of each draft round.
+    draft_rows: [usize; MAX_DRAFT_TOKENS],
+    num_fast: usize,
+    /// Seconds of all draft rounds.
+    draft_seconds: f64,
+}
+
+impl Passes {
+    fn add(&mut self, costs: &StepCosts, is_drafted: bool, place: usize) {
+        self.target_rows += 1;
+        if is_drafted {
+            self.draft_seconds += costs.draft_beside(1, self.draft_rows[place] + self.num_fast);
+            self.draft_rows[place] += 1;
+        }
+    }
+
+    fn seconds(&self, costs: &StepCosts) -> f64 {
+        (costs.target(self.target_rows) + self.draft_seconds).max(1e-9)
+    }
+}
 
 impl DraftPolicy {
     /// A policy for the user's setting and the machine's costs.
     pub(crate) fn new(setting: DraftTokens, costs: StepCosts) -> Self {
-        DraftPolicy { setting, costs }
+        DraftPolicy {
+            setting,
+            costs,
+            pool: Acceptance::default(),
+            calibrations: Default::default(),
+            step: 0,
+            tokens_per_second: 0.0,
+            probe_seconds: [0.0; 3],
+            num_dropped: 0,
+            scratch: Scratch::default(),
+        }
     }
 
-    /// Draft tokens for a sequence with this acceptance while `num_deep` sequences verify together
-    /// and `num_fast` fast-lane sequences share the draft's passes.
-    pub(crate) fn choose(&self, acceptance: &AcceptanceRate, num_deep: usize, num_fast: usize) -> usize {
-        if let DraftTokens::Fixed(length) = self.setting {
-            return usize::from(length).min(MAX_DRAFT_TOKENS);
-        }
-        let rate = acceptance.estimate();
-        let mut best = (0, 0.0);
-        let mut expected_tokens = 1.0;
-        let mut standing = 1.0;
-        for length in 0..=MAX_AUTO_DRAFT_TOKENS {
-            if length > 0 {
-                standing *= rate;
-                expected_tokens += standing;
+    /// What passes cost, to be corrected.
+    pub(crate) fn costs_mut(&mut self) -> &mut StepCosts {
+        &mut self.costs
+    }
+
+    /// True if the user has set a length.
+    pub(crate) fn is_fixed(&self) -> bool {
+        matches!(self.setting, DraftTokens::Fixed(_))
+    }
+
+    /// Notes what became of a proposal, for its sequence and for those to come.
+    pub(crate) fn record(
+        &mut self,
+        acceptance: &mut Acceptance,
+        kind: ProposalKind,
+        num_draft_tokens: usize,
+        num_accepted_tokens: usize,
+    ) {
+        let (step, pool) = (self.step, &mut self.pool);
+        acceptance.record(Scope::Own, kind, step, num_draft_tokens, num_accepted_tokens);
+        pool.record(Scope::Pool, kind, step, num_draft_tokens, num_accepted_tokens);
+    }
+
+    /// Plans a step: in `out`, for each candidate, the source and how many tokens (at least one) it
+    /// drafts; `None` is plain decoding.
+    pub(crate) fn plan(
+        &mut self,
+        candidates: &[Candidate],
+        load: &StepLoad,
+        out: &mut Vec<Option<(DraftSource, usize)>>,
+    ) {
+        self.step += 1;
+        let mut base = Passes {
+            target_rows: load.num_prefill_rows + candidates.len(),
+            draft_rows: [0; MAX_DRAFT_TOKENS],
+            num_fast: load.num_fast,
+            draft_seconds: 0.0,
+        };
+        out.clear();
+        let mut num_free = 0;
+        for candidate in candidates {
+            let fixed = self.fixed_length(candidate);
+            num_free += usize::from(fixed.is_none());
+            let choice = fixed.and_then(|length| candidate.fixed_choice(length));
+            for place in 0..choice.map_or(0, |c| c.1) {
+                base.add(&self.costs, choice.is_some_and(|c| c.0 == DraftSource::Draft), place);
             }
-            let verify = StepCosts::lookup(&self.costs.target, num_deep * (1 + length));
-            // Fast-lane rows are computed in any case; only the deep lane's share is speculation's cost.
-            let with = StepCosts::lookup(&self.costs.draft, num_deep + num_fast);
-            let without = if num_fast == 0 { 0.0 } else { StepCosts::lookup(&self.costs.draft, num_fast) };
-            let value = expected_tokens / (verify + length as f64 * (with - without)).max(1e-9);
-            if value > best.1 {
-                best = (length, value);
+            out.push(choice);
+        }
+        let mut best = candidates.len() as f64 / base.seconds(&self.costs);
+        let mut passes = base;
+        if num_free > 0 {
+            self.scratch.target_seconds.clear();
+            // A source's worth depends on what a second is worth, which depends on the sources.
+            for _ in 0..2 {
+                self.choose_sources(candidates, &base, best, num_free, None);
+                self.take_best_prefix(&base, &mut best, &mut passes, out);
+            }
+            if num_free == 1 {
+                for source in DraftSource::ALL {
+                    self.choose_sources(candidates, &base, best, num_free, Some(source));
+                    self.take_best_prefix(&base, &mut best, &mut passes, out);
+                }
+            }
+            self.probe(candidates, &passes, out);
+        }
+        self.tokens_per_second = best;
+    }
+
+    fn fixed_length(&self, candidate: &Candidate) -> Option<u8> {
+        candidate.fixed.or(match self.setting {
+            DraftTokens::Fixed(length) => Some(length),
+            DraftTokens::Auto => None,
+        })
+    }
+
+    /// Gives each free sequence the source that is worth most to it when a second is worth
+    /// `tokens_per_second`, or `only` that one.
+    fn choose_sources(
+        &mut self,
+        candidates: &[Candidate],
+        base: &Passes,
+        tokens_per_second: f64,
+        num_free: usize,
+        only: Option<DraftSource>,
+    ) {
+        let costs = &self.costs;
+        let ahead = ROWS_AHEAD * num_free;
+        let row = (costs.target(base.target_rows + ahead) - costs.target(base.target_rows)) / ahead as f64;
+        let round = costs.draft_beside(num_free, base.num_fast) / num_free as f64;
+        // A token less likely than this costs more than it brings in any plan as good as the best so far.
+        let least = costs.least_target_row(base.target_rows) * tokens_per_second;
+        let least = if least.is_finite() { least.max(LEAST_STANDING) } else { LEAST_STANDING };
+        self.scratch.choices.clear();
+        self.scratch.tokens.clear();
+        for (sequence, candidate) in candidates.iter().enumerate() {
+            let mut best: Option<(f64, Choice)> = None;
+            let free = self.fixed_length(candidate).is_none();
+            for source in DraftSource::ALL {
+                if !free || candidate.limit(source) == 0 || only.is_some_and(|only| only != source) {
+                    continue;
+                }
+                let choice = self.choice(candidate, base.num_fast, source);
+                let (mut net, mut most) = (-tokens_per_second * choice.charge, f64::NEG_INFINITY);
+                let price = row + if source == DraftSource::Draft { round } else { 0.0 };
+                for standing in choice.standings() {
+                    net += standing - tokens_per_second * price;
+                    most = most.max(net);
+                }
+                if best.is_none_or(|best| most > best.0) {
+                    best = Some((most, choice));
+                }
+            }
+            let choice = best.map(|best| best.1);
+            self.scratch.choices.push(choice);
+            let Some(choice) = choice else { continue };
+            let price = if choice.source == DraftSource::Draft { round } else { 0.0 };
+            let mut worth = f64::INFINITY;
+            let standings = choice.standings().take_while(|&standing| standing >= least);
+            for (place, standing) in standings.enumerate() {
+                let charge = if place == 0 { choice.charge } else { 0.0 };
+                worth = worth.min(standing - tokens_per_second * (price + charge));
+                let is_drafted = choice.source == DraftSource::Draft;
+                self.scratch.tokens.push(DraftToken { worth, standing, charge, sequence, place, is_drafted });
             }
         }
-        if best.0 == 0 && acceptance.idle_steps >= PROBE_INTERVAL { 2 } else { best.0 }
+    }
+
+    fn choice(&self, candidate: &Candidate, num_fast: usize, source: DraftSource) -> Choice {
+        let standing = candidate.acceptance.standing(&self.pool, candidate.kind(source), self.step);
+        let charge = if source == DraftSource::Draft && candidate.catch_up > 0 {
+            let catch_up = self.costs.draft_beside(candidate.catch_up, 1 + num_fast);
+            let tokens_per_step = 1.0 + standing.first / (1.0 - standing.later).max(0.25);
+            catch_up / (candidate.remaining as f64 / tokens_per_step).clamp(1.0, DWELL_STEPS)
+        } else {
+            0.0
+        };
+        Choice { source, standing, limit: candidate.limit(source), charge }
+    }
+
+    /// For every number of draft rounds, evaluates every prefix of the tokens in order of worth; if the
+    /// best has more tokens per second than `best`, it becomes the plan. (Rounds are tried one by one,
+    /// because the first sequence in a round pays for the pass and the others join for little.)
+    fn take_best_prefix(
+        &mut self,
+        base: &Passes,
+        best: &mut f64,
+        best_passes: &mut Passes,
+        out: &mut [Option<(DraftSource, usize)>],
+    ) {
+        let Scratch { choices, tokens, lengths, target_seconds, draft_seconds } = &mut self.scratch;
+        tokens.sort_unstable_by(|a, b| {
+            b.worth.total_cmp(&a.worth).then(a.sequence.cmp(&b.sequence)).then(a.place.cmp(&b.place))
+        });
+        let priced = target_seconds.len();
+        target_seconds.extend((priced..=tokens.len()).map(|more| self.costs.target(base.target_rows + more)));
+        draft_seconds.clear();
+        draft_seconds.extend((0..=choices.len()).map(|rows| self.costs.draft_beside(rows, base.num_fast)));
+        let most_rounds = tokens.iter().filter(|t| t.is_drafted).map(|t| t.place + 1).max().unwrap_or(0);
+        let mut found = None;
+        for rounds in 0..=most_rounds {
+            let mut draft_rows = base.draft_rows;
+            let mut seconds = base.draft_seconds;
+            let mut expected = choices.len() as f64;
+            let mut num_taken = 0;
+            for (index, token) in tokens.iter().enumerate() {
+                if token.is_drafted {
+                    if token.place >= rounds {
+                        continue;
+                    }
+                    let rows = &mut draft_rows[token.place];
+                    seconds += draft_seconds[*rows + 1] - draft_seconds[*rows] + token.charge;
+                    *rows += 1;
+                }
+                num_taken += 1;
+                expected += token.standing;
+                let value = expected / (target_seconds[num_taken] + seconds).max(1e-9);
+                if value > *best {
+                    *best = value;
+                    found = Some((rounds, index));
+                }
+            }
+        }
+        let Some((rounds, last)) = found else { return };
+        lengths.clear();
+        lengths.resize(choices.len(), 0);
+        *best_passes = *base;
+        for token in tokens[..=last].iter().filter(|t| !t.is_drafted || t.place < rounds) {
+            lengths[token.sequence] += 1;
+            best_passes.add(&self.costs, token.is_drafted, token.place);
+        }
+        for ((choice, &length), out) in choices.iter().zip(&*lengths).zip(out) {
+            if let Some(choice) = choice {
+                *out = (length > 0).then_some((choice.source, length));
+            }
+        }
+    }
+
+    /// Lets a sequence that would not draft try a source again, when the time saved up for it pays it.
+    fn probe(&mut self, candidates: &[Candidate], passes: &Passes, out: &mut [Option<(DraftSource, usize)>]) {
+        let step_seconds = passes.seconds(&self.costs);
+        for source in DraftSource::ALL {
+            let saved = &mut self.probe_seconds[source as usize];
+            *saved = (*saved + PROBE_SHARE * step_seconds).min(MAX_PROBE_STEPS * step_seconds);
+            let mut best: Option<(f64, f64, usize)> = None;
+            for (index, candidate) in candidates.iter().enumerate() {
+                let length = candidate.limit(source).min(PROBE_TOKENS);
+                let fixed = candidate.fixed.is_some();
+                let experience = candidate.acceptance.experience(candidate.kind(source), self.step);
+                if fixed || length < PROBE_TOKENS || out[index].is_some() || experience >= KNOWN {
+                    continue;
+                }
+                let mut with = *passes;
+                for place in 0..length {
+                    with.add(&self.costs, source == DraftSource::Draft, place);
+                }
+                let mut price = with.seconds(&self.costs) - step_seconds;
+                if source == DraftSource::Draft && candidate.catch_up > 0 {
+                    price += self.costs.draft_beside(candidate.catch_up, 1 + passes.num_fast);
+                }
+                let rank = price * (1.0 + experience);
+                if best.is_none_or(|best| rank < best.0) {
+                    best = Some((rank, price, index));
+                }
+            }
+            if let Some((_, price, index)) = best
+                && price <= *saved
+            {
+                *saved -= price;
+                out[index] = Some((source, PROBE_TOKENS));
+                return;
+            }
+        }
+    }
+}
+
+impl Choice {
+    /// The chances of its tokens to stand, falling, down to where nothing is to be gained.
+    fn standings(&self) -> impl Iterator<Item = f64> {
+        let later = self.standing.later;
+        std::iter::successors(Some(self.standing.first), move |standing| Some(standing * later))
+            .take(self.limit)
+            .take_while(|&standing| standing >= LEAST_STANDING)
     }
 }
 
 #[cfg(test)]
-mod tests {
-    use super::*;
-
-    fn costs(target: &[(usize, u64)], draft_micros: u64) -> StepCosts {
-        let micros = |m| Duration::from_micros(m);
-        StepCosts::from_measured(
-            target.iter().map(|&(rows, m)| (rows, micros(m))).collect(),
-            vec![(1, micros(draft_micros)), (64, micros(draft_micros * 20))],
-        )
-    }
-
-    fn rate(accepted: usize, offered: usize) -> AcceptanceRate {
-        let mut rate = AcceptanceRate::default();
-        for _ in 0..50 {
-            rate.record(offered, accepted);
-        }
-        rate
-    }
-
-    #[test]
-    fn a_good_draft_and_cheap_verification_draft_long() {
-        let policy = DraftPolicy::new(DraftTokens::Auto, costs(&[(1, 100), (9, 130)], 2));
-        assert_eq!(policy.choose(&rate(8, 8), 1, 0), 8);
-    }
-
-    #[test]
-    fn a_useless_draft_is_not_used_but_probed() {
-        let policy = DraftPolicy::new(DraftTokens::Auto, costs(&[(1, 100), (9, 300)], 20));
-        let mut useless = rate(0, 4);
-        assert_eq!(policy.choose(&useless, 1, 0), 0);
-        for _ in 0..PROBE_INTERVAL {
-            useless.record(0, 0);
-        }
-        assert_eq!(policy.choose(&useless, 1, 0), 2);
-    }
-
-    #[test]
-    fn verification_that_costs_in_proportion_is_not_worth_a_middling_draft() {
-        let policy = DraftPolicy::new(DraftTokens::Auto, costs(&[(1, 100), (64, 6_400)], 20));
-        assert_eq!(policy.choose(&rate(2, 4), 16, 0), 0);
-    }
-
-    #[test]
-    fn a_fixed_length_is_kept() {
-        let policy = DraftPolicy::new(DraftTokens::Fixed(5), StepCosts::default());
-        assert_eq!(policy.choose(&rate(0, 4), 64, 3), 5);
-    }
-}
+#[path = "policy_tests.rs"]
+mod tests;

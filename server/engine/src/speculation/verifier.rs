@@ -57,8 +57,8 @@ pub(crate) fn verify<'a>(
     }
     sequence.rollback();
     sequence.usage.num_decode_steps += u32::from(is_decode_step);
-    sequence.usage.num_draft_tokens += num_draft_tokens as u32;
-    sequence.usage.num_accepted_tokens += num_accepted_tokens as u32;
-    sequence.acceptance.record(num_draft_tokens, num_accepted_tokens);
+    let source = sequence.drafting.source as usize;
+    sequence.usage.num_draft_tokens[source] += num_draft_tokens as u32;
+    sequence.usage.num_accepted_tokens[source] += num_accepted_tokens as u32;
     Ok(())
 }

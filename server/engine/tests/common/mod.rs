@@ -1,5 +1,7 @@
 //! A model for tests, a collector for events, and a driver for the synchronous engine.
-#![allow(dead_code)] // Each test file uses its own part.
+#![allow(dead_code, unused_imports)] // Each test file uses its own part.
+
+mod model;
 
 use std::cell::Cell;
 use std::sync::Arc;
@@ -7,121 +9,11 @@ use std::sync::mpsc::{Receiver, sync_channel};
 use std::time::Duration;
 
 use tandem_engine::{
-    DraftTokens, Engine, EngineConfig, EngineError, Event, Finished, Lane, Models, OutputToken,
-    SamplingParams, SequenceId, SubmitRequest, TokenId, TokenLogprobs,
+    CacheSalt, DraftTokens, Engine, EngineConfig, EngineError, Event, Finished, Lane, Models, OutputToken,
+    Priority, SamplingParams, SequenceId, SpeculationParams, SubmitRequest, TokenId, TokenLogprobs,
 };
-use tandem_models::{DecoderConfig, ForwardBatch, Model, ModelError, RopeScaling};
 
-/// Logits are a hash of the whole context *as read back through the block table*: any error in
-/// slots, tables, rollback or scheduling changes the tokens.
-pub(crate) struct HashModel {
-    config: DecoderConfig,
-    slots: Vec<u32>,
-    block_size: usize,
-    /// How far these logits stray from the shared ones: 0 is a perfect draft, 100 a useless one.
-    stray: f32,
-    pub(crate) poison: Option<TokenId>,
-    /// Rows of padding after the vocabulary, with the greatest logits of all.
-    padding: usize,
-}
-
-pub(crate) const VOCAB_SIZE: usize = 48;
-pub(crate) const STOP: TokenId = 7;
-
-impl HashModel {
-    pub(crate) fn new(stray: f32) -> Self {
-        let config = DecoderConfig {
-            vocab_size: VOCAB_SIZE,
-            hidden_size: 8,
-            intermediate_size: 8,
-            num_layers: 1,
-            num_heads: 1,
-            num_kv_heads: 1,
-            head_dim: 8,
-            rms_norm_eps: 1e-6,
-            rope_theta: 1e4,
-            rope_scaling: RopeScaling::None,
-            max_position_embeddings: 4096,
-            qkv_bias: false,
-            o_bias: false,
-            mlp_bias: false,
-            tie_word_embeddings: true,
-        };
-        HashModel { config, slots: Vec::new(), block_size: 0, stray, poison: None, padding: 0 }
-    }
-
-    pub(crate) fn padded(stray: f32, padding: usize) -> Option<Box<dyn Model>> {
-        let mut model = HashModel::new(stray);
-        model.padding = padding;
-        model.config.vocab_size += padding;
-        Some(Box::new(model))
-    }
-
-    pub(crate) fn boxed(stray: f32) -> Option<Box<dyn Model>> {
-        Some(Box::new(HashModel::new(stray)))
-    }
-}
-
-fn mix(mut z: u64) -> u64 {
-    z = (z ^ (z >> 30)).wrapping_mul(0xBF58_476D_1CE4_E5B9);
-    z = (z ^ (z >> 27)).wrapping_mul(0x94D0_49BB_1331_11EB);
-    z ^ (z >> 31)
-}
-
-fn unit(bits: u64) -> f32 {
-    (bits >> 40) as f32 / (1u64 << 24) as f32
-}
-
-impl Model for HashModel {
-    fn config(&self) -> &DecoderConfig {
-        &self.config
-    }
-
-    fn kv_bytes_per_token(&self) -> usize {
-        4
-    }
-
-    fn allocate_kv_cache(&mut self, num_blocks: usize, block_size: usize) -> Result<(), ModelError> {
-        self.slots = vec![u32::MAX; num_blocks * block_size];
-        self.block_size = block_size;
-        Ok(())
-    }
-
-    fn forward(&mut self, batch: &ForwardBatch, logits: &mut Vec<f32>) -> Result<(), ModelError> {
-        logits.clear();
-        for (&token, &slot) in batch.token_ids.iter().zip(&batch.slot_mapping) {
-            self.slots[slot as usize] = token;
-        }
-        let mut wanted = batch.logits_rows.iter().peekable();
-        for seq in 0..batch.num_seqs() {
-            let table = &batch.block_tables
-                [batch.block_table_offsets[seq] as usize..batch.block_table_offsets[seq + 1] as usize];
-            let rows = batch.cu_seqlens_q[seq]..batch.cu_seqlens_q[seq + 1];
-            let mut hash = 0u64;
-            let mut position = 0;
-            for row in rows {
-                while position <= batch.positions[row as usize] {
-                    let p = position as usize;
-                    let token = self.slots
-                        [table[p / self.block_size] as usize * self.block_size + p % self.block_size];
-                    hash = mix(hash ^ u64::from(token).wrapping_add(0x9E37_79B9_7F4A_7C15));
-                    position += 1;
-                }
-                if wanted.next_if(|&&w| w == row).is_none() {
-                    continue;
-                }
-                let poisoned = self.poison == Some(batch.token_ids[row as usize]);
-                logits.extend((0..VOCAB_SIZE as u64).map(|id| {
-                    let own = unit(mix(hash ^ (id + 1).wrapping_mul(0x9E37_79B9)));
-                    let other = unit(mix(hash ^ (id + 1).wrapping_mul(0x1234_5671)));
-                    if poisoned { f32::NAN } else { 6.0 * own + self.stray * other }
-                }));
-                logits.extend(std::iter::repeat_n(1e3, self.padding));
-            }
-        }
-        Ok(())
-    }
-}
+pub(crate) use model::{Fault, FaultKind, HashModel, Recipe, STOP, VOCAB_SIZE};
 
 /// Everything a client saw of one sequence.
 #[derive(Debug, Default, PartialEq, Clone)]
@@ -177,6 +69,10 @@ pub(crate) fn config(draft_tokens: DraftTokens) -> EngineConfig {
         max_model_len: 1024,
         num_token_ids: VOCAB_SIZE,
         draft_tokens,
+        prefix_cache: true,
+        hash_key: [1, 2],
+        hash_bits: 64,
+        lane_isolation: true,
     }
 }
 
@@ -194,7 +90,18 @@ pub(crate) fn request(
     let (sender, receiver) = sync_channel(capacity);
     let events = Box::new(sender);
     let prompt: Arc<[TokenId]> = prompt.into();
-    (SubmitRequest { id: SequenceId(id), lane, prompt, params, max_draft_tokens: None, events }, receiver)
+    let request = SubmitRequest {
+        id: SequenceId(id),
+        lane,
+        prompt,
+        params,
+        priority: Priority::default(),
+        cache_salt: CacheSalt::default(),
+        max_predict_time: None,
+        speculation: SpeculationParams::default(),
+        events,
+    };
+    (request, receiver)
 }
 
 /// A clock that ticks a microsecond a reading.
@@ -206,30 +113,91 @@ pub(crate) fn clock() -> impl Fn() -> Duration {
     }
 }
 
+/// One request of a test, and when it comes.
+#[derive(Debug, Clone)]
+pub(crate) struct Ask {
+    pub(crate) lane: Lane,
+    pub(crate) prompt: Arc<[TokenId]>,
+    pub(crate) params: SamplingParams,
+    pub(crate) priority: Priority,
+    pub(crate) salt: CacheSalt,
+    pub(crate) speculation: SpeculationParams,
+    /// Steps before it is submitted.
+    pub(crate) arrives: usize,
+}
+
+impl Ask {
+    pub(crate) fn new(lane: Lane, prompt: &[TokenId], params: &SamplingParams) -> Self {
+        Ask {
+            lane,
+            prompt: prompt.into(),
+            params: params.clone(),
+            priority: Priority::default(),
+            salt: CacheSalt::default(),
+            speculation: SpeculationParams::default(),
+            arrives: 0,
+        }
+    }
+}
+
+/// A synchronous engine under a clock that ticks a microsecond a reading.
+pub(crate) struct Server {
+    pub(crate) engine: Engine,
+    clock: Box<dyn Fn() -> Duration>,
+    next_id: u64,
+}
+
+impl Server {
+    pub(crate) fn new(config: &EngineConfig, models: Models) -> Self {
+        let engine = Engine::new(config, models).expect("the engine starts");
+        Server { engine, clock: Box::new(clock()), next_id: 0 }
+    }
+
+    /// Serves all requests and returns their answers.
+    pub(crate) fn serve(&mut self, asks: &[Ask]) -> Vec<Answer> {
+        let mut receivers: Vec<Option<Receiver<Event>>> = asks.iter().map(|_| None).collect();
+        let mut answers = vec![Answer::default(); asks.len()];
+        for step in 0..100_000 {
+            for (ask, receiver) in asks.iter().zip(&mut receivers).filter(|(ask, _)| ask.arrives == step) {
+                *receiver = Some(self.submit(ask));
+            }
+            self.engine.step(&self.clock).expect("the account is whole");
+            self.engine.check_integrity().expect("the account is whole");
+            for (answer, receiver) in answers.iter_mut().zip(receivers.iter().flatten()) {
+                receiver.try_iter().for_each(|event| answer.take(event));
+            }
+            let all_came = receivers.iter().all(Option::is_some);
+            if all_came && self.engine.is_idle() && self.engine.is_delivered() {
+                let stats = self.engine.stats();
+                let unused = stats.num_free_blocks + stats.num_cached_blocks;
+                assert_eq!(unused, stats.num_total_blocks, "blocks leaked");
+                return answers;
+            }
+        }
+        panic!("the engine did not finish");
+    }
+
+    fn submit(&mut self, ask: &Ask) -> Receiver<Event> {
+        let (request, receiver) = request(self.next_id, ask.lane, &ask.prompt, ask.params.clone(), 4);
+        self.next_id += 1;
+        let request = SubmitRequest {
+            priority: ask.priority,
+            cache_salt: ask.salt,
+            speculation: ask.speculation.clone(),
+            ..request
+        };
+        self.engine.submit(request, (self.clock)());
+        receiver
+    }
+}
+
 /// Runs all requests together on one synchronous engine and returns their answers.
 pub(crate) fn run(
     config: &EngineConfig,
     models: Models,
     requests: &[(Lane, Vec<TokenId>, SamplingParams)],
 ) -> Vec<Answer> {
-    let clock = clock();
-    let mut engine = Engine::new(config, models).expect("the engine starts");
-    let mut receivers = Vec::new();
-    for (id, (lane, prompt, params)) in requests.iter().enumerate() {
-        let (request, receiver) = request(id as u64, *lane, prompt, params.clone(), 4);
-        engine.submit(request, clock());
-        receivers.push(receiver);
-    }
-    let mut answers = vec![Answer::default(); requests.len()];
-    for _ in 0..100_000 {
-        engine.step(&clock);
-        for (answer, receiver) in answers.iter_mut().zip(&receivers) {
-            receiver.try_iter().for_each(|event| answer.take(event));
-        }
-        if engine.is_idle() && engine.is_delivered() {
-            assert_eq!(engine.stats().num_free_blocks, engine.stats().num_total_blocks, "blocks leaked");
-            return answers;
-        }
-    }
-    panic!("the engine did not finish");
+    let asks: Vec<Ask> =
+        requests.iter().map(|(lane, prompt, params)| Ask::new(*lane, prompt, params)).collect();
+    Server::new(config, models).serve(&asks)
 }

@@ -1,93 +1,48 @@
-//! `tandem bench NAME`: measurements that a user can repeat. Each starts its own server in this
-//! process, on a loopback port, and talks to it over real HTTP, so that what is measured is what a
-//! client gets.
+//! `tandem bench NAME`: measurements that a user can repeat.
+//!
+//! One file a benchmark. What they share: [`client`] (HTTP, as any client speaks it), [`server`] (a
+//! server in this process), [`prompts`], [`stats`], [`scrape`] (the server's own counters) and
+//! [`report`]. Whatever is compared takes turns within one run, because the speed of a shared machine
+//! drifts by more than what is measured. The exit status tells right from wrong, never fast from slow.
 
 mod client;
+mod edits;
+mod isolation;
 mod pair;
+mod policy;
 mod prompts;
+mod random_draft;
 mod report;
+mod scrape;
+mod server;
+mod soak;
+mod stats;
 
-use std::net::{Ipv4Addr, SocketAddr};
-use std::path::Path;
 use std::process::ExitCode;
-use std::sync::Arc;
 
-use anyhow::Context as _;
 use clap::Subcommand;
-use serde::Serialize;
-use tandem::http::{ServeOptions, serve};
-use tokio::net::TcpListener;
-use tokio::sync::oneshot;
-use tokio::task::JoinHandle;
-
-use super::terminal;
-use crate::runtime::Runtime;
 
 /// The benchmarks there are.
 #[derive(Subcommand, Debug)]
 pub(super) enum BenchCommand {
     /// What speculation gains: deep with and without it, and fast, in turns
     Pair(pair::PairArgs),
+    /// Whether deep work delays the fast lane: time to first token, idle and under load
+    Isolation(isolation::IsolationArgs),
+    /// What Predicted Outputs save: target passes a token, with and without `prediction`
+    Edits(edits::EditsArgs),
+    /// Whether the speculation policy is ever slower than the best fixed setting
+    Policy(policy::PolicyArgs),
+    /// Load any OpenAI-compatible server with streams and cancels, and look for faults and leaks
+    Soak(soak::SoakArgs),
 }
 
 pub(super) fn run(command: &BenchCommand) -> anyhow::Result<ExitCode> {
     match command {
         BenchCommand::Pair(args) => pair::run(args),
+        BenchCommand::Isolation(args) => isolation::run(args),
+        BenchCommand::Edits(args) => edits::run(args),
+        BenchCommand::Policy(args) => policy::run(args),
+        BenchCommand::Soak(args) => soak::run(args),
     }
-}
-
-/// Where a measurement was taken.
-#[derive(Clone, Debug, Serialize)]
-struct Machine {
-    cpu: String,
-    threads: usize,
-    kernels: &'static str,
-    tandem: &'static str,
-}
-
-impl Machine {
-    fn this(threads: usize) -> Self {
-        Machine {
-            cpu: terminal::cpu_model(),
-            threads,
-            kernels: tandem_kernels::isa::active().name(),
-            tandem: env!("CARGO_PKG_VERSION"),
-        }
-    }
-}
-
-/// A server in this process.
-struct LocalServer {
-    address: SocketAddr,
-    stop: oneshot::Sender<()>,
-    served: JoinHandle<std::io::Result<()>>,
-    engine_thread: std::thread::JoinHandle<()>,
-}
-
-impl LocalServer {
-    async fn start(runtime: Runtime) -> anyhow::Result<Self> {
-        let listener =
-            TcpListener::bind((Ipv4Addr::LOCALHOST, 0)).await.context("no loopback port is free")?;
-        let address = listener.local_addr()?;
-        let (state, engine_thread) = runtime.into_state(Vec::new(), false);
-        let (stop, stopped) = oneshot::channel();
-        let served = tokio::spawn(serve(listener, Arc::new(state), ServeOptions::default(), async {
-            // A dropped sender means the same as a message.
-            let _ = stopped.await;
-        }));
-        Ok(LocalServer { address, stop, served, engine_thread })
-    }
-
-    async fn stop(self) -> anyhow::Result<()> {
-        // A server that has ended already says why below.
-        let _ = self.stop.send(());
-        self.served.await??;
-        self.engine_thread.join().map_err(|_| anyhow::anyhow!("the engine's thread panicked"))
-    }
-}
-
-fn write_json(path: &Path, value: &impl Serialize) -> anyhow::Result<()> {
-    let mut text = serde_json::to_string_pretty(value)?;
-    text.push('\n');
-    std::fs::write(path, text).with_context(|| format!("cannot write {}", path.display()))
 }

@@ -1,94 +1,98 @@
-//! Summaries of samples, and the table they are shown in.
+//! What every benchmark prints and writes alike: where it ran, a Markdown table, a progress bar, a
+//! JSON file.
 
+use std::path::Path;
+
+use anyhow::Context as _;
 use comfy_table::presets::ASCII_MARKDOWN;
 use comfy_table::{CellAlignment, Table};
+use indicatif::{ProgressBar, ProgressDrawTarget, ProgressStyle};
 use serde::Serialize;
 
-/// The middle and the ends of some numbers.
-#[derive(Clone, Copy, Debug, Serialize)]
-pub(super) struct Spread {
-    pub(super) median: f64,
-    pub(super) min: f64,
-    pub(super) max: f64,
-}
+use super::stats::Percentiles;
+use crate::cli::terminal;
 
-impl Spread {
-    /// `None` of no numbers.
-    pub(super) fn of(values: impl Iterator<Item = f64>) -> Option<Spread> {
-        let values: Vec<f64> = values.collect();
-        if values.is_empty() {
-            return None;
-        }
-        let min = values.iter().copied().fold(f64::INFINITY, f64::min);
-        let max = values.iter().copied().fold(f64::NEG_INFINITY, f64::max);
-        Some(Spread { median: median(values), min, max })
-    }
-}
-
-/// The middle value, or the mean of the two middle ones.
-///
-/// # Panics
-/// If there is none.
-pub(super) fn median(mut values: Vec<f64>) -> f64 {
-    values.sort_by(f64::total_cmp);
-    let middle = values.len() / 2;
-    if values.len() % 2 == 1 { values[middle] } else { (values[middle - 1] + values[middle]) / 2.0 }
-}
-
-/// One setting at one temperature.
+/// Where a measurement was taken.
 #[derive(Clone, Debug, Serialize)]
-pub(super) struct Row {
-    pub(super) setting: String,
-    pub(super) temperature: f32,
-    pub(super) num_samples: usize,
-    pub(super) tokens_per_second: Option<Spread>,
-    pub(super) ttft_ms: Option<Spread>,
-    /// To deep without speculation, one value a prompt.
-    pub(super) ratio: Option<Spread>,
-    /// Share of draft tokens accepted.
-    pub(super) acceptance: Option<f64>,
-    pub(super) tokens_per_verification: Option<f64>,
+pub(super) struct Machine {
+    cpu: String,
+    threads: usize,
+    kernels: &'static str,
+    tandem: &'static str,
 }
 
-/// The rows for people.
-pub(super) fn table(rows: &[Row]) -> String {
-    let mut table = Table::new();
-    // Markdown, because such tables end up in documents.
-    table.load_style(ASCII_MARKDOWN);
-    table.set_header([
-        "T",
-        "setting",
-        "tokens/s",
-        "min..max",
-        "first ms",
-        "ratio",
-        "min..max",
-        "accepted",
-        "tokens/verif.",
-    ]);
-    for row in rows {
-        let spread = |value: Option<Spread>, digits: usize| match value {
-            Some(s) => (format!("{:.digits$}", s.median), format!("{:.digits$}..{:.digits$}", s.min, s.max)),
-            None => ("-".to_owned(), "-".to_owned()),
-        };
-        let (speed, speeds) = spread(row.tokens_per_second, 0);
-        let (ratio, ratios) = spread(row.ratio, 2);
-        table.add_row([
-            format!("{}", row.temperature),
-            row.setting.clone(),
-            speed,
-            speeds,
-            spread(row.ttft_ms, 1).0,
-            ratio,
-            ratios,
-            row.acceptance.map_or("-".to_owned(), |share| format!("{:.0} %", 100.0 * share)),
-            row.tokens_per_verification.map_or("-".to_owned(), |tokens| format!("{tokens:.2}")),
-        ]);
+impl Machine {
+    /// This one, with so many threads that compute.
+    pub(super) fn this(threads: usize) -> Self {
+        Machine {
+            cpu: terminal::cpu_model(),
+            threads,
+            kernels: tandem_kernels::isa::active().name(),
+            tandem: env!("CARGO_PKG_VERSION"),
+        }
     }
-    for column in table.column_iter_mut().skip(2) {
+}
+
+/// The first lines of a report: which benchmark, of what, and where.
+#[derive(Clone, Debug, Serialize)]
+pub(super) struct Header {
+    pub(super) benchmark: &'static str,
+    pub(super) machine: Machine,
+    pub(super) target: String,
+    pub(super) draft: String,
+}
+
+impl Header {
+    pub(super) fn print(&self) {
+        println!("{} with draft {}", self.target, self.draft);
+        println!(
+            "{}, {} threads, {} kernels, tandem {}",
+            self.machine.cpu, self.machine.threads, self.machine.kernels, self.machine.tandem
+        );
+    }
+}
+
+/// A table in Markdown, because such tables end up in documents. The first `num_names` columns are
+/// words, the others numbers.
+pub(super) fn table(header: &[&str], num_names: usize, rows: impl Iterator<Item = Vec<String>>) -> String {
+    let mut table = Table::new();
+    table.load_style(ASCII_MARKDOWN);
+    table.set_header(header);
+    for row in rows {
+        table.add_row(row);
+    }
+    for column in table.column_iter_mut().skip(num_names) {
         column.set_cell_alignment(CellAlignment::Right);
     }
     table.to_string()
+}
+
+/// A number with so many digits after the point, or a dash.
+pub(super) fn number(value: Option<f64>, digits: usize) -> String {
+    value.map_or_else(|| "-".to_owned(), |value| format!("{value:.digits$}"))
+}
+
+/// The cells p50, p90, p99.
+pub(super) fn percentile_cells(values: Option<Percentiles>, digits: usize) -> [String; 3] {
+    [values.map(|v| v.p50), values.map(|v| v.p90), values.map(|v| v.p99)].map(|value| number(value, digits))
+}
+
+/// A bar on standard error that counts `unit`.
+pub(super) fn progress_bar(length: usize, unit: &str) -> ProgressBar {
+    let style =
+        ProgressStyle::with_template(&format!("{{bar:30}} {{pos}}/{{len}} {unit}, {{eta}} left {{msg}}"))
+            .expect("the template is well-formed: this is a bug");
+    ProgressBar::with_draw_target(Some(length as u64), ProgressDrawTarget::stderr()).with_style(style)
+}
+
+/// Writes the report for programs.
+///
+/// # Errors
+/// Names the file that cannot be written.
+pub(super) fn write_json(path: &Path, value: &impl Serialize) -> anyhow::Result<()> {
+    let mut text = serde_json::to_string_pretty(value)?;
+    text.push('\n');
+    std::fs::write(path, text).with_context(|| format!("cannot write {}", path.display()))
 }
 
 #[cfg(test)]
@@ -96,26 +100,14 @@ mod tests {
     use super::*;
 
     #[test]
-    fn medians_of_odd_even_and_one() {
-        assert_eq!(median(vec![3.0, 1.0, 2.0]), 2.0);
-        assert_eq!(median(vec![4.0, 1.0, 2.0, 3.0]), 2.5);
-        assert_eq!(median(vec![7.0]), 7.0);
-        assert!(Spread::of(std::iter::empty()).is_none());
-    }
-
-    #[test]
-    fn a_row_without_samples_shows_dashes() {
-        let row = Row {
-            setting: "deep, auto".to_owned(),
-            temperature: 0.8,
-            num_samples: 0,
-            tokens_per_second: None,
-            ttft_ms: None,
-            ratio: None,
-            acceptance: Some(0.714),
-            tokens_per_verification: Some(2.5),
-        };
-        let text = table(&[row]);
-        assert!(text.contains("deep, auto") && text.contains("71 %") && text.contains("2.50"), "{text}");
+    fn a_table_is_markdown_and_absent_numbers_are_dashes() {
+        let rows = [vec!["deep".to_owned(), number(Some(1.25), 1)], vec!["fast".to_owned(), number(None, 1)]];
+        let text = table(&["setting", "tokens/s"], 1, rows.into_iter());
+        let lines: Vec<&str> = text.lines().collect();
+        assert_eq!(lines[0], "| setting | tokens/s |");
+        assert!(lines[1].starts_with("|---"), "{text}");
+        assert_eq!(lines[2], "| deep    |      1.2 |");
+        assert_eq!(lines[3], "| fast    |        - |");
+        assert_eq!(percentile_cells(None, 1), ["-", "-", "-"]);
     }
 }

@@ -1,28 +1,27 @@
 //! What every protocol asks for and gets: prompts in, text out.
 //!
-//! A [`GenerationRequest`] becomes one sequence a choice. [`Generation`] turns the engine's events
-//! into text (detokenized, cut at stop strings) and an account. Dropping it frees its sequences: a
-//! closed connection needs no other handling.
+//! A [`GenerationRequest`] becomes one sequence a choice, or joins one that runs ([`sharing`]).
+//! [`Generation`] turns the engine's events into text (detokenized, cut at stop strings) and an
+//! account. Dropping it frees the sequences that nobody else reads: a closed connection needs no
+//! other handling.
 
 mod choice;
+mod flight;
+mod sharing;
 
 use std::sync::Arc;
 use std::task::{Context, Poll};
 use std::time::Duration;
 
-use tandem_engine::{
-    EngineHandle, Event, EventSink, SamplingParams, SequenceId, SinkError, SubmitRequest, TokenLogprobs,
-};
-use tokio::sync::mpsc;
+use tandem_engine::{CacheSalt, Priority, SamplingParams, SpeculationParams, TokenLogprobs};
 
 use super::error::ApiError;
 use super::metrics::TokenClock;
 use super::state::{AppState, ServedModel};
 use choice::Choice;
-
-/// Events that may wait for a slow client. The sequence runs on when there are more: the engine keeps
-/// them, at most `max_tokens`, and offers them again after each step.
-const CHANNEL_CAPACITY: usize = 64;
+use flight::FlightPlan;
+pub(super) use sharing::Flights;
+pub use sharing::Shared;
 
 /// The internal request that every protocol is translated to.
 pub struct GenerationRequest {
@@ -34,16 +33,35 @@ pub struct GenerationRequest {
     pub params: SamplingParams,
     /// Texts that end an answer.
     pub stop: Vec<String>,
-    /// Draft tokens a verification; never changes the output.
-    pub max_draft_tokens: Option<u8>,
+    /// The client named `params.seed`; otherwise it was drawn.
+    pub names_seed: bool,
+    /// Who goes first.
+    pub priority: Priority,
+    /// Whose cached blocks the sequences may share.
+    pub cache_salt: CacheSalt,
+    /// Longest time from the first output token to the last.
+    pub max_predict_time: Option<Duration>,
+    /// How to speculate; never changes the output.
+    pub speculation: SpeculationParams,
 }
 
 /// One prompt of a request.
 pub struct Prompt {
     /// Its tokens.
     pub tokens: Arc<[u32]>,
+    /// What it was made of, if that was text that the client wrote.
+    pub text: Option<PromptText>,
     /// The bound on its answer.
     pub max_tokens: u32,
+}
+
+/// The text of a completion's prompt.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct PromptText {
+    /// What the answer continues.
+    pub before: Arc<str>,
+    /// What follows the answer, if it fills a gap.
+    pub after: Option<Arc<str>>,
 }
 
 /// New text of one choice.
@@ -71,7 +89,7 @@ pub struct ScoredToken {
 pub enum EndReason {
     /// A stop token or a stop string.
     Stop,
-    /// `max_tokens`, or the context is full.
+    /// `max_tokens` are there, the context is full, or the time that the client gave is over.
     Length,
 }
 
@@ -84,10 +102,14 @@ pub struct Account {
     pub num_cached_tokens: u64,
     /// Tokens of the answers, those of a stop string included.
     pub num_output_tokens: u64,
-    /// Draft tokens offered.
+    /// Draft tokens offered, whoever proposed them.
     pub num_draft_tokens: u64,
     /// Of those, accepted.
     pub num_accepted_tokens: u64,
+    /// Draft tokens offered that came from the client's `prediction`.
+    pub num_prediction_tokens: u64,
+    /// Of those, accepted.
+    pub num_accepted_prediction_tokens: u64,
     /// Longest wait for the first pass.
     pub queue_time: Duration,
     /// Longest prefill.
@@ -146,21 +168,25 @@ impl Generation {
         let mut choices = Vec::with_capacity(num_running);
         for prompt in &request.prompts {
             for i in 0..request.num_choices {
-                let id = state.engine.next_id();
-                let (sender, receiver) = mpsc::channel(CHANNEL_CAPACITY);
                 let seed = request.params.seed.wrapping_add(i as u64);
-                state.engine.submit(SubmitRequest {
-                    id,
+                let plan = FlightPlan {
                     lane: served.lane,
                     prompt: prompt.tokens.clone(),
+                    text: prompt.text.clone().filter(|_| request.num_choices == 1),
                     params: SamplingParams { seed, max_tokens: prompt.max_tokens, ..request.params.clone() },
-                    max_draft_tokens: request.max_draft_tokens,
-                    events: Box::new(ChannelSink(sender)),
-                })?;
-                let sequence = RunningSequence { engine: state.engine.clone(), id, ended: false };
+                    names_seed: request.names_seed,
+                    priority: request.priority,
+                    cache_salt: request.cache_salt,
+                    max_predict_time: request.max_predict_time,
+                    speculation: request.speculation.clone(),
+                };
                 let clock = TokenClock::start(state.metrics.lane(served.lane));
-                let choice = Choice::new(sequence, receiver, served, &request.stop, clock, &prompt.tokens);
-                choices.push(choice);
+                let tokenizer = &served.model.tokenizer;
+                let boarding = state.flights.board(&state.engine, plan.clone(), tokenizer)?;
+                if let Some(shared) = boarding.shared {
+                    state.metrics.sequence_shared(shared);
+                }
+                choices.push(Choice::new(&state.engine, boarding, plan, tokenizer, &request.stop, clock));
             }
         }
         Ok(Generation { choices, num_choices_per_prompt: request.num_choices, num_running, next: 0 })
@@ -202,6 +228,17 @@ impl Generation {
         &self.choices[index].delta
     }
 
+    /// How its sequences were come by, if not by starting them: the loosest way among the choices.
+    pub fn shared(&self) -> Option<Shared> {
+        let shared = || self.choices.iter().filter_map(Choice::shared);
+        shared().find(|shared| *shared == Shared::Continuation).or_else(|| shared().next())
+    }
+
+    /// The seed of a running sequence whose output a request that named none goes on with.
+    pub fn joined_seed(&self) -> Option<u64> {
+        self.choices.iter().find_map(Choice::joined_seed)
+    }
+
     /// True after the last choice has ended.
     pub fn has_ended(&self) -> bool {
         self.num_running == 0
@@ -224,6 +261,8 @@ impl Generation {
             total.num_output_tokens += account.num_output_tokens;
             total.num_draft_tokens += account.num_draft_tokens;
             total.num_accepted_tokens += account.num_accepted_tokens;
+            total.num_prediction_tokens += account.num_prediction_tokens;
+            total.num_accepted_prediction_tokens += account.num_accepted_prediction_tokens;
             total.queue_time = total.queue_time.max(account.queue_time);
             total.prefill_time = total.prefill_time.max(account.prefill_time);
             total.decode_time = total.decode_time.max(account.decode_time);
@@ -252,40 +291,5 @@ impl Generation {
             }
         }
         Ok(answers.into_iter().map(|(answer, end)| CompletedChoice { answer, end }).collect())
-    }
-}
-
-/// Aborts its sequence unless that has ended.
-struct RunningSequence {
-    engine: EngineHandle,
-    id: SequenceId,
-    ended: bool,
-}
-
-impl RunningSequence {
-    /// False if the engine was not told, because too many commands wait for it.
-    fn abort(&self) -> bool {
-        self.engine.abort(self.id)
-    }
-}
-
-impl Drop for RunningSequence {
-    fn drop(&mut self) {
-        if !self.ended {
-            // If it cannot be told, the closed channel says the same.
-            let _ = self.abort();
-        }
-    }
-}
-
-/// The engine's end of a sequence's channel.
-struct ChannelSink(mpsc::Sender<Event>);
-
-impl EventSink for ChannelSink {
-    fn try_send(&mut self, event: Event) -> Result<(), SinkError> {
-        self.0.try_send(event).map_err(|error| match error {
-            mpsc::error::TrySendError::Full(event) => SinkError::Full(event),
-            mpsc::error::TrySendError::Closed(_) => SinkError::Closed,
-        })
     }
 }

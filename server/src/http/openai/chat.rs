@@ -5,6 +5,7 @@ use std::sync::Arc;
 use axum::Json;
 use axum::extract::State;
 use axum::response::{IntoResponse, Response};
+use http::HeaderMap;
 use serde::{Deserialize, Serialize};
 use serde_json::{Map, Value};
 use tandem_engine::MAX_LOGPROBS;
@@ -14,10 +15,10 @@ use super::logprobs::ChatLogprobs;
 use super::params::{SharedFields, answer_tokens, in_range, integer};
 use super::prompt::{INLINE_TEXT_BYTES, check_sequences, check_text_fits, encode};
 use super::types::{Timings, Usage, finish_reason};
-use super::write::{ChunkWriter, Identity, json, response_id, with_headers};
+use super::write::{ChunkWriter, Identity, Reply, json, response_id, with_headers};
 use crate::http::body::JsonBody;
 use crate::http::error::ApiError;
-use crate::http::generation::{Generation, GenerationRequest, Progress, Prompt};
+use crate::http::generation::{Generation, Progress, Prompt};
 use crate::http::lanes::{Work, lane_name, resolve};
 use crate::http::sse::{self, EventEncoder};
 use crate::http::state::{AppState, ServedModel};
@@ -64,7 +65,8 @@ struct ChatMessage {
 
 pub(super) async fn chat_completions(
     State(state): State<Arc<AppState>>,
-    JsonBody { shared, fields, size_bytes }: JsonBody<SharedFields, ChatFields>,
+    headers: HeaderMap,
+    JsonBody { mut shared, fields, size_bytes }: JsonBody<SharedFields, ChatFields>,
 ) -> Result<Response, ApiError> {
     let served = resolve(&state, shared.model.as_deref(), Work::Chat)?;
     let mut common = shared.resolve(served, &state.limits, &[])?;
@@ -79,24 +81,36 @@ pub(super) async fn chat_completions(
     let max_model_len = state.engine.max_model_len();
     let asked = asked.map(|value| in_range(param, value, 1, max_model_len as i128)).transpose()?;
 
+    let cache_salt = state.cache_salt(&headers, shared.cache_salt()?);
+    if let Some(prediction) = shared.take_prediction() {
+        common.speculation.prediction = prediction.encode(&state, served).await?;
+    }
     let tokens = render(&state, served, fields, size_bytes).await?;
     let max_tokens = answer_tokens(param, asked, None, tokens.len(), max_model_len, true)?;
-    let request = GenerationRequest {
-        prompts: vec![Prompt { tokens, max_tokens }],
-        num_choices: common.num_choices,
-        params: common.params,
-        stop: common.stop,
-        max_draft_tokens: common.max_draft_tokens,
+    let reply = Reply {
+        model: shared.model,
+        lane: lane_name(served.lane),
+        seed: common.seed,
+        stream: common.stream,
+        include_usage: common.include_usage,
     };
-    let mut generation = Generation::start(&state, served, &request)?;
+    let prompt = Prompt { tokens, text: None, max_tokens };
+    let generation = Generation::start(&state, served, &common.into_request(vec![prompt], cache_salt))?;
+    answer(generation, &served.model.tokenizer, has_logprobs, reply).await
+}
 
-    let seed = common.seed;
-    let object = if common.stream { "chat.completion.chunk" } else { "chat.completion" };
-    let identity = Identity::new(response_id("chatcmpl"), object, shared.model, seed);
-    let tokenizer = &served.model.tokenizer;
-    let response = if common.stream {
+async fn answer(
+    mut generation: Generation,
+    tokenizer: &Arc<Tokenizer>,
+    has_logprobs: bool,
+    reply: Reply,
+) -> Result<Response, ApiError> {
+    let (seed, shared) = (reply.seed(&generation), generation.shared());
+    let object = if reply.stream { "chat.completion.chunk" } else { "chat.completion" };
+    let identity = Identity::new(response_id("chatcmpl"), object, reply.model, seed);
+    let response = if reply.stream {
         let encoder = ChatEncoder {
-            writer: ChunkWriter::new(&identity, common.include_usage),
+            writer: ChunkWriter::new(&identity, reply.include_usage),
             has_begun: vec![false; generation.num_sequences()],
             tokenizer: has_logprobs.then(|| tokenizer.clone()),
         };
@@ -122,7 +136,7 @@ pub(super) async fn chat_completions(
         })
         .into_response()
     };
-    Ok(with_headers(response, lane_name(served.lane), seed))
+    Ok(with_headers(response, reply.lane, seed, shared))
 }
 
 fn top_logprobs(logprobs: Option<bool>, top: Option<i128>) -> Result<Option<u8>, ApiError> {

@@ -5,6 +5,7 @@ use std::sync::Arc;
 use axum::Json;
 use axum::extract::State;
 use axum::response::{IntoResponse, Response};
+use http::HeaderMap;
 use serde::{Deserialize, Serialize};
 use tandem_engine::MAX_LOGPROBS;
 use tandem_models::Tokenizer;
@@ -13,10 +14,10 @@ use super::logprobs::CompletionLogprobs;
 use super::params::{SharedFields, in_range, integer};
 use super::prompt::{PreparedPrompt, PromptField, PromptInput, PromptOptions, check_sequences, prepare};
 use super::types::{Timings, Usage, finish_reason};
-use super::write::{ChunkWriter, Identity, json, response_id, with_headers};
+use super::write::{ChunkWriter, Identity, Reply, json, response_id, with_headers};
 use crate::http::body::JsonBody;
 use crate::http::error::ApiError;
-use crate::http::generation::{Delta, Generation, GenerationRequest, Progress};
+use crate::http::generation::{Delta, Generation, Progress};
 use crate::http::lanes::{Work, lane_name, resolve};
 use crate::http::sse::{self, EventEncoder};
 use crate::http::state::AppState;
@@ -58,7 +59,8 @@ struct CompletionChoice {
 
 pub(super) async fn completions(
     State(state): State<Arc<AppState>>,
-    JsonBody { shared, fields, .. }: JsonBody<SharedFields, CompletionFields>,
+    headers: HeaderMap,
+    JsonBody { mut shared, fields, .. }: JsonBody<SharedFields, CompletionFields>,
 ) -> Result<Response, ApiError> {
     let echo = fields.echo.unwrap_or(false);
     let max_tokens = max_tokens(&state, &shared, echo)?;
@@ -89,25 +91,32 @@ pub(super) async fn completions(
     }
     check_sequences(&state, inputs.len(), common.num_choices)?;
     let options = PromptOptions { echo, max_tokens, max_model_len: state.engine.max_model_len() };
+    let cache_salt = state.cache_salt(&headers, shared.cache_salt()?);
+    if let Some(prediction) = shared.take_prediction() {
+        common.speculation.prediction = prediction.encode(&state, served).await?;
+    }
     let prompts = prepare(&state, served, inputs, suffix, options).await?;
-    let request = GenerationRequest {
-        prompts: prompts.iter().map(PreparedPrompt::to_run).collect(),
-        num_choices: common.num_choices,
-        params: common.params,
-        stop: common.stop,
-        max_draft_tokens: common.max_draft_tokens,
+    let reply = Reply {
+        model: shared.model,
+        lane: lane_name(served.lane),
+        seed: common.seed,
+        stream: common.stream,
+        include_usage: common.include_usage,
     };
-    let mut generation = Generation::start(&state, served, &request)?;
-
-    let lane = lane_name(served.lane);
-    let identity = Identity::new(response_id("cmpl"), "text_completion", shared.model, common.seed);
+    let num_choices = common.num_choices;
+    let to_run = prompts.iter().map(PreparedPrompt::to_run).collect();
+    let generation = Generation::start(&state, served, &common.into_request(to_run, cache_salt))?;
     let tokenizer = served.model.tokenizer.clone();
-    let seed = common.seed;
-    let shape =
-        Shape { tokenizer, prompts, num_choices: common.num_choices, has_logprobs: logprobs.is_some() };
-    let response = if common.stream {
+    let shape = Shape { tokenizer, prompts, num_choices, has_logprobs: logprobs.is_some() };
+    answer(generation, shape, reply).await
+}
+
+async fn answer(mut generation: Generation, shape: Shape, reply: Reply) -> Result<Response, ApiError> {
+    let (seed, shared) = (reply.seed(&generation), generation.shared());
+    let identity = Identity::new(response_id("cmpl"), "text_completion", reply.model, seed);
+    let response = if reply.stream {
         let encoder = CompletionEncoder {
-            writer: ChunkWriter::new(&identity, common.include_usage),
+            writer: ChunkWriter::new(&identity, reply.include_usage),
             offsets: vec![None; generation.num_sequences()],
             shape,
         };
@@ -133,7 +142,7 @@ pub(super) async fn completions(
         })
         .into_response()
     };
-    Ok(with_headers(response, lane, seed))
+    Ok(with_headers(response, reply.lane, seed, shared))
 }
 
 /// The client's own bound, checked. 0 is for scoring a prompt.

@@ -6,6 +6,7 @@ mod logprobs;
 mod models;
 mod params;
 mod prompt;
+mod speculation;
 mod types;
 mod write;
 

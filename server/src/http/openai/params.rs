@@ -3,13 +3,16 @@
 //! `null` is the same as absent. Fields not named here are ignored.
 
 use std::fmt;
+use std::time::Duration;
 
 use rand::Rng;
 use serde::de::{self, MapAccess, SeqAccess, Unexpected, Visitor};
 use serde::{Deserialize, Deserializer};
-use tandem_engine::{MAX_DRAFT_TOKENS, SamplingParams};
+use tandem_engine::{CacheSalt, Priority, SamplingParams, SpeculationParams};
 
+use super::speculation::{Prediction, Speculative};
 use crate::http::error::ApiError;
+use crate::http::generation::{GenerationRequest, Prompt};
 use crate::http::state::{Limits, ServedModel};
 
 /// Any whole number that JSON can hold, also one written as `16.0` or too large for 64 bits: whoever
@@ -84,32 +87,38 @@ fn canonical_id(text: &str) -> Option<u32> {
     if is_plain { text.parse().ok() } else { None }
 }
 
+/// Longest `cache_salt`: a hash or a few ids in any notation.
+const MAX_SALT_BYTES: usize = 256;
+
+/// Longest `t_max_predict_ms`, a day.
+const MAX_PREDICT_MS: i128 = 24 * 60 * 60 * 1000;
+
 /// Where reading a list of ends stops, whatever [`Limits::max_stops`] is.
 const MAX_LISTED: usize = 1024;
 
 /// One string or several.
 #[derive(Debug)]
-struct Stops(Vec<String>);
+pub(super) struct Strings(pub(super) Vec<String>);
 
-impl<'de> Deserialize<'de> for Stops {
+impl<'de> Deserialize<'de> for Strings {
     fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
-        struct StopsVisitor;
-        impl<'de> Visitor<'de> for StopsVisitor {
-            type Value = Stops;
+        struct StringsVisitor;
+        impl<'de> Visitor<'de> for StringsVisitor {
+            type Value = Strings;
 
             fn expecting(&self, formatter: &mut fmt::Formatter<'_>) -> fmt::Result {
                 formatter.write_str("a string or an array of strings")
             }
 
-            fn visit_str<E>(self, stop: &str) -> Result<Stops, E> {
-                Ok(Stops(vec![stop.to_owned()]))
+            fn visit_str<E>(self, stop: &str) -> Result<Strings, E> {
+                Ok(Strings(vec![stop.to_owned()]))
             }
 
-            fn visit_seq<A: SeqAccess<'de>>(self, elements: A) -> Result<Stops, A::Error> {
-                listed(elements).map(Stops)
+            fn visit_seq<A: SeqAccess<'de>>(self, elements: A) -> Result<Strings, A::Error> {
+                listed(elements).map(Strings)
             }
         }
-        deserializer.deserialize_any(StopsVisitor)
+        deserializer.deserialize_any(StringsVisitor)
     }
 }
 
@@ -152,11 +161,7 @@ pub(super) struct StreamOptions {
     pub(super) include_usage: Option<bool>,
 }
 
-#[derive(Debug, Default, Deserialize)]
-pub(super) struct Speculative {
-    #[serde(default, deserialize_with = "integer")]
-    max_draft_tokens: Option<i128>,
-}
+const PRIORITIES: &[(&str, Priority)] = &[("interactive", Priority::Interactive), ("batch", Priority::Batch)];
 
 /// The shared fields.
 #[derive(Debug, Default, Deserialize)]
@@ -168,7 +173,7 @@ pub(super) struct SharedFields {
     pub(super) n: Option<i128>,
     pub(super) stream: Option<bool>,
     pub(super) stream_options: Option<StreamOptions>,
-    stop: Option<Stops>,
+    stop: Option<Strings>,
     #[serde(default, deserialize_with = "integer")]
     seed: Option<i128>,
     temperature: Option<f64>,
@@ -184,7 +189,12 @@ pub(super) struct SharedFields {
     min_tokens: Option<i128>,
     ignore_eos: Option<bool>,
     stop_token_ids: Option<Ids>,
+    priority: Option<String>,
+    #[serde(default, deserialize_with = "integer")]
+    t_max_predict_ms: Option<i128>,
+    cache_salt: Option<String>,
     speculative: Option<Speculative>,
+    prediction: Option<Prediction>,
 }
 
 /// What the shared fields become. `params.max_tokens` and the logprobs are left to the endpoint.
@@ -192,11 +202,32 @@ pub(super) struct Shared {
     pub(super) params: SamplingParams,
     /// As the client wrote it, or as it was drawn.
     pub(super) seed: i128,
+    /// The client wrote it.
+    pub(super) names_seed: bool,
     pub(super) num_choices: usize,
     pub(super) stop: Vec<String>,
-    pub(super) max_draft_tokens: Option<u8>,
+    pub(super) priority: Priority,
+    pub(super) max_predict_time: Option<Duration>,
+    pub(super) speculation: SpeculationParams,
     pub(super) stream: bool,
     pub(super) include_usage: bool,
+}
+
+impl Shared {
+    /// The request for these prompts.
+    pub(super) fn into_request(self, prompts: Vec<Prompt>, cache_salt: CacheSalt) -> GenerationRequest {
+        GenerationRequest {
+            prompts,
+            num_choices: self.num_choices,
+            params: self.params,
+            stop: self.stop,
+            names_seed: self.names_seed,
+            priority: self.priority,
+            cache_salt,
+            max_predict_time: self.max_predict_time,
+            speculation: self.speculation,
+        }
+    }
 }
 
 /// Checks that `value` lies in `low..=high`.
@@ -205,6 +236,18 @@ pub(super) fn in_range(param: &str, value: i128, low: i128, high: i128) -> Resul
         return Ok(value);
     }
     Err(ApiError::invalid(param, format!("{param} is {value}; it must be an integer from {low} to {high}")))
+}
+
+/// What one of a few words means.
+pub(super) fn one_of<T: Copy>(param: &str, word: &str, known: &[(&str, T)]) -> Result<T, ApiError> {
+    if let Some((_, meaning)) = known.iter().find(|(name, _)| *name == word) {
+        return Ok(*meaning);
+    }
+    /// A message quotes no more of what the client wrote.
+    const MAX_QUOTED_CHARS: usize = 64;
+    let quoted: String = word.chars().take(MAX_QUOTED_CHARS).collect();
+    let names: Vec<String> = known.iter().map(|(name, _)| format!("{name:?}")).collect();
+    Err(ApiError::invalid(param, format!("{param} is {quoted:?}; it must be {}", names.join(" or "))))
 }
 
 fn number(param: &str, value: Option<f64>, default: f32) -> Result<f32, ApiError> {
@@ -228,11 +271,6 @@ impl SharedFields {
         // 53 bits: the largest integers that every JSON reader keeps whole.
         let seed = self.seed.unwrap_or_else(|| i128::from(rand::rng().next_u64() >> 11));
         in_range("seed", seed, i128::from(i64::MIN), i128::from(u64::MAX))?;
-        let draft_tokens = self.speculative.as_ref().and_then(|options| options.max_draft_tokens);
-        let max_draft_tokens = draft_tokens
-            .map(|value| in_range("speculative.max_draft_tokens", value, 0, MAX_DRAFT_TOKENS as i128))
-            .transpose()?
-            .map(|value| value as u8);
         let params = SamplingParams {
             seed: seed as u64,
             stop_token_ids: self.stop_token_ids(served, limits, extra_stop_token_ids)?,
@@ -243,12 +281,40 @@ impl SharedFields {
         Ok(Shared {
             params,
             seed,
+            names_seed: self.seed.is_some(),
             num_choices,
             stop: self.stop(limits)?,
-            max_draft_tokens,
+            priority: match &self.priority {
+                Some(name) => one_of("priority", name, PRIORITIES)?,
+                None => Priority::default(),
+            },
+            max_predict_time: self.max_predict_time()?,
+            speculation: self.speculative.as_ref().map(Speculative::resolve).transpose()?.unwrap_or_default(),
             stream: self.stream.unwrap_or(false),
             include_usage: self.stream_options.as_ref().and_then(|o| o.include_usage).unwrap_or(false),
         })
+    }
+
+    /// What the client expects, for [`Prediction::encode`]. Taken, because it can be long.
+    pub(super) fn take_prediction(&mut self) -> Option<Prediction> {
+        self.prediction.take()
+    }
+
+    /// The client's own part of what separates its cached blocks from others'.
+    pub(super) fn cache_salt(&self) -> Result<Option<&str>, ApiError> {
+        let Some(salt) = &self.cache_salt else { return Ok(None) };
+        if salt.is_empty() || salt.len() > MAX_SALT_BYTES {
+            let message = format!("cache_salt has {} bytes; it must have 1 to {MAX_SALT_BYTES}", salt.len());
+            return Err(ApiError::invalid("cache_salt", message));
+        }
+        Ok(Some(salt))
+    }
+
+    /// As with llama.cpp, what is not positive is no limit.
+    fn max_predict_time(&self) -> Result<Option<Duration>, ApiError> {
+        let Some(limit_ms) = self.t_max_predict_ms else { return Ok(None) };
+        let limit_ms = in_range("t_max_predict_ms", limit_ms, -1, MAX_PREDICT_MS)?;
+        Ok((limit_ms > 0).then(|| Duration::from_millis(limit_ms as u64)))
     }
 
     /// The fields that shape the distribution; what is not given comes from the model's
@@ -301,7 +367,7 @@ impl SharedFields {
     }
 
     fn stop(&self, limits: &Limits) -> Result<Vec<String>, ApiError> {
-        let stops = self.stop.as_ref().map_or(&[][..], |Stops(stops)| stops);
+        let stops = self.stop.as_ref().map_or(&[][..], |Strings(stops)| stops);
         if stops.len() > limits.max_stops {
             return Err(too_many("stop", stops.len(), limits.max_stops));
         }

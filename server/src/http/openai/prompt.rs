@@ -8,12 +8,12 @@ use std::sync::Arc;
 
 use serde::de::{self, SeqAccess, Visitor};
 use serde::{Deserialize, Deserializer};
-use tandem_models::{FimTokens, ModelError, Tokenizer};
+use tandem_models::{FimFrame, FimTokens, ModelError, Tokenizer};
 
 use super::completions::DEFAULT_MAX_TOKENS;
 use super::params::answer_tokens;
 use crate::http::error::ApiError;
-use crate::http::generation::Prompt;
+use crate::http::generation::{Prompt, PromptText};
 use crate::http::state::{AppState, MAX_PROMPTS, ServedModel};
 
 /// Requests with more text than this are tokenized off the async threads.
@@ -33,13 +33,14 @@ pub(super) enum PromptInput {
 /// A prompt ready to run, and its text if it is to be echoed.
 pub(super) struct PreparedPrompt {
     pub(super) tokens: Arc<[u32]>,
+    text: Option<PromptText>,
     max_tokens: u32,
     pub(super) echo: Option<String>,
 }
 
 impl PreparedPrompt {
     pub(super) fn to_run(&self) -> Prompt {
-        Prompt { tokens: self.tokens.clone(), max_tokens: self.max_tokens }
+        Prompt { tokens: self.tokens.clone(), text: self.text.clone(), max_tokens: self.max_tokens }
     }
 }
 
@@ -237,12 +238,15 @@ pub(super) async fn prepare(
     }
     let tokenizer = served.model.tokenizer.clone();
     let work = move || {
-        let frame = match fim.zip(suffix) {
-            Some((fim, suffix)) => Some(GapFrame::new(&tokenizer, &fim, &suffix)?),
+        let gap = match fim.zip(suffix) {
+            Some((fim, suffix)) => {
+                let frame = fim.frame(&tokenizer, &suffix).map_err(untokenizable)?;
+                Some(Gap { frame, suffix: suffix.into() })
+            }
             None => None,
         };
         // Each is checked before the next is encoded: the first fault ends the work.
-        inputs.into_iter().map(|input| prepare_one(&tokenizer, input, frame.as_ref(), options)).collect()
+        inputs.into_iter().map(|input| prepare_one(&tokenizer, input, gap.as_ref(), options)).collect()
     };
     state.heavy.run_if(size_bytes > INLINE_TEXT_BYTES, work).await
 }
@@ -255,26 +259,38 @@ pub(super) struct PromptOptions {
     pub(super) max_model_len: usize,
 }
 
+/// The gap that every prompt of a request with a suffix stands before, encoded once.
+struct Gap {
+    frame: FimFrame,
+    suffix: Arc<str>,
+}
+
 fn prepare_one(
     tokenizer: &Tokenizer,
     input: PromptInput,
-    frame: Option<&GapFrame>,
+    gap: Option<&Gap>,
     options: PromptOptions,
 ) -> Result<PreparedPrompt, ApiError> {
-    let (tokens, text) = match (input, frame) {
-        (PromptInput::Text(prefix), Some(frame)) => (frame.around(tokenizer, &prefix)?, None),
+    let (tokens, text) = match (input, gap) {
+        (PromptInput::Text(text), Some(gap)) => {
+            // Prompt and suffix are plain text: nothing in them becomes a control token.
+            (gap.frame.around(tokenizer, &text).map_err(untokenizable)?, Some(text))
+        }
         (PromptInput::Text(text), None) => (encode(tokenizer, &text, true)?, Some(text)),
         (PromptInput::Tokens(tokens), _) => (tokens, None),
     };
     let default = Some(DEFAULT_MAX_TOKENS);
     let max_tokens =
         answer_tokens("max_tokens", options.max_tokens, default, tokens.len(), options.max_model_len, false)?;
-    let echo = match (options.echo, text) {
-        (false, _) => None,
-        (true, Some(text)) => Some(text),
-        (true, None) => Some(decode(tokenizer, &tokens)?),
+    let (text, echo) = match (options.echo, text) {
+        (false, text) => {
+            let after = gap.map(|gap| gap.suffix.clone());
+            (text.map(|text| PromptText { before: text.into(), after }), None)
+        }
+        (true, Some(text)) => (None, Some(text)),
+        (true, None) => (None, Some(decode(tokenizer, &tokens)?)),
     };
-    Ok(PreparedPrompt { tokens: tokens.into(), max_tokens, echo })
+    Ok(PreparedPrompt { tokens: tokens.into(), text, max_tokens, echo })
 }
 
 /// The tokens for a gap, if there is a suffix and everything else agrees with that.
@@ -294,41 +310,13 @@ fn fim_tokens(
         let message = "with a suffix the prompt must be text, not token ids";
         return Err(ApiError::invalid("prompt", message));
     }
-    served.fim.clone().map(Some).ok_or_else(|| {
+    served.model.fim.clone().map(Some).ok_or_else(|| {
         let message = format!(
             "the model {:?} has no fill-in-the-middle tokens in its vocabulary, so it takes no suffix",
             served.model.name
         );
         ApiError::invalid("suffix", message)
     })
-}
-
-/// What stands around every prompt of a request with a suffix, encoded once. Prompt and suffix are
-/// plain text: nothing in them becomes a control token.
-struct GapFrame {
-    /// What the model wants around every input, and the token before the prompt.
-    head: Vec<u32>,
-    /// The suffix between its two tokens.
-    tail: Vec<u32>,
-}
-
-impl GapFrame {
-    fn new(tokenizer: &Tokenizer, fim: &FimTokens, suffix: &str) -> Result<Self, ApiError> {
-        let id = |token: &str| {
-            tokenizer.token_to_id(token).expect("the tokens were found in this vocabulary: this is a bug")
-        };
-        let mut head = tokenizer.encode_text("", true).map_err(untokenizable)?;
-        head.push(id(&fim.prefix));
-        let mut tail = vec![id(&fim.suffix)];
-        tail.extend(tokenizer.encode_text(suffix, false).map_err(untokenizable)?);
-        tail.push(id(&fim.middle));
-        Ok(GapFrame { head, tail })
-    }
-
-    fn around(&self, tokenizer: &Tokenizer, prefix: &str) -> Result<Vec<u32>, ApiError> {
-        let prefix = tokenizer.encode_text(prefix, false).map_err(untokenizable)?;
-        Ok([self.head.as_slice(), &prefix, &self.tail].concat())
-    }
 }
 
 /// Refuses text that is too long for the context even if every token were the vocabulary's longest:

@@ -36,10 +36,10 @@ impl From<&Account> for Usage {
             prompt_tokens_details: PromptDetails { cached_tokens: account.num_cached_tokens },
             completion_tokens_details: CompletionDetails {
                 reasoning_tokens: 0,
-                accepted_prediction_tokens: account.num_accepted_tokens,
+                accepted_prediction_tokens: account.num_accepted_prediction_tokens,
                 rejected_prediction_tokens: account
-                    .num_draft_tokens
-                    .saturating_sub(account.num_accepted_tokens),
+                    .num_prediction_tokens
+                    .saturating_sub(account.num_accepted_prediction_tokens),
             },
         }
     }
@@ -49,6 +49,7 @@ impl From<&Account> for Usage {
 #[derive(Serialize)]
 pub(super) struct Timings {
     queue_ms: f64,
+    cache_n: u64,
     prompt_n: u64,
     prompt_ms: f64,
     predicted_n: u64,
@@ -62,6 +63,7 @@ impl Timings {
     pub(super) fn of(generation: &Generation, account: &Account) -> Self {
         Timings {
             queue_ms: milliseconds(account.queue_time),
+            cache_n: account.num_cached_tokens,
             prompt_n: account.num_prompt_tokens,
             prompt_ms: milliseconds(account.prefill_time),
             predicted_n: account.num_output_tokens,

@@ -8,7 +8,7 @@ use serde::Serialize;
 
 use super::types::{Timings, Usage};
 use crate::http::error::ApiError;
-use crate::http::generation::Generation;
+use crate::http::generation::{Generation, Shared};
 use crate::http::lanes::{AUTO, LANE_HEADER};
 use crate::http::state::unix_seconds;
 use axum::response::Response;
@@ -35,17 +35,45 @@ impl Identity {
     }
 }
 
+/// How a request wants to be answered.
+pub(super) struct Reply {
+    /// As the client named it.
+    pub(super) model: Option<String>,
+    pub(super) lane: &'static str,
+    pub(super) seed: i128,
+    pub(super) stream: bool,
+    pub(super) include_usage: bool,
+}
+
+impl Reply {
+    /// The seed that the answer can be repeated with: a joined sequence has its own.
+    pub(super) fn seed(&self, generation: &Generation) -> i128 {
+        generation.joined_seed().map_or(self.seed, i128::from)
+    }
+}
+
 /// A fresh response id.
 pub(super) fn response_id(prefix: &str) -> String {
     format!("{prefix}-{:016x}{:016x}", rand::rng().next_u64(), rand::rng().next_u64())
 }
 
-/// Adds the lane and the seed to a response's headers.
-pub(super) fn with_headers(mut response: Response, lane: &'static str, seed: i128) -> Response {
+/// Says that the answer is read from a sequence that another request had started.
+const SHARED_HEADER: &str = "x-tandem-shared";
+
+/// Adds lane, seed and sharing to a response's headers.
+pub(super) fn with_headers(
+    mut response: Response,
+    lane: &'static str,
+    seed: i128,
+    shared: Option<Shared>,
+) -> Response {
     let headers = response.headers_mut();
     headers.insert(LANE_HEADER, HeaderValue::from_static(lane));
     let seed = HeaderValue::from_str(&seed.to_string()).expect("digits are a header value: this is a bug");
     headers.insert(SEED_HEADER, seed);
+    if let Some(shared) = shared {
+        headers.insert(SHARED_HEADER, HeaderValue::from_static(shared.name()));
+    }
     response
 }
 

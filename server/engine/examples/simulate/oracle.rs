@@ -1,0 +1,167 @@
+//! The right answers: one sequence alone, no speculation, no cache, room for everything, the prompt
+//! in one pass. Greedy answers are checked once more against the model's formula, without any engine.
+
+use std::collections::HashMap;
+use std::rc::Rc;
+use std::time::Duration;
+
+use tandem_engine::{
+    DraftTokens, Engine, EngineConfig, EngineError, FinishReason, Lane, Models, SamplingParams, TokenId,
+};
+use tandem_models::Model;
+
+use crate::common::{Answer, Fault, HashModel, Recipe, VOCAB_SIZE, clock, request};
+
+/// What makes a model of the pair.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct ModelSpec {
+    pub(crate) recipe: Recipe,
+    pub(crate) fault: Option<Fault>,
+}
+
+impl ModelSpec {
+    pub(crate) fn build(&self) -> Box<dyn Model> {
+        let mut model = HashModel::with_recipe(self.recipe);
+        model.fault = self.fault;
+        Box::new(model)
+    }
+}
+
+/// Both models of a scenario.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct PairSpec {
+    pub(crate) target: ModelSpec,
+    pub(crate) draft: ModelSpec,
+}
+
+impl PairSpec {
+    /// The model whose tokens this lane's clients see.
+    pub(crate) fn answering(&self, lane: Lane) -> &ModelSpec {
+        match lane {
+            Lane::Fast => &self.draft,
+            Lane::Deep => &self.target,
+        }
+    }
+}
+
+/// Answers and remembers.
+pub(crate) struct Oracle {
+    pair: PairSpec,
+    known: HashMap<(Lane, Vec<TokenId>, String), Rc<Answer>>,
+}
+
+/// More than any sequence of any scenario.
+const MAX_MODEL_LEN: usize = 2048;
+
+impl Oracle {
+    pub(crate) fn new(pair: PairSpec) -> Self {
+        Oracle { pair, known: HashMap::new() }
+    }
+
+    /// The whole answer to a prompt.
+    pub(crate) fn answer(&mut self, lane: Lane, prompt: &[TokenId], params: &SamplingParams) -> Rc<Answer> {
+        let key = (lane, prompt.to_vec(), format!("{params:?}"));
+        if let Some(known) = self.known.get(&key) {
+            return Rc::clone(known);
+        }
+        let answer = Rc::new(self.run(lane, prompt, params));
+        if params.temperature == 0.0 && self.pair.answering(lane).fault.is_none() {
+            check_greedy(&self.pair.answering(lane).recipe, prompt, params, &answer);
+        }
+        self.known.insert(key, Rc::clone(&answer));
+        answer
+    }
+
+    fn run(&self, lane: Lane, prompt: &[TokenId], params: &SamplingParams) -> Answer {
+        let config = EngineConfig {
+            block_size: 32,
+            num_blocks: (prompt.len() + params.max_tokens as usize).div_ceil(32) + 1,
+            max_num_seqs: 1,
+            max_num_batched_tokens: MAX_MODEL_LEN,
+            max_waiting: 1,
+            max_model_len: MAX_MODEL_LEN,
+            num_token_ids: VOCAB_SIZE,
+            draft_tokens: DraftTokens::Fixed(0),
+            prefix_cache: false,
+            hash_key: [0; 2],
+            hash_bits: 64,
+            lane_isolation: false,
+        };
+        let model = Some(self.pair.answering(lane).build());
+        let models = match lane {
+            Lane::Fast => Models { target: None, draft: model },
+            Lane::Deep => Models { target: model, draft: None },
+        };
+        let mut engine = Engine::new(&config, models).expect("the oracle's engine starts");
+        let (request, receiver) = request(0, lane, prompt, params.clone(), params.max_tokens as usize + 3);
+        engine.submit(request, Duration::ZERO);
+        let clock = clock();
+        let mut answer = Answer::default();
+        while answer.finished.is_none() && answer.failed.is_none() {
+            engine.step(&clock).expect("the oracle's engine is whole");
+            receiver.try_iter().for_each(|event| answer.take(event));
+        }
+        answer
+    }
+}
+
+/// Says what is wrong with a greedy answer, by the model's formula alone. Penalties are left to the
+/// engine's own sampler.
+///
+/// # Panics
+/// If the oracle's engine is wrong.
+fn check_greedy(recipe: &Recipe, prompt: &[TokenId], params: &SamplingParams, answer: &Answer) {
+    let mut context: Vec<TokenId> = prompt.to_vec();
+    let mut state = context.iter().fold(0, |state, &token| Recipe::extend(state, token));
+    if let Some(scored) = &answer.prompt_logprobs {
+        let mut state = 0;
+        for (position, &token) in prompt.iter().enumerate() {
+            if let Some(entry) = &scored[position] {
+                check_logprob(recipe, &prompt[..position], state, token, entry.logprob);
+            }
+            state = Recipe::extend(state, token);
+        }
+    }
+    if params.repetition_penalty != 1.0 || params.presence_penalty != 0.0 || params.frequency_penalty != 0.0 {
+        return;
+    }
+    let best = |context: &[TokenId], state: u64| {
+        let mut logits: Vec<f32> = recipe.logits(context, state).collect();
+        for &(id, bias) in &params.logit_bias {
+            logits[id as usize] += bias;
+        }
+        if context.len() - prompt.len() < params.min_tokens as usize {
+            for &id in &params.stop_token_ids {
+                logits[id as usize] = f32::NEG_INFINITY;
+            }
+        }
+        (0..VOCAB_SIZE).rev().max_by(|&a, &b| logits[a].total_cmp(&logits[b])).map(|id| id as TokenId)
+    };
+    for (i, &token) in answer.tokens.iter().enumerate() {
+        assert_eq!(best(&context, state), Some(token), "the oracle's output token {i}");
+        if let Some(entry) = answer.logprobs.get(i) {
+            check_logprob(recipe, &context, state, token, entry.logprob);
+        }
+        context.push(token);
+        state = Recipe::extend(state, token);
+    }
+    match answer.finished.expect("without a fault the oracle finishes").reason {
+        FinishReason::Stop(id) => assert_eq!(best(&context, state), Some(id), "the oracle's stop token"),
+        FinishReason::Length => assert_eq!(answer.tokens.len(), params.max_tokens as usize),
+        reason => panic!("the oracle ended with {reason:?}"),
+    }
+}
+
+fn check_logprob(recipe: &Recipe, context: &[TokenId], state: u64, token: TokenId, got: f32) {
+    let logits: Vec<f32> = recipe.logits(context, state).collect();
+    let max = logits.iter().copied().fold(f32::NEG_INFINITY, f32::max);
+    let sum: f64 = logits.iter().map(|&logit| f64::from(logit - max).exp()).sum();
+    let wanted = f64::from(logits[token as usize] - max) - sum.ln();
+    // Sums are added up in another order here; an off-by-one row is wrong by far more.
+    assert!((wanted - f64::from(got)).abs() < 1e-4, "the oracle's log-probability: {got}, by hand {wanted}");
+}
+
+/// True if the two say the same of a failure, whatever the words.
+pub(crate) fn same_failure(a: &EngineError, b: &EngineError) -> bool {
+    std::mem::discriminant(a) == std::mem::discriminant(b)
+}

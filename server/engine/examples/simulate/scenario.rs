@@ -1,0 +1,104 @@
+//! What a seed stands for: an engine's configuration, a pair of models, and the clients that will come.
+
+use tandem_engine::{DraftTokens, EngineConfig};
+
+use super::oracle::{ModelSpec, Oracle, PairSpec};
+use super::rng::Rng;
+use super::workload::{Plan, Workload};
+use crate::common::{Fault, FaultKind, Recipe, VOCAB_SIZE};
+
+/// Everything that is decided before the first step.
+pub(crate) struct Scenario {
+    pub(crate) config: EngineConfig,
+    /// Measure step costs at start, as a server does.
+    pub(crate) profile: bool,
+    pub(crate) pair: PairSpec,
+    /// In the order of their arrival.
+    pub(crate) plans: Vec<Plan>,
+    /// Comes when all others are gone and needs every block there is.
+    pub(crate) last: Option<Plan>,
+}
+
+/// How large a scenario is.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct Shape {
+    pub(crate) max_prompt: usize,
+    pub(crate) max_output: usize,
+    pub(crate) num_clients: usize,
+    pub(crate) block_size: usize,
+}
+
+/// The longest sequence that is given every block, so that no scenario takes long.
+const LONGEST_LAST: usize = 400;
+
+impl Scenario {
+    /// The scenario of `rng`'s seed. The oracle answers along the way, because clients go on from answers.
+    pub(crate) fn generate(rng: &Rng, oracle: impl FnOnce(PairSpec) -> Oracle) -> (Self, Oracle) {
+        let shape = Shape {
+            max_prompt: rng.pick(&[3, 20, 60, 60, 120]),
+            max_output: rng.pick(&[2, 12, 24, 40]),
+            num_clients: match rng.range(0, 19) {
+                0 => rng.range(40, 90),
+                1..=5 => rng.range(10, 25),
+                _ => rng.range(1, 9),
+            },
+            block_size: rng.range(1, 19),
+        };
+        let config = engine_config(rng, shape);
+        let pair = pair(rng);
+        let mut oracle = oracle(pair);
+        let mut workload = Workload::new(rng, shape, &config, pair);
+        let plans = (0..shape.num_clients).map(|_| workload.next_plan(rng, &mut oracle)).collect();
+        let capacity = (config.num_blocks * config.block_size).min(config.max_model_len);
+        let last = (capacity <= LONGEST_LAST && capacity > 1).then(|| workload.last_plan(rng, capacity));
+        (Scenario { profile: rng.one_in(2), config, pair, plans, last }, oracle)
+    }
+}
+
+fn engine_config(rng: &Rng, shape: Shape) -> EngineConfig {
+    let longest = shape.max_prompt + shape.max_output;
+    let enough = longest.div_ceil(shape.block_size);
+    let num_blocks = match rng.range(0, 5) {
+        0 | 1 => enough,
+        2 => enough + rng.range(1, 3),
+        3 => 2 * enough,
+        4 => 4 * enough,
+        _ => 40 * enough,
+    };
+    EngineConfig {
+        block_size: shape.block_size,
+        num_blocks,
+        max_num_seqs: rng.pick(&[1, 2, 3, 5, 8, 64]),
+        max_num_batched_tokens: rng.pick(&[1, 16, 40, 100, 1_000]),
+        max_waiting: 1_000,
+        max_model_len: if rng.one_in(2) { longest } else { num_blocks * shape.block_size },
+        num_token_ids: VOCAB_SIZE,
+        draft_tokens: if rng.one_in(3) {
+            DraftTokens::Fixed(rng.range(0, 8) as u8)
+        } else {
+            DraftTokens::Auto
+        },
+        prefix_cache: !rng.one_in(4),
+        hash_key: [rng.next(), rng.next()],
+        hash_bits: rng.pick(&[1, 8, 8, 64]),
+        lane_isolation: rng.one_in(2),
+    }
+}
+
+fn pair(rng: &Rng) -> PairSpec {
+    let memory = if rng.one_in(2) { Some(rng.range(1, 2)) } else { None };
+    let stray = rng.pick(&[0.0, 1.0, 3.0, 100.0]);
+    let mut target = ModelSpec { recipe: Recipe { stray: 0.0, memory }, fault: None };
+    let mut draft = ModelSpec { recipe: Recipe { stray, memory }, fault: None };
+    if rng.one_in(3) {
+        let kind = match rng.range(0, 2) {
+            0 => FaultKind::Poison,
+            1 => FaultKind::Error(rng.range(0, 3)),
+            _ => FaultKind::Panic(rng.range(0, 3)),
+        };
+        // Not 0, which the measuring passes at start are made of.
+        let fault = Some(Fault { token: rng.range(1, VOCAB_SIZE - 1) as u32, kind });
+        if rng.one_in(2) { target.fault = fault } else { draft.fault = fault }
+    }
+    PairSpec { target, draft }
+}

@@ -1,0 +1,219 @@
+//! What a pass computes: some of the tokens that its model has not computed yet, of some of the
+//! running sequences.
+//!
+//! There is no separate prefill or decode: a sequence with one token to compute decodes, one with more
+//! prefills (in chunks, if the budget is short), one with draft tokens verifies. Whoever reaches its
+//! last token gets logits. Sequences that decode come first, so prefill never stops the others.
+
+use std::time::Duration;
+
+use tandem_models::ForwardBatch;
+
+use crate::api::{Lane, SequenceId};
+use crate::scheduler::Scheduler;
+use crate::sequence::{ModelRole, Sequence};
+
+/// Prompt tokens of the deep lane in a pass, however much is verified in it.
+const MIN_DEEP_PREFILL_TOKENS: usize = 16;
+
+/// Limits of one pass.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct PassLimits {
+    /// Tokens of one pass; enough for every seat to verify its longest draft.
+    pub(crate) max_num_batched_tokens: usize,
+    /// Tokens of a pass in which the deep lane's prompts have a part, by model: what nobody has to wait
+    /// for longer than a moment. Prompts get what verification leaves of it, but never nothing.
+    pub(crate) max_deep_prefill_tokens: [usize; 2],
+    /// Prompt tokens a sequence with `prompt_logprobs` computes in one pass: each takes a row of logits.
+    pub(crate) max_logits_rows: usize,
+}
+
+impl PassLimits {
+    /// Tokens that one sequence can have of a pass.
+    fn most(&self, want: &Want, sequence: &Sequence, role: ModelRole) -> usize {
+        if want.is_prefill && sequence.lane == Lane::Deep {
+            self.max_deep_prefill_tokens[role as usize]
+        } else {
+            self.max_num_batched_tokens
+        }
+    }
+}
+
+/// One sequence's part of a pass.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) struct ScheduledSequence {
+    /// Where it sits.
+    pub(crate) seat: usize,
+    /// Who sits there; somebody else may when the pass ends.
+    pub(crate) id: SequenceId,
+    /// Tokens computed.
+    pub(crate) num_tokens: usize,
+    /// Rows of logits it gets: the last `num_logits` of its tokens.
+    pub(crate) num_logits: usize,
+}
+
+/// One pass: who is in it, and the model's inputs.
+#[derive(Debug, Default)]
+pub(crate) struct ScheduledBatch {
+    pub(crate) sequences: Vec<ScheduledSequence>,
+    pub(crate) inputs: ForwardBatch,
+    /// Scratch: who may be in it, most urgent first.
+    seats: Vec<usize>,
+}
+
+/// Which pass to build.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum PassKind {
+    /// The draft: the fast lane, and the deep sequences that still propose. Round 0 also takes what
+    /// the draft has not seen yet of the deep sequences that propose.
+    Round(usize),
+    /// The draft: the fast lane alone, between two layers of the target.
+    FastOnly,
+    /// The target: decode, verification and prefill of the deep lane.
+    Target,
+}
+
+impl PassKind {
+    pub(crate) fn role(self) -> ModelRole {
+        match self {
+            PassKind::Round(_) | PassKind::FastOnly => ModelRole::Draft,
+            PassKind::Target => ModelRole::Target,
+        }
+    }
+
+    fn takes(self, sequence: &Sequence) -> bool {
+        let in_lane = match (self, sequence.lane) {
+            (PassKind::Round(_) | PassKind::FastOnly, Lane::Fast) => true,
+            (PassKind::Round(round), Lane::Deep) => sequence.num_planned_draft_tokens > round,
+            (PassKind::FastOnly, Lane::Deep) | (PassKind::Target, Lane::Fast) => false,
+            (PassKind::Target, Lane::Deep) => true,
+        };
+        in_lane && sequence.finished.is_none()
+    }
+}
+
+/// What one sequence wants of a pass.
+struct Want {
+    computed: usize,
+    uncomputed: usize,
+    is_prefill: bool,
+    scores_prompt: bool,
+}
+
+impl Want {
+    fn of(sequence: &Sequence, role: ModelRole) -> Self {
+        let computed = sequence.num_computed(role);
+        // The last committed token and the draft tokens after it make a decode; the draft may also be
+        // one token behind, after a verification in which all its tokens stood.
+        let catch_up = usize::from(role == ModelRole::Draft && sequence.lane == Lane::Deep);
+        Want {
+            computed,
+            uncomputed: sequence.tokens().len() - computed,
+            is_prefill: sequence.num_tokens() > computed + 1 + catch_up,
+            scores_prompt: sequence.scores_prompt() && role == sequence.lane.answered_by(),
+        }
+    }
+}
+
+impl ScheduledBatch {
+    /// Builds the pass. Makes sure of the blocks first, most urgent sequence first; others may be
+    /// preempted for it.
+    pub(crate) fn schedule(
+        &mut self,
+        kind: PassKind,
+        scheduler: &mut Scheduler,
+        limits: &PassLimits,
+        now: Duration,
+    ) {
+        self.sequences.clear();
+        self.inputs.clear();
+        let role = kind.role();
+        let mut seats = std::mem::take(&mut self.seats);
+        seats.clear();
+        seats.extend((0..scheduler.seats.len()).filter(|&seat| {
+            let sequence = scheduler.seats[seat].as_ref();
+            sequence.is_some_and(|s| kind.takes(s) && s.tokens().len() > s.num_computed(role))
+        }));
+        seats.sort_unstable_by_key(|&seat| scheduler.seats[seat].as_ref().map(|s| s.urgency(now)));
+        seats.retain(|&seat| {
+            let Some(sequence) = &scheduler.seats[seat] else { return false };
+            let want = Want::of(sequence, role);
+            scheduler.grow(seat, want.computed + want.uncomputed.min(limits.most(&want, sequence, role)), now)
+        });
+        self.fill(role, &seats, scheduler, limits);
+        self.seats = seats;
+    }
+
+    fn fill(&mut self, role: ModelRole, seats: &[usize], scheduler: &Scheduler, limits: &PassLimits) {
+        let mut budget = limits.max_num_batched_tokens;
+        let mut deep_prefill_budget = 0;
+        for prefill in [false, true] {
+            if prefill {
+                let most = limits.max_deep_prefill_tokens[role as usize];
+                let decoding = limits.max_num_batched_tokens - budget;
+                deep_prefill_budget = most.saturating_sub(decoding).max(most.min(MIN_DEEP_PREFILL_TOKENS));
+            }
+            for &seat in seats {
+                // Somebody more urgent may have preempted it for its blocks.
+                let Some(sequence) = &scheduler.seats[seat] else { continue };
+                let want = Want::of(sequence, role);
+                if want.is_prefill != prefill || want.uncomputed == 0 {
+                    continue;
+                }
+                let mut num_tokens = want.uncomputed.min(budget);
+                if want.scores_prompt {
+                    num_tokens = num_tokens.min(limits.max_logits_rows);
+                }
+                if prefill && sequence.lane == Lane::Deep {
+                    num_tokens = num_tokens.min(deep_prefill_budget);
+                    deep_prefill_budget -= num_tokens;
+                }
+                if num_tokens == 0 {
+                    continue;
+                }
+                budget -= num_tokens;
+                let num_logits = match () {
+                    () if want.scores_prompt => num_tokens,
+                    () if num_tokens < want.uncomputed => 0,
+                    () if role == ModelRole::Target => 1 + sequence.draft_tokens().len(),
+                    () => 1,
+                };
+                self.push(seat, scheduler, want.computed, num_tokens, num_logits);
+            }
+        }
+    }
+
+    fn push(
+        &mut self,
+        seat: usize,
+        scheduler: &Scheduler,
+        start: usize,
+        num_tokens: usize,
+        num_logits: usize,
+    ) {
+        let Some(sequence) = &scheduler.seats[seat] else { return };
+        scheduler.blocks.push_sequence(
+            &mut self.inputs,
+            &sequence.tokens()[start..start + num_tokens],
+            start,
+            &sequence.block_table,
+            num_logits,
+        );
+        self.sequences.push(ScheduledSequence { seat, id: sequence.id, num_tokens, num_logits });
+    }
+
+    /// Makes the pass that of one of its sequences alone.
+    pub(crate) fn retain_only(
+        &mut self,
+        scheduled: ScheduledSequence,
+        role: ModelRole,
+        scheduler: &Scheduler,
+    ) {
+        self.sequences.clear();
+        self.inputs.clear();
+        if let Some(sequence) = &scheduler.seats[scheduled.seat] {
+            let start = sequence.num_computed(role);
+            self.push(scheduled.seat, scheduler, start, scheduled.num_tokens, scheduled.num_logits);
+        }
+    }
+}

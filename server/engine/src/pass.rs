@@ -1,0 +1,346 @@
+//! A pass of a model, from its inputs to what its sequences make of the logits; and what happens when
+//! it fails.
+//!
+//! A model that fails or panics takes down the pass, not the engine: the pass is run again sequence by
+//! sequence, which writes the same bits to the same slots, and only those that fail alone fail. The same
+//! holds for what is done with a sequence's logits.
+
+use std::panic::{AssertUnwindSafe, catch_unwind};
+use std::time::Duration;
+
+use tandem_kernels::sampling;
+
+use crate::api::{EngineError, EngineStats, FinishReason, Lane};
+use crate::batch::ScheduledSequence;
+use crate::engine::Engine;
+use crate::sampler::{Draw, LogprobScratch, Sampler};
+use crate::sequence::{ModelRole, Sequence};
+use crate::speculation::{DraftPolicy, verify};
+
+/// Turns a panic into an error.
+fn guard<T>(work: impl FnOnce() -> Result<T, EngineError>) -> Result<T, EngineError> {
+    catch_unwind(AssertUnwindSafe(work)).unwrap_or_else(|panic| {
+        let text = panic.downcast_ref::<&str>().map(|text| (*text).to_owned());
+        let text = text.or_else(|| panic.downcast_ref::<String>().cloned());
+        Err(EngineError::Forward(format!("internal error: {}", text.as_deref().unwrap_or("a panic"))))
+    })
+}
+
+fn forward_error(error: impl std::fmt::Display) -> EngineError {
+    EngineError::Forward(error.to_string())
+}
+
+impl Engine {
+    /// Runs the scheduled pass of a model from beginning to end.
+    pub(crate) fn run_pass(&mut self, role: ModelRole, clock: &dyn Fn() -> Duration) {
+        let mut is_whole = self.begin_pass(role);
+        while is_whole {
+            match self.advance_pass(role) {
+                Some(true) => {}
+                Some(false) => break,
+                None => is_whole = false,
+            }
+        }
+        self.end_pass(role, is_whole, clock);
+    }
+
+    /// Hands the scheduled pass to its model. False if it failed.
+    pub(crate) fn begin_pass(&mut self, role: ModelRole) -> bool {
+        let batch = match role {
+            ModelRole::Target => &self.target_batch,
+            ModelRole::Draft => &self.draft_batch,
+        };
+        let model = self.models.get(role).as_mut().expect("a lane has its model: this is a bug");
+        guard(|| model.begin(&batch.inputs).map_err(forward_error)).is_ok()
+    }
+
+    /// Computes a layer. True if that was not the last; `None` if it failed.
+    pub(crate) fn advance_pass(&mut self, role: ModelRole) -> Option<bool> {
+        let model = self.models.get(role).as_mut().expect("a lane has its model: this is a bug");
+        guard(|| model.advance().map_err(forward_error)).ok()
+    }
+
+    /// Ends the pass and gives every sequence its logits; runs it again one by one if it is not whole.
+    /// Returns the time for what the sequences made of their logits.
+    pub(crate) fn end_pass(
+        &mut self,
+        role: ModelRole,
+        is_whole: bool,
+        clock: &dyn Fn() -> Duration,
+    ) -> Duration {
+        let mut logits = std::mem::take(&mut self.logits);
+        let model = self.models.get(role).as_mut().expect("a lane has its model: this is a bug");
+        if is_whole && guard(|| model.finish(&mut logits).map_err(forward_error)).is_ok() {
+            let now = clock();
+            let mut rest = logits.as_slice();
+            let sequences = std::mem::take(&mut self.batch_of(role).sequences);
+            for scheduled in &sequences {
+                rest = self.apply(role, *scheduled, rest, now);
+            }
+            self.batch_of(role).sequences = sequences;
+            self.logits = logits;
+            return clock().saturating_sub(now);
+        }
+        self.run_one_by_one(role, &mut logits, clock);
+        self.logits = logits;
+        Duration::ZERO
+    }
+
+    fn batch_of(&mut self, role: ModelRole) -> &mut crate::batch::ScheduledBatch {
+        match role {
+            ModelRole::Target => &mut self.target_batch,
+            ModelRole::Draft => &mut self.draft_batch,
+        }
+    }
+
+    fn run_one_by_one(&mut self, role: ModelRole, logits: &mut Vec<f32>, clock: &dyn Fn() -> Duration) {
+        let sequences = std::mem::take(&mut self.batch_of(role).sequences);
+        for scheduled in &sequences {
+            if !self.is_seated(scheduled) {
+                continue;
+            }
+            let mut alone = *scheduled;
+            let mut outcome = self.run_alone(role, alone, logits);
+            if outcome.is_err()
+                && let Some(plain) = self.without_draft(role, alone)
+            {
+                // A draft token may have broken it, which plain decoding would never have computed.
+                alone = plain;
+                outcome = self.run_alone(role, alone, logits);
+            }
+            match outcome {
+                Ok(()) => {
+                    self.apply(role, alone, logits, clock());
+                }
+                Err(error) => self.fail_pass(role, scheduled, error),
+            }
+        }
+    }
+
+    fn run_alone(
+        &mut self,
+        role: ModelRole,
+        scheduled: ScheduledSequence,
+        logits: &mut Vec<f32>,
+    ) -> Result<(), EngineError> {
+        let batch = match role {
+            ModelRole::Target => &mut self.target_batch,
+            ModelRole::Draft => &mut self.draft_batch,
+        };
+        batch.retain_only(scheduled, role, &self.scheduler);
+        let model = self.models.get(role).as_mut().expect("a lane has its model: this is a bug");
+        guard(|| model.forward(&batch.inputs, logits).map_err(forward_error))
+    }
+
+    /// The sequence's part of the target's pass after its draft tokens are forgotten; `None` if it has
+    /// none.
+    fn without_draft(&mut self, role: ModelRole, scheduled: ScheduledSequence) -> Option<ScheduledSequence> {
+        let sequence = self.scheduler.seats[scheduled.seat].as_mut()?;
+        let num_draft_tokens = sequence.draft_tokens().len();
+        if role != ModelRole::Target || num_draft_tokens == 0 {
+            return None;
+        }
+        sequence.rollback();
+        Some(ScheduledSequence {
+            num_tokens: scheduled.num_tokens - num_draft_tokens,
+            num_logits: 1,
+            ..scheduled
+        })
+    }
+
+    /// A sequence's own pass failed: a proposal is given up, anything else fails the sequence.
+    fn fail_pass(&mut self, role: ModelRole, scheduled: &ScheduledSequence, error: EngineError) {
+        let Some(sequence) = &mut self.scheduler.seats[scheduled.seat] else { return };
+        if role == sequence.lane.answered_by() {
+            self.fail(scheduled, error);
+        } else {
+            sequence.num_planned_draft_tokens = 0;
+        }
+    }
+
+    /// True if the sequence is still where it was when the pass was scheduled.
+    fn is_seated(&self, scheduled: &ScheduledSequence) -> bool {
+        self.scheduler.seats[scheduled.seat].as_ref().is_some_and(|s| s.id == scheduled.id)
+    }
+
+    /// Gives a sequence the first rows of `logits` and returns the others.
+    fn apply<'a>(
+        &mut self,
+        role: ModelRole,
+        scheduled: ScheduledSequence,
+        logits: &'a [f32],
+        now: Duration,
+    ) -> &'a [f32] {
+        let model = self.models.get(role).as_ref().expect("a lane has its model: this is a bug");
+        let row_width = model.config().vocab_size;
+        let (rows, rest) = logits.split_at(scheduled.num_logits * row_width);
+        // It may have been aborted while the pass was under way.
+        if !self.is_seated(&scheduled) {
+            return rest;
+        }
+        let Some(sequence) = &mut self.scheduler.seats[scheduled.seat] else { return rest };
+        let mut pass = SequencePass {
+            sequence,
+            sampler: &mut self.sampler,
+            logprobs: &mut self.logprobs,
+            policy: &mut self.policy,
+            stats: &mut self.stats,
+            row_width,
+            num_token_ids: self.num_token_ids,
+            now,
+        };
+        match guard(|| pass.apply(role, scheduled.num_tokens, rows)) {
+            Ok(()) => {
+                if sequence.emit().is_err() {
+                    sequence.rollback();
+                    sequence.finished = Some(FinishReason::Aborted);
+                }
+                self.scheduler.register(scheduled.seat);
+            }
+            Err(error) => self.fail(&scheduled, error),
+        }
+        rest
+    }
+
+    fn fail(&mut self, scheduled: &ScheduledSequence, error: EngineError) {
+        if let Some(sequence) = self.scheduler.remove(scheduled.id) {
+            sequence.fail(error);
+            self.stats.num_failed += 1;
+        }
+    }
+}
+
+/// One sequence's share of a finished pass.
+struct SequencePass<'a> {
+    sequence: &'a mut Sequence,
+    sampler: &'a mut Sampler,
+    logprobs: &'a mut LogprobScratch,
+    policy: &'a mut DraftPolicy,
+    stats: &'a mut EngineStats,
+    /// Logits of a row; those of `num_token_ids` tokens, then padding.
+    row_width: usize,
+    num_token_ids: usize,
+    now: Duration,
+}
+
+impl SequencePass<'_> {
+    fn apply(&mut self, role: ModelRole, num_tokens: usize, rows: &[f32]) -> Result<(), EngineError> {
+        let sequence = &mut *self.sequence;
+        let start = sequence.num_computed(role);
+        sequence.advance(role, num_tokens);
+        let end = start + num_tokens;
+        if role != sequence.lane.answered_by() {
+            return self.propose(end, rows);
+        }
+        let num_prompt_tokens = sequence.num_prompt_tokens();
+        self.stats.num_prompt_tokens += end.min(num_prompt_tokens).saturating_sub(start) as u64;
+        let rows = self.score_prompt(start, rows);
+        let sequence = &mut *self.sequence;
+        if sequence.params.max_tokens == 0 && end >= num_prompt_tokens {
+            sequence.finished = Some(FinishReason::Length);
+            return Ok(());
+        }
+        if rows.is_empty() {
+            return Ok(());
+        }
+        if sequence.num_remaining_tokens() == 0 {
+            sequence.finished = Some(FinishReason::Length);
+            return Ok(());
+        }
+        self.verify(rows)
+    }
+
+    /// Takes the rows of prompt tokens whose successor is in the prompt too, if they are to be scored;
+    /// returns the others. A preempted sequence sees some of them twice.
+    fn score_prompt<'r>(&mut self, start: usize, mut rows: &'r [f32]) -> &'r [f32] {
+        let sequence = &mut *self.sequence;
+        let Some(num_top) = sequence.params.prompt_logprobs.filter(|_| sequence.scores_prompt()) else {
+            return rows;
+        };
+        let mut position = start;
+        while position + 1 < sequence.num_prompt_tokens() && !rows.is_empty() {
+            let (row, rest) = rows.split_at(self.row_width);
+            if position >= sequence.num_scored() {
+                let next = sequence.tokens()[position + 1];
+                let scores = self.logprobs.compute(&row[..self.num_token_ids], next, num_top.into());
+                sequence.push_prompt_logprobs(scores);
+            }
+            rows = rest;
+            position += 1;
+        }
+        rows
+    }
+
+    fn verify(&mut self, rows: &[f32]) -> Result<(), EngineError> {
+        let sequence = &mut *self.sequence;
+        let before = sequence.usage;
+        let num_draft_tokens = sequence.draft_tokens().len();
+        let rows = rows.chunks_exact(self.row_width).map(|row| &row[..self.num_token_ids]);
+        let outcome = verify(sequence, rows, self.sampler, self.logprobs, self.now);
+        let after = sequence.usage;
+        let new_tokens = u64::from(after.num_output_tokens - before.num_output_tokens);
+        match sequence.lane {
+            Lane::Fast => self.stats.num_fast_tokens += new_tokens,
+            Lane::Deep => self.stats.num_deep_tokens += new_tokens,
+        }
+        let num_accepted_tokens = (after.total_accepted_tokens() - before.total_accepted_tokens()) as usize;
+        self.learn(num_draft_tokens, num_accepted_tokens);
+        for source in 0..before.num_draft_tokens.len() {
+            let new = |after: [u32; 3], before: [u32; 3]| u64::from(after[source] - before[source]);
+            self.stats.num_draft_tokens[source] += new(after.num_draft_tokens, before.num_draft_tokens);
+            self.stats.num_accepted_tokens[source] +=
+                new(after.num_accepted_tokens, before.num_accepted_tokens);
+        }
+        outcome
+    }
+
+    /// Tells the policy what became of the draft.
+    fn learn(&mut self, num_draft_tokens: usize, num_accepted_tokens: usize) {
+        let sequence = &mut *self.sequence;
+        if num_draft_tokens == 0 {
+            return;
+        }
+        let calibration = self.policy.calibration(sequence.params.temperature > 0.0);
+        // Tokens after the first that fell were never judged.
+        for (index, &confidence) in sequence.drafting.confidences.iter().enumerate() {
+            if index < num_draft_tokens && index <= num_accepted_tokens {
+                calibration.record(confidence, index < num_accepted_tokens);
+            }
+        }
+        let kind = sequence.drafting.kind;
+        self.policy.record(&mut sequence.acceptance, kind, num_draft_tokens, num_accepted_tokens);
+    }
+
+    /// Takes a draft token from the draft's logits. A draft that gives no usable logits costs its
+    /// sequence the speculation of this step, never the sequence.
+    fn propose(&mut self, end: usize, rows: &[f32]) -> Result<(), EngineError> {
+        let sequence = &mut *self.sequence;
+        if rows.is_empty() || end < sequence.tokens().len() {
+            sequence.num_planned_draft_tokens = 0;
+            return Ok(());
+        }
+        let draw = Draw {
+            params: &sequence.params,
+            counts: sequence.counts.as_ref(),
+            provisional: sequence.draft_tokens(),
+            position: sequence.tokens().len(),
+            num_output_tokens: sequence.num_output_tokens() + sequence.draft_tokens().len(),
+        };
+        match self.sampler.draw(&rows[..self.num_token_ids], &draw) {
+            Ok(id) => {
+                sequence.push_draft_token(id);
+                if sequence.drafting.is_adaptive {
+                    let logits = &rows[..self.num_token_ids];
+                    let log_probability = f64::from(logits[id as usize]) - sampling::log_sum_exp(logits);
+                    sequence.drafting.confidences.push(log_probability.exp() as f32);
+                }
+                // Nothing follows a stop token.
+                if sequence.params.stop_token_ids.contains(&id) {
+                    sequence.num_planned_draft_tokens = 0;
+                }
+            }
+            Err(_) => sequence.num_planned_draft_tokens = 0,
+        }
+        Ok(())
+    }
+}

@@ -1,0 +1,137 @@
+//! What passes cost on this machine, measured before the first sequence.
+
+use std::time::Duration;
+
+use crate::api::EngineError;
+use crate::block_manager::BlockTable;
+use crate::engine::Engine;
+use crate::sequence::ModelRole;
+use crate::speculation::{DraftPolicy, DraftTokens, PROFILED_ROWS, StepCosts};
+
+/// Context before the measured rows.
+const CONTEXT: usize = 64;
+
+/// The fastest of so many passes counts: as many as fit the time, within these bounds.
+const PASSES: std::ops::RangeInclusive<usize> = 2..=16;
+
+/// Time for the passes of one row count.
+const TIME_A_ROW_COUNT: Duration = Duration::from_millis(20);
+
+/// How long the fast lane may have to wait for a layer of the target or a pass of the draft that
+/// prefills a deep prompt. Where even few rows take longer, twice the time of one row.
+const SLICE: Duration = Duration::from_micros(500);
+
+/// Prompts are cut into pieces no smaller than this, whatever they cost: below it the weights are read
+/// too often.
+const MIN_PREFILL_TOKENS: usize = 32;
+
+impl Engine {
+    /// Measures what passes cost, for the speculation policy and for the size of prefill chunks. Takes
+    /// some tens of passes; must run before the first sequence, because it writes to the KV cache.
+    ///
+    /// # Errors
+    /// If a pass fails.
+    pub fn profile(&mut self, setting: DraftTokens, clock: &dyn Fn() -> Duration) -> Result<(), EngineError> {
+        assert!(self.scheduler.is_idle(), "the profile would overwrite live sequences: this is a bug");
+        let mut costs = [Vec::new(), Vec::new()];
+        for role in [ModelRole::Target, ModelRole::Draft] {
+            for rows in PROFILED_ROWS {
+                if let Some(time) = self.time_pass(role, rows, clock)? {
+                    costs[role as usize].push((rows, time));
+                }
+            }
+        }
+        if self.lane_isolation && self.models.draft.is_some() {
+            for (role, costs) in costs.iter().enumerate() {
+                // The draft's passes are not suspended.
+                let num_slices =
+                    if role == ModelRole::Target as usize { self.num_target_layers() } else { 1 };
+                let most = &mut self.limits.max_deep_prefill_tokens[role];
+                *most = prefill_chunk(costs, num_slices).min(*most).max(1);
+            }
+        }
+        let [target, draft] = costs;
+        self.policy = DraftPolicy::new(setting, StepCosts::from_measured(target, draft));
+        Ok(())
+    }
+
+    fn num_target_layers(&self) -> usize {
+        self.models.target.as_ref().map_or(1, |model| model.config().num_layers.max(1))
+    }
+
+    /// The fastest of a few passes over one sequence of `rows` rows after some context.
+    fn time_pass(
+        &mut self,
+        role: ModelRole,
+        rows: usize,
+        clock: &dyn Fn() -> Duration,
+    ) -> Result<Option<Duration>, EngineError> {
+        let blocks = &mut self.scheduler.blocks;
+        let Some(model) = self.models.get(role) else { return Ok(None) };
+        let mut table = BlockTable::default();
+        if !blocks.grow(&mut table, CONTEXT + rows) {
+            return Ok(None);
+        }
+        let inputs = &mut self.draft_batch.inputs;
+        let mut best: Option<Duration> = None;
+        let mut outcome = Ok(());
+        let mut spent = Duration::ZERO;
+        for pass in 0..=*PASSES.end() {
+            if pass > *PASSES.start() && spent > TIME_A_ROW_COUNT {
+                break;
+            }
+            inputs.clear();
+            let (start, num_tokens, num_logits) =
+                if pass == 0 { (0, CONTEXT, 1) } else { (CONTEXT, rows, rows) };
+            blocks.push_sequence(inputs, &vec![0; num_tokens], start, &table, num_logits);
+            let before = clock();
+            outcome = model.forward(inputs, &mut self.logits);
+            let time = clock().saturating_sub(before);
+            if pass > 0 {
+                spent += time;
+                best = Some(best.map_or(time, |best| best.min(time)));
+            }
+            if outcome.is_err() {
+                break;
+            }
+        }
+        blocks.release(table);
+        outcome.map_err(|error| EngineError::Forward(error.to_string()))?;
+        Ok(best)
+    }
+}
+
+/// Rows that fit a slice of a pass: the largest measured count, or as many times it as its time fits.
+fn prefill_chunk(costs: &[(usize, Duration)], num_slices: usize) -> usize {
+    let Some(&(_, of_one_row)) = costs.first() else { return MIN_PREFILL_TOKENS };
+    let budget = (SLICE * num_slices as u32).max(2 * of_one_row);
+    let fitting = costs.iter().rev().find(|(_, time)| *time <= budget);
+    let Some(&(rows, time)) = fitting else { return MIN_PREFILL_TOKENS };
+    let times = budget.as_secs_f64() / time.as_secs_f64().max(1e-9);
+    let is_largest = costs.last().is_some_and(|&(most, _)| most == rows);
+    let rows = if is_largest { (rows as f64 * times) as usize } else { rows };
+    rows.max(MIN_PREFILL_TOKENS)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn costs(micros: &[(usize, u64)]) -> Vec<(usize, Duration)> {
+        micros.iter().map(|&(rows, time)| (rows, Duration::from_micros(time))).collect()
+    }
+
+    #[test]
+    fn a_chunk_takes_about_a_slice() {
+        // 10 layers: 5 ms for the pass.
+        assert_eq!(prefill_chunk(&costs(&[(1, 300), (64, 1_000)]), 10), 320);
+        assert_eq!(prefill_chunk(&costs(&[(1, 300), (48, 4_000), (64, 6_000)]), 10), 48);
+    }
+
+    #[test]
+    fn where_one_row_is_slow_a_chunk_costs_two_rows_and_is_never_tiny() {
+        assert_eq!(prefill_chunk(&costs(&[(1, 100_000), (64, 150_000), (128, 300_000)]), 1), 64);
+        assert_eq!(prefill_chunk(&costs(&[(1, 100_000), (8, 300_000)]), 1), MIN_PREFILL_TOKENS);
+        assert_eq!(prefill_chunk(&[], 4), MIN_PREFILL_TOKENS);
+    }
+}

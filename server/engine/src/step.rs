@@ -1,0 +1,184 @@
+//! A step of the engine: one pass of the draft, or one layer of the target.
+//!
+//! Steps go round in two phases:
+//!
+//! 1. **Draft.** Each deep sequence's draft length is planned. Then come the rounds: each is one pass of
+//!    the draft over the fast lane's sequences *and* the deep lane's proposals, so the fast lane gains a
+//!    token a round.
+//! 2. **Target.** One pass of the target over the deep lane: prefill, decode and verification together.
+//!    It is suspended after every layer; fast-lane sequences that have work take a pass of the draft in
+//!    the gap. When it ends, its tokens are verified, committed and handed to the clients.
+//!
+//! Between any two steps commands are taken, and waiting sequences start. A fast-lane request therefore
+//! waits for at most one pass of the draft and one layer of the target before its own pass. Whoever waits
+//! for a first token goes in every gap; others as long as the fast lane has had less of the pass's time
+//! than the target, so that neither lane can starve the other. None of it changes a bit of any answer.
+
+use std::time::Duration;
+
+use crate::api::{EngineError, FinishReason, Lane};
+use crate::batch::PassKind;
+use crate::engine::Engine;
+use crate::sequence::{ModelRole, Sequence};
+
+/// Where the engine is between two steps.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub(crate) enum Phase {
+    /// The next pass of the draft is this round; before round 0 drafts are planned.
+    Draft { round: usize },
+    /// The target's pass is under way. Times since it began.
+    Target { fast_time: Duration, target_time: Duration },
+}
+
+impl Default for Phase {
+    fn default() -> Self {
+        Phase::Draft { round: 0 }
+    }
+}
+
+impl Engine {
+    /// One step; see the file's header. `clock` is read a few times.
+    ///
+    /// # Errors
+    /// [`EngineError::Integrity`] if the engine's account of its blocks contradicts itself: then it must
+    /// not go on.
+    pub fn step(&mut self, clock: &dyn Fn() -> Duration) -> Result<(), EngineError> {
+        let now = clock();
+        self.scheduler.expire(now);
+        self.retire();
+        self.scheduler.admit(now);
+        // The end of one round and the beginning of the next are one step if the first has no pass left.
+        if !self.advance_phase(clock) {
+            self.advance_phase(clock);
+        }
+        if !self.lane_isolation {
+            // Off, a step is a whole round of both phases and nobody gets in between.
+            while self.phase != Phase::default() {
+                self.advance_phase(clock);
+            }
+        }
+        self.scheduler.deliver();
+        self.stats.num_steps += 1;
+        if cfg!(debug_assertions) || self.is_idle() { self.check_integrity() } else { Ok(()) }
+    }
+
+    /// Runs one pass of the draft or one layer of the target. False if this round has none left.
+    fn advance_phase(&mut self, clock: &dyn Fn() -> Duration) -> bool {
+        if let Phase::Draft { round } = self.phase {
+            if self.draft_round(round, clock) {
+                self.phase = Phase::Draft { round: round + 1 };
+                return true;
+            }
+            self.phase = Phase::default();
+            if !self.begin_target(clock) {
+                return false;
+            }
+        }
+        self.advance_target(clock);
+        true
+    }
+
+    /// Round `round` of the draft phase. False if there is nothing for it.
+    fn draft_round(&mut self, round: usize, clock: &dyn Fn() -> Duration) -> bool {
+        if round == 0 {
+            self.plan_drafts();
+        } else if !self.scheduler.running().any(|s| s.num_planned_draft_tokens > round) {
+            return false;
+        }
+        let has_run = self.draft_pass(PassKind::Round(round), clock);
+        if has_run {
+            self.review_drafts(round);
+        }
+        has_run
+    }
+
+    fn draft_pass(&mut self, kind: PassKind, clock: &dyn Fn() -> Duration) -> bool {
+        let start = clock();
+        self.draft_batch.schedule(kind, &mut self.scheduler, &self.limits, start);
+        if self.draft_batch.sequences.is_empty() {
+            return false;
+        }
+        self.stats.num_draft_passes += 1;
+        self.run_pass(ModelRole::Draft, clock);
+        self.retire();
+        let num_rows = self.draft_batch.inputs.num_tokens();
+        self.policy.costs_mut().observe_draft(num_rows, clock().saturating_sub(start));
+        true
+    }
+
+    /// Schedules the target's pass and begins it. False if there is nothing to compute.
+    fn begin_target(&mut self, clock: &dyn Fn() -> Duration) -> bool {
+        let start = clock();
+        self.target_batch.schedule(PassKind::Target, &mut self.scheduler, &self.limits, start);
+        if self.target_batch.sequences.is_empty() {
+            return false;
+        }
+        for scheduled in &self.target_batch.sequences {
+            if let Some(sequence) = &mut self.scheduler.seats[scheduled.seat] {
+                sequence.in_flight = true;
+            }
+        }
+        self.stats.num_target_passes += 1;
+        let has_begun = self.begin_pass(ModelRole::Target);
+        let target_time = clock().saturating_sub(start);
+        self.phase = Phase::Target { fast_time: Duration::ZERO, target_time };
+        if !has_begun {
+            self.end_target(false, clock);
+        }
+        true
+    }
+
+    /// One layer of the target, after the fast lane's turn; at the end of the pass its tokens.
+    fn advance_target(&mut self, clock: &dyn Fn() -> Duration) {
+        let Phase::Target { fast_time, target_time } = self.phase else { return };
+        let start = clock();
+        if self.lane_isolation && self.fast_lane_is_due(fast_time <= target_time) {
+            self.draft_pass(PassKind::FastOnly, clock);
+        }
+        let middle = clock();
+        let progress = self.advance_pass(ModelRole::Target);
+        self.phase = Phase::Target {
+            fast_time: fast_time + middle.saturating_sub(start),
+            target_time: target_time + clock().saturating_sub(middle),
+        };
+        match progress {
+            Some(true) => {}
+            Some(false) => self.end_target(true, clock),
+            None => self.end_target(false, clock),
+        }
+    }
+
+    fn end_target(&mut self, is_whole: bool, clock: &dyn Fn() -> Duration) {
+        let start = clock();
+        let phase = std::mem::take(&mut self.phase);
+        for sequence in self.scheduler.seats.iter_mut().flatten() {
+            sequence.in_flight = false;
+        }
+        let drawing = self.end_pass(ModelRole::Target, is_whole, clock);
+        self.retire();
+        if let Phase::Target { target_time, .. } = phase {
+            let inputs = &self.target_batch.inputs;
+            let time = target_time + clock().saturating_sub(start);
+            let (num_rows, num_logits) = (inputs.num_tokens(), inputs.logits_rows.len());
+            self.policy.costs_mut().observe_target(num_rows, num_logits, drawing, time);
+        }
+    }
+
+    /// True if a fast-lane sequence has something to compute and it is its turn.
+    fn fast_lane_is_due(&self, in_turn: bool) -> bool {
+        let fast = || self.scheduler.running().filter(|s| s.lane == Lane::Fast && s.finished.is_none());
+        if in_turn { fast().next().is_some() } else { fast().any(Sequence::awaits_first_token) }
+    }
+
+    /// Takes what has finished from its seat.
+    fn retire(&mut self) {
+        for retired in self.scheduler.retire() {
+            self.sessions.record(retired.cache_salt, retired.committed_tokens());
+            if retired.finished == Some(FinishReason::Aborted) {
+                self.stats.num_aborted += 1;
+            } else {
+                self.stats.num_finished += 1;
+            }
+        }
+    }
+}

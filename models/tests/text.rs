@@ -143,13 +143,44 @@ fn fim_tokens_are_found_by_their_usual_spellings() {
 fn fim_prompts_keep_control_strings_of_the_client_as_text() {
     let tokenizer = load(&byte_level_tokenizer(&SPECIAL));
     let fim = FimTokens::detect(&tokenizer).unwrap();
-    let ids = fim.encode_psm(&tokenizer, "x = '<|endoftext|>'", "end").unwrap().unwrap();
+    let ids = fim.encode(&tokenizer, "x = '<|endoftext|>'", "end").unwrap();
     let special: Vec<u32> = ids.iter().copied().filter(|&id| tokenizer.is_special(id)).collect();
     let wanted =
         ["<|fim_prefix|>", "<|fim_suffix|>", "<|fim_middle|>"].map(|t| tokenizer.token_to_id(t).unwrap());
     assert_eq!(special, wanted);
     let text = fim.psm("x = '<|endoftext|>'", "end");
     assert_eq!(tokenizer.decode(&ids, false).unwrap(), text);
+}
+
+#[test]
+fn a_model_states_its_fill_in_the_middle_order() {
+    let dir = tempfile::tempdir().unwrap();
+    let found = |special: &[&str], config: &str| {
+        std::fs::write(dir.path().join("tokenizer_config.json"), config).unwrap();
+        let tokenizer = load(&byte_level_tokenizer(special));
+        FimTokens::from_dir(dir.path(), &tokenizer).map(|fim| (fim, tokenizer))
+    };
+    for (config, wanted) in [
+        ("{}", "<|fim_prefix|>P<|fim_suffix|>S<|fim_middle|>"),
+        (r#"{"fim_order": "psm"}"#, "<|fim_prefix|>P<|fim_suffix|>S<|fim_middle|>"),
+        (r#"{"fim_order": "spm"}"#, "<|fim_prefix|><|fim_suffix|>S<|fim_middle|>P"),
+    ] {
+        let (fim, tokenizer) = found(&SPECIAL, config).unwrap();
+        let fim = fim.unwrap();
+        let ids = fim.encode(&tokenizer, "P", "S").unwrap();
+        assert_eq!(tokenizer.decode(&ids, false).unwrap(), wanted);
+        assert_eq!(fim.frame(&tokenizer, "S").unwrap().around(&tokenizer, "P").unwrap(), ids);
+    }
+    for config in [r#"{"fim_order": "msp"}"#, r#"{"fim_order": 1}"#, r#"{"fim_order": null}"#] {
+        let Err(error) = found(&SPECIAL, config) else { panic!("{config} was taken") };
+        let error = error.to_string();
+        assert!(error.contains("tokenizer_config.json") && error.contains("fim_order"), "{error}");
+        assert!(error.contains("\"psm\" or \"spm\""), "{error}");
+    }
+    let deep_seek = ["<｜fim▁begin｜>", "<｜fim▁hole｜>", "<｜fim▁end｜>"];
+    let Err(error) = found(&deep_seek, r#"{"fim_order": "spm"}"#) else { panic!("it was taken") };
+    assert!(error.to_string().contains("hole"), "{error}");
+    assert_eq!(found(&["<|endoftext|>"], r#"{"fim_order": "spm"}"#).unwrap().0, None);
 }
 
 #[test]

@@ -122,7 +122,7 @@ pub(crate) struct ServeSettings {
     #[arg(long, value_name = "N", help_heading = "Machine")]
     max_num_seqs: Option<String>,
 
-    /// Sequences that may wait before new requests are refused with status 429 [default: 256]
+    /// Sequences of each lane that may wait before its new requests are refused with status 429 [default: 256]
     #[arg(long, value_name = "N", help_heading = "Machine")]
     max_waiting: Option<String>,
 

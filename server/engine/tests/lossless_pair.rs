@@ -22,6 +22,14 @@ use tandem_models::{BackendKind, Checkpoint, FimTokens, Model, Tokenizer};
 
 const FIXTURE: &str = include_str!("../../src/cli/bench/prompts.jsonl");
 const MAX_TOKENS: u32 = 64;
+
+/// The same with `TANDEM_LOSSLESS=full`.
+const MAX_TOKENS_FULL: u32 = 128;
+
+/// Every prompt in every setting: half an hour.
+fn is_full() -> bool {
+    std::env::var("TANDEM_LOSSLESS").is_ok_and(|value| value == "full")
+}
 const BATCH_SIZES: [usize; 3] = [1, 3, 8];
 
 fn demo(name: &str) -> PathBuf {
@@ -85,7 +93,12 @@ fn prompts() -> Vec<Arc<[TokenId]>> {
 }
 
 fn params(temperature: f32, seed: u64) -> SamplingParams {
-    SamplingParams { temperature, seed, max_tokens: MAX_TOKENS, ..SamplingParams::default() }
+    SamplingParams {
+        temperature,
+        seed,
+        max_tokens: if is_full() { MAX_TOKENS_FULL } else { MAX_TOKENS },
+        ..SamplingParams::default()
+    }
 }
 
 /// An engine with the pair, kept over many runs.
@@ -121,7 +134,7 @@ fn asks(prompts: &[(usize, Arc<[TokenId]>)], temperature: f32, draft_tokens: u8)
 
 #[test]
 fn the_deep_lane_answers_the_same_with_and_without_speculation() {
-    let full = std::env::var("TANDEM_LOSSLESS").is_ok_and(|value| value == "full");
+    let full = is_full();
     let prompts: Vec<(usize, Arc<[TokenId]>)> = prompts().into_iter().enumerate().collect();
     let mut pairs = [
         ("the pair's draft", pair(Some(load(&demo("draft"))), |_| {})),

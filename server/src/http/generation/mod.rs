@@ -1,6 +1,6 @@
 //! What every protocol asks for and gets: prompts in, text out.
 //!
-//! A [`GenerationRequest`] becomes one sequence a choice, or joins one that runs ([`sharing`]).
+//! A [`GenerationRequest`] becomes one sequence a choice, or joins one that runs (`sharing`).
 //! [`Generation`] turns the engine's events into text (detokenized, cut at stop strings) and an
 //! account. Dropping it frees the sequences that nobody else reads: a closed connection needs no
 //! other handling.

@@ -20,6 +20,10 @@ PROMPT = "def fibonacci(n):\n"
 MESSAGES = [{"role": "user", "content": "Write a function that adds two numbers."}]
 
 
+def token_counts(usage):
+    return usage.prompt_tokens, usage.completion_tokens, usage.total_tokens
+
+
 def start(binary, arguments):
     """Starts the server and waits for the line with its address."""
     process = subprocess.Popen(
@@ -79,7 +83,7 @@ def completion(client, lane):
     chunks = list(stream)
     text = "".join(chunk.choices[0].text for chunk in chunks if chunk.choices)
     assert text == answer.choices[0].text, (text, answer.choices[0].text)
-    assert chunks[-1].usage == usage, (chunks[-1], usage)
+    assert token_counts(chunks[-1].usage) == token_counts(usage), (chunks[-1], usage)
 
 
 def completion_options(client):
@@ -129,7 +133,8 @@ def chat(client, lane):
     text = "".join(chunk.choices[0].delta.content or "" for chunk in chunks if chunk.choices)
     assert text == message.content, (text, message.content)
     assert chunks[-2].choices[0].finish_reason == answer.choices[0].finish_reason, chunks[-2]
-    assert chunks[-1].usage == answer.usage, chunks[-1]
+    # What the cache had of the prompt differs: the second request finds the first one's.
+    assert token_counts(chunks[-1].usage) == token_counts(answer.usage), chunks[-1]
 
 
 def leaving_early(client):

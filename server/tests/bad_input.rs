@@ -99,7 +99,7 @@ async fn every_fault_is_named() {
         (
             "{\"prompt\": \"a\", \"speculative\": {\"max_draft_tokens\": 99}}",
             Some("speculative.max_draft_tokens"),
-            &["99", "16"],
+            &["99", "32"],
         ),
         (
             "{\"prompt\": \"a\", \"speculative\": {\"sources\": [\"draft\", \"oracle\"]}}",

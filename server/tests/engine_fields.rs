@@ -115,8 +115,9 @@ async fn interactive_work_goes_before_batch_work_that_came_first() {
     server.until("both wait", |stats| stats.num_waiting == 2).await;
     drop(seats.pop());
     interactive.body_mut().frame().await.expect("its first tokens").expect("no error");
-    let stats = server.engine.stats();
-    assert_eq!((stats.num_running, stats.num_waiting), (8, 1));
+    server
+        .until("the batch request waits on", |stats| (stats.num_running, stats.num_waiting) == (8, 1))
+        .await;
     drop((seats, batch, interactive));
     server.until("all is freed", |stats| stats.num_running + stats.num_waiting == 0).await;
     server.stop().await;

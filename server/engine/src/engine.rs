@@ -17,7 +17,7 @@ use crate::prefix_cache::HashSettings;
 use crate::sampler::{LogprobScratch, Sampler};
 use crate::scheduler::Scheduler;
 use crate::sequence::{ModelRole, Sequence};
-use crate::speculation::{DraftPolicy, DraftTokens, Sessions, StepCosts};
+use crate::speculation::{DraftPolicy, DraftTokens, Sessions, StepCosts, Trials};
 use crate::step::Phase;
 
 /// What the engine is made with.
@@ -85,6 +85,7 @@ pub struct Engine {
     pub(crate) models: Models,
     pub(crate) limits: PassLimits,
     pub(crate) policy: DraftPolicy,
+    pub(crate) trials: Trials,
     pub(crate) sessions: Sessions,
     pub(crate) plan: PlanScratch,
     pub(crate) sampler: Sampler,
@@ -134,6 +135,7 @@ impl Engine {
             models,
             limits,
             policy: DraftPolicy::new(config.draft_tokens, StepCosts::default()),
+            trials: Trials::default(),
             sessions: Sessions::default(),
             plan: PlanScratch::default(),
             sampler: Sampler::new(config.num_token_ids),

@@ -5,10 +5,14 @@
 //! token needs a slot for its keys and values, for which nobody is preempted: where blocks are short
 //! drafts are.
 
+use std::time::Duration;
+
 use crate::api::{DraftSource, Lane, MAX_DRAFT_TOKENS};
 use crate::engine::Engine;
 use crate::sequence::{DraftState, ModelRole, Sequence};
-use crate::speculation::{Candidate, Drafting, MAX_MODEL_DRAFT_TOKENS, Offer, ProposalKind, StepLoad};
+use crate::speculation::{
+    Arm, BatchKind, Candidate, Drafting, MAX_MODEL_DRAFT_TOKENS, Offer, ProposalKind, StepLoad,
+};
 
 /// However many sequences verify together, a draft may be this long.
 const MIN_DRAFT_TOKENS: usize = 4;
@@ -36,23 +40,28 @@ fn decodes_deep(sequence: &Sequence) -> bool {
 
 impl Engine {
     /// Plans the drafts of the deep sequences that decode.
-    pub(crate) fn plan_drafts(&mut self) {
+    pub(crate) fn plan_drafts(&mut self, now: Duration) {
         let mut plan = std::mem::take(&mut self.plan);
         plan.seats.clear();
         plan.candidates.clear();
-        let mut is_settled = plan.num_settled_steps > 0 && !self.policy.is_fixed();
+        let mut must_plan = self.policy.is_fixed();
+        let mut samples = false;
         for seat in 0..self.scheduler.seats.len() {
             let Some(sequence) = &mut self.scheduler.seats[seat] else { continue };
             sequence.num_planned_draft_tokens = 0;
             if decodes_deep(sequence) {
                 plan.seats.push(seat);
-                let must_plan = sequence.speculation.max_draft_tokens.is_some()
+                must_plan |= sequence.speculation.max_draft_tokens.is_some()
                     || !sequence.speculation.prediction.is_empty();
-                is_settled &= !must_plan;
+                samples |= sequence.params.temperature > 0.0;
             }
         }
-        if is_settled {
-            plan.num_settled_steps -= 1;
+        let load = self.step_load();
+        let is_comparable = !must_plan && load.num_prefill_rows == 0 && !plan.seats.is_empty();
+        let kind = is_comparable.then(|| BatchKind::new(plan.seats.len(), samples));
+        let arm = self.trials.begin(kind, now, self.stats.num_deep_tokens);
+        if arm == Arm::Plain || (plan.num_settled_steps > 0 && !must_plan) {
+            plan.num_settled_steps = plan.num_settled_steps.saturating_sub(1);
             self.plan = plan;
             return;
         }
@@ -60,7 +69,6 @@ impl Engine {
             plan.candidates.extend(self.candidate(seat));
         }
         if !plan.seats.is_empty() {
-            let load = self.step_load();
             self.policy.plan(&plan.candidates, &load, &mut plan.choices);
             let drafts_nothing = plan.choices.iter().all(Option::is_none);
             plan.num_settled_steps = if drafts_nothing { SETTLED_STEPS } else { 0 };

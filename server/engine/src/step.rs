@@ -81,7 +81,7 @@ impl Engine {
     /// Round `round` of the draft phase. False if there is nothing for it.
     fn draft_round(&mut self, round: usize, clock: &dyn Fn() -> Duration) -> bool {
         if round == 0 {
-            self.plan_drafts();
+            self.plan_drafts(clock());
         } else if !self.scheduler.running().any(|s| s.num_planned_draft_tokens > round) {
             return false;
         }
@@ -156,7 +156,8 @@ impl Engine {
         }
         let drawing = self.end_pass(ModelRole::Target, is_whole, clock);
         self.retire();
-        if let Phase::Target { target_time, .. } = phase {
+        if let Phase::Target { fast_time, target_time } = phase {
+            self.trials.end(clock(), fast_time, self.stats.num_deep_tokens);
             let inputs = &self.target_batch.inputs;
             let time = target_time + clock().saturating_sub(start);
             let (num_rows, num_logits) = (inputs.num_tokens(), inputs.logits_rows.len());

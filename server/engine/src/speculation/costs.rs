@@ -1,17 +1,22 @@
 //! What passes cost on this machine: measured at start, over one sequence and little context, then
 //! corrected by what real passes take with all that the engine does for them (scheduling, sampling,
-//! handing out) and at the contexts of the day.
+//! handing out) and at the contexts of the day: first all passes alike, which serves row counts that were
+//! not seen lately, then each row count by its own.
 
 use std::time::Duration;
 
 /// Seconds that passes take.
 #[derive(Clone, Debug, Default)]
 pub(crate) struct StepCosts {
-    /// `(rows, seconds)` of target passes, ascending in rows.
+    /// `(rows, seconds)` of target passes as measured at start, ascending in rows.
+    measured_target: Vec<(usize, f64)>,
+    /// The same as of now.
     target: Vec<(usize, f64)>,
-    /// The same for the draft.
-    draft: Vec<(usize, f64)>,
     target_overhead: Overhead,
+    /// One a row count of the target's.
+    seen: Vec<Seen>,
+    /// As measured at start, for the draft.
+    draft: Vec<(usize, f64)>,
     draft_factor: Factor,
 }
 
@@ -23,6 +28,29 @@ struct Overhead {
     /// All else.
     of_pass: f64,
 }
+
+/// How many times what was expected the passes near a row count took.
+#[derive(Clone, Copy, Debug, Default)]
+struct Seen {
+    times: f64,
+    weight: f64,
+}
+
+impl Seen {
+    fn observe(&mut self, times: f64, weight: f64) {
+        let kept = 1.0 - NEW_WEIGHT * weight;
+        self.times = kept * self.times + weight * times;
+        self.weight = kept * self.weight + weight;
+    }
+
+    /// Once expected, until there is experience.
+    fn factor(&self) -> f64 {
+        (EXPECTED_WEIGHT + self.times) / (EXPECTED_WEIGHT + self.weight)
+    }
+}
+
+/// Passes that the expectation of a row count is worth.
+const EXPECTED_WEIGHT: f64 = 4.0;
 
 /// How many times what was measured a draft pass takes. It is short, so that all it meets adds up: other
 /// contexts, sampling, scheduling, threads that had fallen asleep.
@@ -60,8 +88,10 @@ impl Factor {
     }
 }
 
-/// What a row adds to a pass at least, as a share of what rows add on average.
-const LEAST_ROW: f64 = 0.5;
+/// What a row adds to a pass at least, as a share of what rows add on average: where a few passes were
+/// measured at start, and where many were seen.
+const LEAST_MEASURED_ROW: f64 = 0.5;
+const LEAST_SEEN_ROW: f64 = 0.1;
 
 /// Row counts worth measuring: every length of one sequence, then batches of them.
 pub(crate) const PROFILED_ROWS: [usize; 12] = [1, 2, 3, 4, 5, 6, 7, 8, 9, 16, 32, 64];
@@ -70,38 +100,19 @@ impl StepCosts {
     /// From `(rows, time)` of passes, ascending in rows; empty for a model that is not there.
     pub(crate) fn from_measured(target: Vec<(usize, Duration)>, draft: Vec<(usize, Duration)>) -> Self {
         let seconds = |costs: Vec<(usize, Duration)>| {
-            let mut least = f64::INFINITY;
-            // A pass over more rows cannot be cheaper; where it seems so, the smaller one was disturbed.
-            let mut costs: Vec<(usize, f64)> = costs
-                .into_iter()
-                .rev()
-                .map(|(rows, time)| {
-                    least = least.min(time.as_secs_f64());
-                    (rows, least)
-                })
-                .collect();
-            costs.reverse();
-            // Nor is a row free because of that: it costs some part of what rows cost on the whole.
-            if let (Some(&(fewest, least)), Some(&(most, greatest))) = (costs.first(), costs.last())
-                && most > fewest
-            {
-                let row = LEAST_ROW * (greatest - least) / (most - fewest) as f64;
-                let mut before = (fewest, least);
-                for cost in &mut costs {
-                    cost.1 = cost.1.max(before.1 + row * (cost.0 - before.0) as f64);
-                    before = *cost;
-                }
-            }
+            let mut costs: Vec<_> =
+                costs.into_iter().map(|(rows, time)| (rows, time.as_secs_f64())).collect();
+            make_rising(&mut costs, LEAST_MEASURED_ROW);
             costs
         };
-        StepCosts { target: seconds(target), draft: seconds(draft), ..StepCosts::default() }
+        let (target, draft) = (seconds(target), seconds(draft));
+        let seen = vec![Seen::default(); target.len()];
+        StepCosts { measured_target: target.clone(), target, seen, draft, ..StepCosts::default() }
     }
 
     /// Seconds of a target pass over `rows` rows; none for no rows.
     pub(crate) fn target(&self, rows: usize) -> f64 {
         Self::lookup(&self.target, rows)
-            + self.target_overhead.of_pass
-            + rows as f64 * self.target_overhead.of_row
     }
 
     /// Notes what a target pass over `rows` rows took, `drawing` of it for drawing from `num_logits` of them.
@@ -112,8 +123,39 @@ impl StepCosts {
         drawing: Duration,
         time: Duration,
     ) {
-        let measured = Self::lookup(&self.target, rows);
-        self.target_overhead.observe(measured, num_logits, drawing.as_secs_f64(), time.as_secs_f64());
+        let seconds = time.as_secs_f64();
+        let measured = Self::lookup(&self.measured_target, rows);
+        self.target_overhead.observe(measured, num_logits, drawing.as_secs_f64(), seconds);
+        if measured > 0.0 {
+            let times = (seconds / self.expected(rows, measured)).min(MOST_TIMES);
+            let after = self.measured_target.partition_point(|c| c.0 < rows);
+            let share = match (after.checked_sub(1), self.measured_target.get(after)) {
+                (Some(before), Some(&(r1, _))) => {
+                    let r0 = self.measured_target[before].0;
+                    (r1 - rows) as f64 / (r1 - r0) as f64
+                }
+                (Some(_), None) => 1.0,
+                (None, _) => 0.0,
+            };
+            if let Some(before) = after.checked_sub(1) {
+                self.seen[before].observe(times, share);
+            }
+            if let Some(seen) = self.seen.get_mut(after) {
+                seen.observe(times, 1.0 - share);
+            }
+        }
+        let mut target = std::mem::take(&mut self.target);
+        for (index, cost) in target.iter_mut().enumerate() {
+            let (rows, measured) = self.measured_target[index];
+            *cost = (rows, self.seen[index].factor() * self.expected(rows, measured));
+        }
+        make_rising(&mut target, LEAST_SEEN_ROW);
+        self.target = target;
+    }
+
+    /// What passes of all row counts let expect of one that took `measured` at start.
+    fn expected(&self, rows: usize, measured: f64) -> f64 {
+        measured + self.target_overhead.of_pass + rows as f64 * self.target_overhead.of_row
     }
 
     /// Notes what a draft pass over `rows` rows took.
@@ -128,7 +170,6 @@ impl StepCosts {
         slopes
             .chain(self.target.last().map(|&(rows, seconds)| seconds / rows as f64))
             .fold(f64::INFINITY, f64::min)
-            + self.target_overhead.of_row
     }
 
     /// Seconds that `rows` more rows add to a draft pass over `others` rows.
@@ -148,6 +189,27 @@ impl StepCosts {
             (Some((r0, s0)), None) => s0 * rows as f64 / r0 as f64,
             (None, Some(&(_, seconds))) => seconds,
             (None, None) => 0.0,
+        }
+    }
+}
+
+/// Makes `costs`, ascending in rows, rise with them: a pass over more rows cannot be cheaper, so where it seems
+/// so the smaller one was disturbed; nor is a row free because of that, it costs some part of what rows
+/// cost on the whole.
+fn make_rising(costs: &mut [(usize, f64)], least_row: f64) {
+    let mut least = f64::INFINITY;
+    for cost in costs.iter_mut().rev() {
+        least = least.min(cost.1);
+        cost.1 = least;
+    }
+    if let (Some(&(fewest, least)), Some(&(most, greatest))) = (costs.first(), costs.last())
+        && most > fewest
+    {
+        let row = least_row * (greatest - least) / (most - fewest) as f64;
+        let mut before = (fewest, least);
+        for cost in costs.iter_mut() {
+            cost.1 = cost.1.max(before.1 + row * (cost.0 - before.0) as f64);
+            before = *cost;
         }
     }
 }
@@ -176,5 +238,22 @@ mod tests {
         close(costs.least_target_row(0), 50.0 / 3.0);
         close(costs.least_target_row(4), (200.0 + 100.0 / 3.0) / 4.0);
         close(StepCosts::default().target(5), 0.0);
+    }
+
+    #[test]
+    fn a_row_count_costs_what_its_own_passes_take() {
+        let micros = |rows, time| (rows, Duration::from_micros(time));
+        let mut costs =
+            StepCosts::from_measured(vec![micros(1, 100), micros(4, 400), micros(8, 800)], Vec::new());
+        for _ in 0..500 {
+            costs.observe_target(1, 1, Duration::ZERO, Duration::from_micros(100));
+            costs.observe_target(4, 4, Duration::ZERO, Duration::from_micros(200));
+            costs.observe_target(8, 8, Duration::ZERO, Duration::from_micros(1000));
+        }
+        let close = |a: f64, b: f64| assert!((a * 1e6 / b - 1.0).abs() < 0.15, "{a} s is not {b} µs");
+        close(costs.target(4), 200.0);
+        close(costs.target(8), 1000.0);
+        close(costs.target(6), 600.0);
+        assert!(costs.target(1) < costs.target(4));
     }
 }

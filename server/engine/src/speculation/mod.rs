@@ -9,6 +9,7 @@ mod prediction;
 mod proposers;
 mod session;
 mod suffix_index;
+mod trial;
 mod verifier;
 
 pub(crate) use acceptance::{Acceptance, ProposalKind};
@@ -18,4 +19,5 @@ pub use policy::DraftTokens;
 pub(crate) use policy::{Candidate, DraftPolicy, StepLoad};
 pub(crate) use proposers::{Offer, TextProposers};
 pub(crate) use session::Sessions;
+pub(crate) use trial::{Arm, BatchKind, Trials};
 pub(crate) use verifier::verify;

@@ -1,4 +1,10 @@
-//! The kernels at the demo target's shapes, on one thread and on two.
+//! The kernels at the demo target's shapes, on one thread and on two; with `-- roofline`, quantised
+//! products at the shapes of Qwen2.5-Coder against what this machine allows
+//! ([`tandem_benches::roofline`]):
+//!
+//! ```text
+//! cargo bench -p tandem-benches --bench kernels -- roofline [NAME,..|all] [FORMAT,..] [ROWS,..] [ROUNDS]
+//! ```
 //!
 //! `matmul` and `attention` report the bytes of weights or of keys and values that a pass reads, to be
 //! read against `roof`, which only reads: a plain sum over as many bytes, from this machine's caches.
@@ -9,9 +15,10 @@ use std::hint::black_box;
 use std::time::Duration;
 
 use criterion::measurement::WallTime;
-use criterion::{BenchmarkGroup, BenchmarkId, Criterion, Throughput, criterion_group, criterion_main};
+use criterion::{BenchmarkGroup, BenchmarkId, Criterion, Throughput, criterion_group};
+use tandem_benches::roofline;
 use tandem_kernels::attention::{PagedAttention, paged_attention};
-use tandem_kernels::kv::KvLayout;
+use tandem_kernels::kv::{KvLayout, KvType};
 use tandem_kernels::matmul::matmul;
 use tandem_kernels::{PackedMatrix, ThreadPool};
 
@@ -101,15 +108,14 @@ fn bench_pass(c: &mut Criterion) {
 }
 
 fn bench_attention(c: &mut Criterion) {
-    let layout = KvLayout { block_size: 16, num_kv_heads: 2, head_dim: 64 };
+    let layout = KvLayout { block_size: 16, num_kv_heads: 2, head_dim: 64, kv_type: KvType::F16 };
     let num_heads = 4;
     let mut group = group(c, "attention");
     for context_len in [64, 1024] {
         let num_blocks = context_len / layout.block_size;
-        let (k_cache, v_cache) =
-            (noise(num_blocks * layout.block_len()), noise(num_blocks * layout.block_len()));
+        let storage = vec![0x33; num_blocks * layout.block_bytes()];
         let block_tables: Vec<u32> = (0..num_blocks as u32).collect();
-        group.throughput(Throughput::Bytes((2 * 4 * k_cache.len()) as u64));
+        group.throughput(Throughput::Bytes(storage.len() as u64));
         for threads in THREADS {
             let pool = ThreadPool::new(threads);
             for num_tokens in [1, 5] {
@@ -118,11 +124,13 @@ fn bench_attention(c: &mut Criterion) {
                 let args = PagedAttention {
                     q: &q,
                     q_row_stride: width,
-                    k_cache: &k_cache,
-                    v_cache: &v_cache,
+                    storage: &storage,
                     layout,
                     num_heads,
                     scale: 0.125,
+                    window: None,
+                    soft_cap: None,
+                    sinks: None,
                     block_tables: &block_tables,
                     block_table_offsets: &[0, num_blocks as u32],
                     cu_seqlens_q: &[0, num_tokens as u32],
@@ -140,4 +148,13 @@ fn bench_attention(c: &mut Criterion) {
 }
 
 criterion_group!(benches, roof, bench_matmul, bench_pass, bench_attention);
-criterion_main!(benches);
+
+fn main() {
+    let arguments: Vec<String> = std::env::args().skip(1).filter(|argument| argument != "--bench").collect();
+    if arguments.first().is_some_and(|first| first == "roofline") {
+        roofline::print(&arguments[1..]);
+        return;
+    }
+    benches();
+    Criterion::default().configure_from_args().final_summary();
+}

@@ -1,1 +1,3 @@
 //! Micro benchmarks of kernels and engine.
+
+pub mod roofline;

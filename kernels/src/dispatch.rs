@@ -2,7 +2,11 @@
 //! before it calls through the table.
 
 use crate::isa::Isa;
-use crate::{activation, attention, matmul, norm, rope, sampling};
+use crate::matmul::quantized;
+use crate::pack::memory::Line;
+use crate::{
+    activation, attention, experts, gate, head_norm, layer_norm, matmul, norm, roof, rope, sampling, scaling,
+};
 
 /// One compiled version of every kernel.
 ///
@@ -11,20 +15,33 @@ use crate::{activation, attention, matmul, norm, rope, sampling};
 pub(crate) struct Kernels {
     pub(crate) isa: Isa,
     pub(crate) matmul: unsafe fn(&matmul::Tile<'_>),
+    pub(crate) matmul_quantized: unsafe fn(&matmul::Tile<'_>),
+    pub(crate) quantize: unsafe fn(x: &[f32], to: quantized::RowMut<'_>),
     pub(crate) rms_norm: unsafe fn(x: &[f32], weight: &[f32], eps: f32, out: &mut [f32]),
     pub(crate) add: unsafe fn(sum: &mut [f32], x: &[f32]),
     pub(crate) rope: unsafe fn(head: &mut [f32], cos: &[f32], sin: &[f32]),
     pub(crate) silu_mul: unsafe fn(gate: &[f32], up: &[f32], out: &mut [f32]),
     pub(crate) attention: unsafe fn(&attention::Task<'_>),
-    pub(crate) merge: unsafe fn(parts: &[f32], out: &mut [f32]),
+    pub(crate) merge: unsafe fn(parts: &[f32], sink: Option<f32>, out: &mut [f32]),
     pub(crate) argmax: unsafe fn(&[f32]) -> usize,
     pub(crate) all_finite: unsafe fn(&[f32]) -> bool,
     pub(crate) exp_sub: unsafe fn(x: &[f32], max: f32, out: &mut [f32]),
+    pub(crate) read: unsafe fn(&[Line]) -> u64,
+    pub(crate) dot_products: unsafe fn(rounds: usize) -> i32,
+    pub(crate) layer_norm: layer_norm::Kernel,
+    pub(crate) head_norm: unsafe fn(head: &mut [f32], weight: &[f32], eps: f32),
+    pub(crate) gelu: unsafe fn(x: &[f32], out: &mut [f32]),
+    pub(crate) gate: unsafe fn(gate: gate::Gate, gates: &[f32], ups: &[f32], out: &mut [f32]),
+    pub(crate) scale: unsafe fn(x: &mut [f32], factor: f32),
+    pub(crate) soft_cap: unsafe fn(x: &mut [f32], cap: f32),
+    pub(crate) add_scaled: unsafe fn(sum: &mut [f32], x: &[f32], factor: f32),
 }
 
 static SCALAR: Kernels = Kernels {
     isa: Isa::Scalar,
     matmul: matmul::scalar::matmul,
+    matmul_quantized: quantized::scalar::matmul,
+    quantize: quantized::scalar::quantize,
     rms_norm: norm::scalar::rms_norm,
     add: norm::scalar::add,
     rope: rope::scalar::rope,
@@ -34,6 +51,15 @@ static SCALAR: Kernels = Kernels {
     argmax: sampling::scalar::argmax,
     all_finite: sampling::scalar::all_finite,
     exp_sub: sampling::scalar::exp_sub,
+    read: roof::scalar::read,
+    dot_products: roof::scalar::dot_products,
+    layer_norm: layer_norm::scalar::layer_norm,
+    head_norm: head_norm::scalar::head_norm,
+    gelu: gate::scalar::gelu,
+    gate: gate::scalar::gate,
+    scale: scaling::scalar::scale,
+    soft_cap: scaling::scalar::soft_cap,
+    add_scaled: experts::scalar::add_scaled,
 };
 
 /// Compiles the vector version of every kernel for one instruction set.
@@ -41,7 +67,8 @@ static SCALAR: Kernels = Kernels {
 macro_rules! vector_kernels {
     ($table:ident, $isa:expr, $features:literal, $simd:ty,
      matmul: { rows: $matmul_rows:literal },
-     attention: { rows: $attention_rows:literal, tiles: $tiles:literal, columns: $columns:literal }) => {
+     quantized: { rows: $quantized_rows:literal, two_panels: $two_panels:literal, features: $quantized_features:literal },
+     attention: { $($attention_rows:literal rows: $width:literal vectors),+ }) => {
         struct $table;
 
         impl matmul::vector::Target for $table {
@@ -63,17 +90,47 @@ macro_rules! vector_kernels {
             }
         }
 
-        impl attention::vector::Target for $table {
-            const MAX_ROWS: usize = $attention_rows;
+        impl quantized::vector::Target for $table {
+            const MAX_ROWS: usize = $quantized_rows;
+            const TWO_PANELS: bool = $two_panels;
 
-            unsafe fn group<const R: usize>(task: &attention::Task<'_>, first_row: usize) {
-                #[target_feature(enable = $features)]
-                unsafe fn group_with<const R: usize>(task: &attention::Task<'_>, first_row: usize) {
+            unsafe fn block<F: quantized::formats::Format, const R: usize, const P: usize>(
+                block: &quantized::vector::Block,
+            ) {
+                #[target_feature(enable = $quantized_features)]
+                unsafe fn block_with<F: quantized::formats::Format, const R: usize, const P: usize>(
+                    block: &quantized::vector::Block,
+                ) {
                     // SAFETY: the caller's promise.
-                    unsafe { attention::vector::group::<$simd, R, $tiles, $columns>(task, first_row) }
+                    unsafe { quantized::vector::block::<$simd, F, R, P>(block) }
                 }
                 // SAFETY: the caller's promise.
-                unsafe { group_with::<R>(task, first_row) }
+                unsafe { block_with::<F, R, P>(block) }
+            }
+        }
+
+        impl attention::vector::Target for $table {
+            const MAX_ROWS: usize = [$($attention_rows),+].len();
+
+            unsafe fn group<E: attention::vector::Element>(
+                group: &attention::vector::Group<'_>,
+                rows: &mut [attention::vector::Row],
+            ) {
+                #[target_feature(enable = $features)]
+                unsafe fn group_with<E: attention::vector::Element, const R: usize, const W: usize>(
+                    group: &attention::vector::Group<'_>,
+                    rows: &mut [attention::vector::Row],
+                ) {
+                    // SAFETY: the caller's promise.
+                    unsafe { attention::vector::group::<$simd, E, R, W>(group, rows) }
+                }
+                // SAFETY: the caller's promise.
+                unsafe {
+                    match rows.len() {
+                        $($attention_rows => group_with::<E, $attention_rows, $width>(group, rows),)+
+                        rows => unreachable!("attention: a group of {rows} rows: this is a bug"),
+                    }
+                }
             }
         }
 
@@ -83,9 +140,36 @@ macro_rules! vector_kernels {
                 add = norm::vector::add(sum: &mut [f32], x: &[f32]);
                 rope = rope::vector::rope(head: &mut [f32], cos: &[f32], sin: &[f32]);
                 silu_mul = activation::vector::silu_mul(gate: &[f32], up: &[f32], out: &mut [f32]);
-                merge = attention::vector::merge(parts: &[f32], out: &mut [f32]);
+                merge = attention::vector::merge(parts: &[f32], sink: Option<f32>, out: &mut [f32]);
                 exp_sub = sampling::vector::exp_sub(x: &[f32], max: f32, out: &mut [f32]);
+                layer_norm = layer_norm::vector::layer_norm(
+                    x: &[f32], weight: &[f32], bias: &[f32], eps: f32, out: &mut [f32]
+                );
+                head_norm = head_norm::vector::head_norm(head: &mut [f32], weight: &[f32], eps: f32);
+                gelu = gate::vector::gelu(x: &[f32], out: &mut [f32]);
+                gate = gate::vector::gate(gate: gate::Gate, gates: &[f32], ups: &[f32], out: &mut [f32]);
+                scale = scaling::vector::scale(x: &mut [f32], factor: f32);
+                soft_cap = scaling::vector::soft_cap(x: &mut [f32], cap: f32);
+                add_scaled = experts::vector::add_scaled(sum: &mut [f32], x: &[f32], factor: f32);
             );
+
+            #[target_feature(enable = $features)]
+            unsafe fn quantize(x: &[f32], to: quantized::RowMut<'_>) {
+                // SAFETY: the caller's promise.
+                unsafe { quantized::vector::quantize::<$simd>(x, to) }
+            }
+
+            #[target_feature(enable = $features)]
+            unsafe fn read(lines: &[Line]) -> u64 {
+                // SAFETY: the caller's promise.
+                unsafe { roof::vector::read::<$simd>(lines) }
+            }
+
+            #[target_feature(enable = $quantized_features)]
+            unsafe fn dot_products(rounds: usize) -> i32 {
+                // SAFETY: the caller's promise.
+                unsafe { roof::vector::dot_products::<$simd>(rounds) }
+            }
 
             #[target_feature(enable = $features)]
             unsafe fn argmax(values: &[f32]) -> usize {
@@ -102,6 +186,8 @@ macro_rules! vector_kernels {
             const KERNELS: Kernels = Kernels {
                 isa: $isa,
                 matmul: matmul::vector::matmul::<$table>,
+                matmul_quantized: quantized::vector::matmul::<$table>,
+                quantize: Self::quantize,
                 rms_norm: Self::rms_norm,
                 add: Self::add,
                 rope: Self::rope,
@@ -111,6 +197,15 @@ macro_rules! vector_kernels {
                 argmax: Self::argmax,
                 all_finite: Self::all_finite,
                 exp_sub: Self::exp_sub,
+                read: Self::read,
+                dot_products: Self::dot_products,
+                layer_norm: Self::layer_norm,
+                head_norm: Self::head_norm,
+                gelu: Self::gelu,
+                gate: Self::gate,
+                scale: Self::scale,
+                soft_cap: Self::soft_cap,
+                add_scaled: Self::add_scaled,
             };
         }
     };
@@ -130,15 +225,28 @@ macro_rules! vector_kernels {
 vector_kernels!(
     Avx512, Isa::Avx512, "avx512f,avx512bw,avx512dq,avx512vl,avx2,fma,f16c", crate::simd::avx512::Avx512,
     matmul: { rows: 8 },
-    attention: { rows: 6, tiles: 4, columns: 4 }
+    quantized: { rows: 6, two_panels: true, features: "avx512f,avx512bw,avx512dq,avx512vl,avx512vnni,avx2,fma,f16c" },
+    attention: {
+        1 rows: 4 vectors, 2 rows: 4 vectors, 3 rows: 4 vectors, 4 rows: 4 vectors,
+        5 rows: 4 vectors, 6 rows: 4 vectors, 7 rows: 2 vectors, 8 rows: 2 vectors
+    }
 );
 
 #[cfg(target_arch = "x86_64")]
 vector_kernels!(
     Avx2, Isa::Avx2, "avx2,fma,f16c", crate::simd::avx2::Avx2,
     matmul: { rows: 6 },
-    attention: { rows: 3, tiles: 2, columns: 2 }
+    quantized: { rows: 3, two_panels: false, features: "avx2,fma,f16c" },
+    attention: { 1 rows: 2 vectors, 2 rows: 2 vectors, 3 rows: 2 vectors }
 );
+
+/// [`Avx512`] on a processor without VNNI: quantised products are those of [`Avx2`].
+#[cfg(target_arch = "x86_64")]
+static AVX512_WITHOUT_VNNI: Kernels = Kernels {
+    matmul_quantized: Avx2::KERNELS.matmul_quantized,
+    dot_products: Avx2::KERNELS.dot_products,
+    ..Avx512::KERNELS
+};
 
 /// The kernels of an instruction set.
 ///
@@ -149,6 +257,8 @@ pub(crate) fn kernels(isa: Isa) -> &'static Kernels {
     match isa {
         #[cfg(target_arch = "x86_64")]
         Isa::Avx2 => &Avx2::KERNELS,
+        #[cfg(target_arch = "x86_64")]
+        Isa::Avx512 if !is_x86_feature_detected!("avx512vnni") => &AVX512_WITHOUT_VNNI,
         #[cfg(target_arch = "x86_64")]
         Isa::Avx512 => &Avx512::KERNELS,
         _ => &SCALAR,

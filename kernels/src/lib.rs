@@ -1,7 +1,8 @@
 //! CPU kernels of Tandem: slices in, slices out.
 //!
 //! A leaf: no workspace dependency, no files, no logging, no global state but the detected
-//! instruction set. Activations are f32, weights are f32, bf16 or f16 in [`pack::PackedMatrix`].
+//! instruction set. Activations are f32; weights are f32, bf16, f16 or GGUF's quantised blocks, in
+//! [`pack::PackedMatrix`].
 //!
 //! **Invariant: one value, one order.** Every output element is one reduction in a fixed order that
 //! depends on its own row's inputs only: never on the number of rows, the number of threads or the
@@ -19,15 +20,22 @@
 pub mod activation;
 pub mod attention;
 mod dispatch;
+pub mod experts;
+pub mod gate;
+pub mod head_norm;
 pub mod isa;
 pub mod kv;
+pub mod layer_norm;
 pub mod math;
 pub mod matmul;
 pub mod norm;
 pub mod pack;
 pub mod pool;
+pub mod quant;
+pub mod roof;
 pub mod rope;
 pub mod sampling;
+pub mod scaling;
 mod shared_out;
 mod simd;
 

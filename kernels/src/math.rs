@@ -37,6 +37,33 @@ pub fn exp(x: f32) -> f32 {
     p * power_of_two(half) * power_of_two(n - half)
 }
 
+/// Below this magnitude [`tanh`] is a polynomial; above it, a quotient of exponentials is as exact.
+pub(crate) const TANH_SMALL: f32 = 0.625;
+/// `(tanh(x) - x) / x^3` in `x^2` on `|x| < TANH_SMALL`, highest power first (Cephes `tanhf`).
+pub(crate) const TANH_POLY: [f32; 5] =
+    [-5.704_988_7e-3, 2.063_909e-2, -5.373_971_5e-2, 1.333_144_2e-1, -3.333_328e-1];
+
+/// The hyperbolic tangent, within 4 units in the last place: `x + x^3 * poly(x^2)` where small, else
+/// `1 - 2 / (exp(2 |x|) + 1)` with the sign of `x`; NaN for NaN.
+#[inline]
+pub fn tanh(x: f32) -> f32 {
+    let magnitude = x.max(-x);
+    let square = x * x;
+    let mut p = TANH_POLY[0];
+    for &coefficient in &TANH_POLY[1..] {
+        p = p.mul_add(square, coefficient);
+    }
+    let small = (p * square).mul_add(x, x);
+    let large = 1.0 - 2.0 / (exp(magnitude + magnitude) + 1.0);
+    if magnitude < TANH_SMALL {
+        small
+    } else if x < 0.0 {
+        -large
+    } else {
+        large
+    }
+}
+
 #[inline]
 fn power_of_two(n: i32) -> f32 {
     f32::from_bits(((n + 127) << 23) as u32)
@@ -67,6 +94,25 @@ pub fn f16_to_f32(bits: u16) -> f32 {
     }
 }
 
+/// The nearest IEEE half, ties to even; too large is infinite.
+#[inline]
+pub fn f32_to_f16(x: f32) -> u16 {
+    /// Added to a number below 2^-14, it leaves the bits of the subnormal half at its own end.
+    const SUBNORMAL: f32 = 0.5;
+    let sign = (x.to_bits() >> 16 & 0x8000) as u16;
+    let magnitude = x.to_bits() & 0x7fff_ffff;
+    let half = if magnitude > 0x7f80_0000 {
+        0x7e00 | (magnitude >> 13 & 0x3ff)
+    } else if magnitude >= 143 << 23 {
+        0x7c00
+    } else if magnitude < 113 << 23 {
+        (f32::from_bits(magnitude) + SUBNORMAL).to_bits() - SUBNORMAL.to_bits()
+    } else {
+        (magnitude - (112 << 23) + 0xfff + (magnitude >> 13 & 1)) >> 13
+    };
+    sign | half as u16
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -95,6 +141,21 @@ mod tests {
     }
 
     #[test]
+    fn tanh_is_within_four_ulp_of_the_true_value() {
+        let mut x = -12.0f32;
+        while x < 12.0 {
+            let exact = f64::from(x).tanh();
+            let ulp = f64::from(f32::from_bits((exact as f32).to_bits() & 0x7f80_0000)) * 2f64.powi(-23);
+            let error = (f64::from(tanh(x)) - exact).abs() / ulp;
+            assert!(error <= 4.0, "tanh({x}) is {error} ulp off");
+            x += 0.000_31;
+        }
+        assert_eq!(tanh(1e-30), 1e-30);
+        assert_eq!((tanh(f32::INFINITY), tanh(f32::NEG_INFINITY)), (1.0, -1.0));
+        assert!(tanh(f32::NAN).is_nan());
+    }
+
+    #[test]
     fn halves_convert_exactly() {
         for (bits, value) in [
             (0x3c00, 1.0),
@@ -107,6 +168,23 @@ mod tests {
         ] {
             assert_eq!(f16_to_f32(bits).to_bits(), f32::to_bits(value), "{bits:#x}");
         }
+        for bits in 0..=u16::MAX {
+            let value = f16_to_f32(bits);
+            if value.is_nan() {
+                assert!(f16_to_f32(f32_to_f16(value)).is_nan(), "{bits:#x}");
+                continue;
+            }
+            assert_eq!(f32_to_f16(value), bits, "{value:e}");
+            // Halfway to the next one up: to the even of the two; a hair less or more: to the nearer.
+            if bits & 0x7fff < 0x7bff {
+                let next = f16_to_f32(bits + 1);
+                let halfway = (value + next) / 2.0;
+                assert_eq!(f32_to_f16(halfway), bits + (bits & 1), "{halfway:e}");
+                let [toward, beyond] = [halfway.to_bits() - 1, halfway.to_bits() + 1].map(f32::from_bits);
+                assert_eq!((f32_to_f16(toward), f32_to_f16(beyond)), (bits, bits + 1), "{halfway:e}");
+            }
+        }
+        assert_eq!((f32_to_f16(65519.9), f32_to_f16(65520.0), f32_to_f16(-1e9)), (0x7bff, 0x7c00, 0xfc00));
         assert!(f16_to_f32(0x7e00).is_nan());
         assert_eq!(bf16_to_f32(0x3f80), 1.0);
     }

@@ -6,6 +6,11 @@
 //! operating system has put aside delays the operation by no more than the task it holds. Between
 //! operations workers spin for some tens of microseconds and then park.
 //!
+//! That one task is what other programs cost: nobody else may do it again, so the operation waits until
+//! the worker has a core once more, a hundred times as long as it had worked. An operation that waited
+//! for `t` is therefore followed by `8 t` on the caller alone: however busy the machine, no more than a
+//! ninth of the time goes into such waits, and when it is quiet again the workers are back as soon.
+//!
 //! Cost: about a cache-line exchange each way when the workers spin; a wake-up by the operating system
 //! (some microseconds) when they have parked. Operations too small to pay for that run on the caller,
 //! which never changes a result: tasks only say who computes what.
@@ -13,12 +18,13 @@
 use std::any::Any;
 use std::panic::{AssertUnwindSafe, catch_unwind, resume_unwind};
 use std::sync::atomic::{AtomicBool, AtomicPtr, AtomicU64, AtomicUsize, Ordering, fence};
-use std::sync::{Arc, Mutex};
+use std::sync::{Arc, Mutex, TryLockError};
 use std::thread::{self, JoinHandle, Thread};
 use std::time::{Duration, Instant};
 
 use crate::dispatch::{self, Kernels};
 use crate::isa::{self, Isa, IsaError};
+use crate::matmul::quantized::QuantizedRows;
 
 /// How long an idle worker stays hot. Longer than the gaps inside a forward pass and between the
 /// passes of a busy engine; short enough to leave the core to others when there is no work.
@@ -26,6 +32,9 @@ const SPIN: Duration = Duration::from_micros(50);
 /// How often the caller looks for the end of the others' last tasks (some tens of microseconds in all)
 /// before it also offers its core: a worker that was put aside may be waiting for it.
 const CALLER_SPINS: u32 = 4_000;
+
+/// How many times as long as an operation was held up the next ones do without the workers.
+const ALONE_FACTOR: u32 = 8;
 
 /// Bits of a ticket's begin and end; the remaining 40 bits hold the number of the operation.
 const INDEX_BITS: u32 = 12;
@@ -70,7 +79,11 @@ pub struct ThreadPool {
     handles: Vec<JoinHandle<()>>,
     unpark: Vec<Thread>,
     operation: AtomicU64,
+    start: Instant,
+    /// Nanoseconds from `start` until which operations run on the caller alone.
+    alone_until: AtomicU64,
     kernels: &'static Kernels,
+    scratch: Mutex<QuantizedRows>,
 }
 
 impl std::fmt::Debug for ThreadPool {
@@ -120,7 +133,16 @@ impl ThreadPool {
         };
         let handles: Vec<_> = (1..threads).map(spawn).collect();
         let unpark = handles.iter().map(|handle| handle.thread().clone()).collect();
-        ThreadPool { shared, handles, unpark, operation: AtomicU64::new(0), kernels: dispatch::kernels(isa) }
+        ThreadPool {
+            shared,
+            handles,
+            unpark,
+            operation: AtomicU64::new(0),
+            start: Instant::now(),
+            alone_until: AtomicU64::new(0),
+            kernels: dispatch::kernels(isa),
+            scratch: Mutex::default(),
+        }
     }
 
     /// Threads that an operation is split over, the caller included.
@@ -137,6 +159,16 @@ impl ThreadPool {
         self.kernels
     }
 
+    /// Lends the buffer for quantised activations, which products on this pool share: it grows to the
+    /// largest and stays. Who finds it lent, to a product on another thread, gets a new one.
+    pub(crate) fn with_scratch<T>(&self, work: impl FnOnce(&mut QuantizedRows) -> T) -> T {
+        match self.scratch.try_lock() {
+            Ok(mut scratch) => work(&mut scratch),
+            Err(TryLockError::Poisoned(scratch)) => work(&mut scratch.into_inner()),
+            Err(TryLockError::WouldBlock) => work(&mut QuantizedRows::new()),
+        }
+    }
+
     /// Calls `task` with every number below `num_tasks`, once each, on all threads, and returns when
     /// all are done. Called from inside a task, or while another thread's operation is in flight, it
     /// runs everything on the calling thread.
@@ -144,22 +176,27 @@ impl ThreadPool {
     /// # Panics
     /// If a task panics: with the first panic's payload, after all tasks that have begun have ended.
     pub fn run(&self, num_tasks: usize, task: Task<'_>) {
-        if num_tasks <= 1 || self.threads() == 1 || self.shared.busy.swap(true, Ordering::Acquire) {
-            (0..num_tasks).for_each(task);
-            return;
+        if num_tasks <= 1 || self.threads() == 1 {
+            return (0..num_tasks).for_each(task);
+        }
+        let begin = self.start.elapsed();
+        if as_nanos(begin) < self.alone_until.load(Ordering::Relaxed)
+            || self.shared.busy.swap(true, Ordering::Acquire)
+        {
+            return (0..num_tasks).for_each(task);
         }
         if num_tasks <= MAX_TASKS {
-            self.run_all(num_tasks, task);
+            self.run_all(begin, num_tasks, task);
         } else {
             let group = num_tasks.div_ceil(MAX_TASKS);
-            self.run_all(num_tasks.div_ceil(group), &|i| {
+            self.run_all(begin, num_tasks.div_ceil(group), &|i| {
                 (i * group..num_tasks.min((i + 1) * group)).for_each(task);
             });
         }
     }
 
     /// The operation itself; `busy` is held on entry and released here.
-    fn run_all(&self, num_tasks: usize, task: Task<'_>) {
+    fn run_all(&self, begin: Duration, num_tasks: usize, task: Task<'_>) {
         let shared = &*self.shared;
         let threads = self.threads();
         // As many bits as a ticket holds, so that the two always compare equal.
@@ -183,15 +220,33 @@ impl ThreadPool {
         }
         shared.work_on(0, operation, pointer);
 
-        let mut spins = 0u32;
-        while shared.pending.0.load(Ordering::Acquire) != 0 {
-            spins += 1;
-            if spins < CALLER_SPINS { std::hint::spin_loop() } else { thread::yield_now() }
-        }
+        self.wait_for_others(begin);
         shared.busy.store(false, Ordering::Release);
         let panic = job.panic.into_inner().unwrap_or_else(std::sync::PoisonError::into_inner);
         if let Some(payload) = panic {
             resume_unwind(payload);
+        }
+    }
+
+    /// Waits for the tasks that others hold, the caller's being done since `begin`.
+    fn wait_for_others(&self, begin: Duration) {
+        let done = || self.shared.pending.0.load(Ordering::Acquire) == 0;
+        for _ in 0..CALLER_SPINS {
+            if done() {
+                return;
+            }
+            std::hint::spin_loop();
+        }
+        let own_end = self.start.elapsed();
+        while !done() {
+            thread::yield_now();
+        }
+        // Tasks are alike, and the caller had more than one: who holds its last for longer than all of
+        // those took was put aside.
+        let end = self.start.elapsed();
+        let held_up = end - own_end;
+        if held_up > own_end - begin {
+            self.alone_until.store(as_nanos(end + held_up * ALONE_FACTOR), Ordering::Relaxed);
         }
     }
 
@@ -218,6 +273,10 @@ impl Drop for ThreadPool {
             let _ = handle.join();
         }
     }
+}
+
+fn as_nanos(duration: Duration) -> u64 {
+    duration.as_nanos() as u64
 }
 
 fn ticket(operation: u64, begin: usize, end: usize) -> u64 {

@@ -2,26 +2,26 @@
 
 use std::marker::PhantomData;
 
-/// A `&mut [f32]` whose parts are handed to several threads.
-pub(crate) struct SharedOut<'a> {
-    start: *mut f32,
+/// A `&mut [T]` whose parts are handed to several threads.
+pub(crate) struct SharedOut<'a, T = f32> {
+    start: *mut T,
     len: usize,
-    _borrow: PhantomData<&'a mut [f32]>,
+    _borrow: PhantomData<&'a mut [T]>,
 }
 
-// SAFETY: it stands for an exclusive borrow of plain floats; the only access is `part`, whose caller
+// SAFETY: it stands for an exclusive borrow of values that may be sent; the only access is `part`, whose caller
 // promises that concurrent parts do not overlap.
-unsafe impl Send for SharedOut<'_> {}
+unsafe impl<T: Send> Send for SharedOut<'_, T> {}
 // SAFETY: as above.
-unsafe impl Sync for SharedOut<'_> {}
+unsafe impl<T: Send> Sync for SharedOut<'_, T> {}
 
-impl<'a> SharedOut<'a> {
-    pub(crate) fn new(out: &'a mut [f32]) -> Self {
+impl<'a, T> SharedOut<'a, T> {
+    pub(crate) fn new(out: &'a mut [T]) -> Self {
         SharedOut { start: out.as_mut_ptr(), len: out.len(), _borrow: PhantomData }
     }
 
     /// The first element. Writing through it has the rules of [`part`](Self::part).
-    pub(crate) fn start(&self) -> *mut f32 {
+    pub(crate) fn start(&self) -> *mut T {
         self.start
     }
 
@@ -34,7 +34,7 @@ impl<'a> SharedOut<'a> {
     /// If the part leaves the slice.
     #[inline]
     #[allow(clippy::mut_from_ref, reason = "disjointness is the caller's promise")]
-    pub(crate) unsafe fn part(&self, offset: usize, len: usize) -> &mut [f32] {
+    pub(crate) unsafe fn part(&self, offset: usize, len: usize) -> &mut [T] {
         assert!(offset <= self.len && len <= self.len - offset, "part {offset}+{len} of {}", self.len);
         // SAFETY: in bounds by the assertion; exclusive by the caller's promise and the borrow that
         // this value holds.

@@ -6,20 +6,51 @@ mod common;
 
 use common::{Noise, assert_same_bits, pools};
 use tandem_kernels::attention::{CHUNK, PagedAttention, paged_attention};
-use tandem_kernels::kv::{KvLayout, KvRows, write_kv};
+use tandem_kernels::kv::{KvLayout, KvRows, KvType, write_kv};
 use tandem_kernels::{Isa, ThreadPool};
 
 /// Whole sequences with their queries, keys and values, and storage in scattered blocks.
 struct World {
     layout: KvLayout,
     num_heads: usize,
+    options: Options,
     /// Per sequence: `[len, num_heads, head_dim]`, and keys and values `[len, num_kv_heads, head_dim]`.
     q: Vec<Vec<f32>>,
     k: Vec<Vec<f32>>,
     v: Vec<Vec<f32>>,
     tables: Vec<Vec<u32>>,
-    k_cache: Vec<f32>,
-    v_cache: Vec<f32>,
+    storage: Vec<u8>,
+}
+
+/// What a layer may do to its scores.
+#[derive(Clone, Debug, Default)]
+struct Options {
+    window: Option<usize>,
+    soft_cap: Option<f32>,
+    sinks: Option<Vec<f32>>,
+}
+
+impl Options {
+    /// None of them, each alone, all together; windows shorter than a tile, than a chunk, than a context.
+    fn all(num_heads: usize) -> Vec<Options> {
+        let sinks = Some((0..num_heads).map(|head| 2.5 - head as f32).collect::<Vec<f32>>());
+        let windows = [1, 5, 100, CHUNK, CHUNK + 9, 5000];
+        let mut all: Vec<Options> =
+            windows.iter().map(|&window| Options { window: Some(window), ..Options::default() }).collect();
+        all.push(Options::default());
+        all.push(Options { soft_cap: Some(0.8), ..Options::default() });
+        all.push(Options { sinks: sinks.clone(), ..Options::default() });
+        all.push(Options { window: Some(CHUNK + 30), soft_cap: Some(1.5), sinks });
+        all
+    }
+}
+
+impl Options {
+    /// None of them, and all together.
+    fn some(num_heads: usize) -> Vec<Options> {
+        let mut all = Options::all(num_heads);
+        vec![Options::default(), all.pop().expect("all together")]
+    }
 }
 
 impl World {
@@ -29,9 +60,8 @@ impl World {
         for i in (1..free.len()).rev() {
             free.swap(i, noise.next() as usize % (i + 1));
         }
-        // What was never written is NaN: using it would show.
-        let mut k_cache = vec![f32::NAN; free.len() * layout.block_len()];
-        let mut v_cache = k_cache.clone();
+        // What was never written is NaN, as an element or as its scale: using it would show.
+        let storage = vec![0xff; free.len() * layout.block_bytes()];
         let tables: Vec<Vec<u32>> = blocks.iter().map(|&n| free.split_off(free.len() - n)).collect();
         let width = layout.token_len();
         let rows = |noise: &mut Noise, width: usize| -> Vec<Vec<f32>> {
@@ -39,15 +69,21 @@ impl World {
         };
         let q = rows(noise, num_heads * layout.head_dim);
         let (k, v) = (rows(noise, width), rows(noise, width));
-        for s in 0..lens.len() {
-            let slot = |i: usize| {
-                tables[s][i / layout.block_size] * layout.block_size as u32 + (i % layout.block_size) as u32
-            };
-            let slots: Vec<u32> = (0..lens[s]).map(slot).collect();
-            let rows = KvRows { k: &k[s], v: &v[s], row_stride: width, slot_mapping: &slots };
-            write_kv(&layout, &rows, &mut k_cache, &mut v_cache);
-        }
-        World { layout, num_heads, q, k, v, tables, k_cache, v_cache }
+        let options = Options::default();
+        let mut world = World { layout, num_heads, options, q, k, v, tables, storage };
+        (0..lens.len()).for_each(|sequence| world.write(sequence, 0..lens[sequence]));
+        world
+    }
+
+    /// Stores keys and values of some tokens of a sequence.
+    fn write(&mut self, sequence: usize, tokens: std::ops::Range<usize>) {
+        let (block_size, width) = (self.layout.block_size, self.layout.token_len());
+        let slot =
+            |i: usize| self.tables[sequence][i / block_size] * block_size as u32 + (i % block_size) as u32;
+        let slots: Vec<u32> = tokens.clone().map(slot).collect();
+        let (k, v) = (&self.k[sequence][tokens.start * width..], &self.v[sequence][tokens.start * width..]);
+        let rows = KvRows { k, v, row_stride: width, slot_mapping: &slots };
+        write_kv(&ThreadPool::new(2), &self.layout, &rows, &mut self.storage);
     }
 
     fn width(&self) -> usize {
@@ -72,11 +108,13 @@ impl World {
         let args = PagedAttention {
             q: &q,
             q_row_stride: stride,
-            k_cache: &self.k_cache,
-            v_cache: &self.v_cache,
+            storage: &self.storage,
             layout: self.layout,
             num_heads: self.num_heads,
             scale: 0.3,
+            window: self.options.window,
+            soft_cap: self.options.soft_cap,
+            sinks: self.options.sinks.as_deref(),
             block_tables: &tables,
             block_table_offsets: &offsets,
             cu_seqlens_q: &cu_seqlens_q,
@@ -98,12 +136,18 @@ impl World {
             let kv = head / (self.num_heads / kv_heads);
             let q = &self.q[s][position * self.width() + head * dim..][..dim];
             let at = |x: &[f32], j: usize, d: usize| f64::from(x[(j * kv_heads + kv) * dim + d]);
-            let score = |j| (0..dim).map(|d| f64::from(q[d]) * at(&self.k[s], j, d)).sum::<f64>() * 0.3;
-            let scores: Vec<f64> = (0..=position).map(score).collect();
-            let max = scores.iter().copied().fold(f64::MIN, f64::max);
-            let sum: f64 = scores.iter().map(|x| (x - max).exp()).sum();
+            let score = |j| {
+                let score = (0..dim).map(|d| f64::from(q[d]) * at(&self.k[s], j, d)).sum::<f64>() * 0.3;
+                self.options.soft_cap.map(f64::from).map_or(score, |cap| cap * (score / cap).tanh())
+            };
+            let first = self.options.window.map_or(0, |window| (position + 1).saturating_sub(window));
+            let scores: Vec<f64> = (first..=position).map(score).collect();
+            let sink = self.options.sinks.as_ref().map(|sinks| f64::from(sinks[head]));
+            let max = scores.iter().copied().chain(sink).fold(f64::MIN, f64::max);
+            let sum: f64 = scores.iter().copied().chain(sink).map(|x| (x - max).exp()).sum();
+            let weight = |j: usize| (scores[j - first] - max).exp();
             let weighted =
-                |d| (0..=position).map(|j| (scores[j] - max).exp() * at(&self.v[s], j, d)).sum::<f64>() / sum;
+                |d| (first..=position).map(|j| weight(j) * at(&self.v[s], j, d)).sum::<f64>() / sum;
             out.extend((0..dim).map(weighted));
         }
         out
@@ -126,19 +170,41 @@ fn scalar() -> ThreadPool {
 
 fn world(noise: &mut Noise, shape: (usize, usize, usize, usize), lens: &[usize]) -> World {
     let (block_size, num_heads, num_kv_heads, head_dim) = shape;
-    World::new(noise, KvLayout { block_size, num_kv_heads, head_dim }, num_heads, lens)
+    World::new(noise, KvLayout { block_size, num_kv_heads, head_dim, kv_type: KvType::F32 }, num_heads, lens)
+}
+
+/// The same keys and values stored as every type.
+fn worlds(noise: &mut Noise, shape: (usize, usize, usize, usize), lens: &[usize]) -> [World; 3] {
+    let seed = noise.next();
+    KvType::ALL.map(|kv_type| {
+        let (block_size, num_heads, num_kv_heads, head_dim) = shape;
+        let layout = KvLayout { block_size, num_kv_heads, head_dim, kv_type };
+        World::new(&mut Noise::new(seed), layout, num_heads, lens)
+    })
 }
 
 #[test]
 fn the_specification_is_close_to_the_definition() {
     let mut noise = Noise::new(11);
     for shape in SHAPES {
-        let world = world(&mut noise, shape, &[2 * CHUNK + 3]);
-        let out = &world.run(&scalar(), &[(0, 0..2 * CHUNK + 3)])[0];
-        for position in [0, 1, 15, 16, CHUNK - 1, CHUNK, 2 * CHUNK, 2 * CHUNK + 2] {
-            let got = &out[position * world.width()..(position + 1) * world.width()];
-            for (got, exact) in got.iter().zip(world.naive(0, position)) {
-                assert!((f64::from(*got) - exact).abs() < 2e-5, "{shape:?} {position}: {got} {exact}");
+        for mut world in worlds(&mut noise, shape, &[2 * CHUNK + 3]) {
+            // Keys and values are below 3 in magnitude. f32: rounding of the sums. f16: values are off by
+            // up to 3 * 2^-12, scores by some times that. Q8: values by 3 / 254, scores by some times that.
+            let tolerance = match world.layout.kv_type {
+                KvType::F32 => 3e-5,
+                KvType::F16 => 1e-2,
+                KvType::Q8 => 0.3,
+            };
+            for options in Options::all(world.num_heads) {
+                world.options = options;
+                for position in [0, 1, 15, 16, CHUNK - 1, CHUNK, 2 * CHUNK, 2 * CHUNK + 2] {
+                    let got = &world.run(&scalar(), &[(0, position..position + 1)])[0];
+                    for (got, exact) in got.iter().zip(world.naive(0, position)) {
+                        let what =
+                            format!("{:?} {:?} {position}: {got} {exact}", world.layout, world.options);
+                        assert!((f64::from(*got) - exact).abs() < tolerance, "{what}");
+                    }
+                }
             }
         }
     }
@@ -148,14 +214,41 @@ fn the_specification_is_close_to_the_definition() {
 fn every_instruction_set_and_thread_count_gives_the_same_bits() {
     let mut noise = Noise::new(12);
     for shape in SHAPES {
-        let world = world(&mut noise, shape, &[1, 17, CHUNK, 2 * CHUNK + 37]);
-        let batch = [(0, 0..1), (1, 3..17), (2, CHUNK - 1..CHUNK), (3, CHUNK - 5..2 * CHUNK + 37)];
-        let expected = world.run(&scalar(), &batch);
-        for pool in pools() {
-            for (got, expected) in world.run(&pool, &batch).iter().zip(&expected) {
-                assert_same_bits(got, expected, &format!("{pool:?} {shape:?}"));
+        for mut world in worlds(&mut noise, shape, &[1, 17, CHUNK, 2 * CHUNK + 37]) {
+            let batch = [(0, 0..1), (1, 3..17), (2, CHUNK - 1..CHUNK), (3, 2 * CHUNK - 5..2 * CHUNK + 37)];
+            for options in Options::some(world.num_heads) {
+                world.options = options;
+                let expected = world.run(&scalar(), &batch);
+                for pool in pools() {
+                    for (got, expected) in world.run(&pool, &batch).iter().zip(&expected) {
+                        assert_same_bits(
+                            got,
+                            expected,
+                            &format!("{pool:?} {:?} {:?}", world.layout, world.options),
+                        );
+                    }
+                }
             }
         }
+    }
+}
+
+#[test]
+fn what_lies_before_the_window_is_not_used() {
+    let mut noise = Noise::new(17);
+    let len = 3 * CHUNK + 21;
+    let mut world = world(&mut noise, SHAPES[0], &[len]);
+    world.options.window = Some(CHUNK + 3);
+    let tokens = len - 4..len;
+    let expected = world.run(&scalar(), &[(0, tokens.clone())]);
+    let first_seen = tokens.start + 1 - (CHUNK + 3);
+    let block_bytes = world.layout.block_bytes();
+    for &block in &world.tables[0][..first_seen / world.layout.block_size] {
+        world.storage[block as usize * block_bytes..][..block_bytes].fill(0xff);
+    }
+    for pool in pools() {
+        let got = &world.run(&pool, &[(0, tokens.clone())])[0];
+        assert_same_bits(got, &expected[0], &format!("{pool:?}"));
     }
 }
 
@@ -185,14 +278,17 @@ fn a_long_context_split_over_threads_is_the_one_taken_whole() {
     let mut noise = Noise::new(16);
     for shape in [SHAPES[1], SHAPES[5]] {
         let len = 9 * CHUNK + 50;
-        let world = world(&mut noise, shape, &[len, 3]);
-        for tokens in [len - 1..len, len - 5..len, 9 * CHUNK - 3..9 * CHUNK + 2] {
-            let expected = world.run(&scalar(), &[(0, tokens.clone())]);
-            for pool in pools() {
-                let what = format!("{pool:?} {shape:?} {tokens:?}");
-                assert_same_bits(&world.run(&pool, &[(0, tokens.clone())])[0], &expected[0], &what);
-                let company = world.run(&pool, &[(1, 0..3), (0, tokens.clone())]);
-                assert_same_bits(&company[1], &expected[0], &what);
+        let mut world = world(&mut noise, shape, &[len, 3]);
+        for options in Options::all(world.num_heads) {
+            world.options = options;
+            for tokens in [len - 1..len, len - 5..len, 9 * CHUNK - 3..9 * CHUNK + 2] {
+                let expected = world.run(&scalar(), &[(0, tokens.clone())]);
+                for pool in pools() {
+                    let what = format!("{pool:?} {shape:?} {:?} {tokens:?}", world.options);
+                    assert_same_bits(&world.run(&pool, &[(0, tokens.clone())])[0], &expected[0], &what);
+                    let company = world.run(&pool, &[(1, 0..3), (0, tokens.clone())]);
+                    assert_same_bits(&company[1], &expected[0], &what);
+                }
             }
         }
     }
@@ -201,17 +297,18 @@ fn a_long_context_split_over_threads_is_the_one_taken_whole() {
 #[test]
 fn a_nan_key_spoils_the_rows_that_see_it_and_no_others() {
     let mut noise = Noise::new(14);
-    let mut world = world(&mut noise, SHAPES[0], &[60]);
-    let bad = 33;
-    let tile = world.tables[0][bad / 16] as usize * world.layout.block_len();
-    world.k_cache[tile + bad % 16] = f32::NAN;
-    for pool in pools() {
-        let out = &world.run(&pool, &[(0, 0..60)])[0];
-        for (position, row) in out.chunks(world.width()).enumerate() {
-            // Head 0 of the two key/value heads serves the first half of the row.
-            let (first, second) = row.split_at(world.width() / 2);
-            assert_eq!(first.iter().all(|x| x.is_nan()), position >= bad, "{pool:?} {position}");
-            assert!(second.iter().all(|x| x.is_finite()), "{pool:?} {position}");
+    for mut world in worlds(&mut noise, SHAPES[0], &[60]) {
+        let bad = 33;
+        world.k[0][bad * world.layout.token_len()] = f32::NAN;
+        world.write(0, bad..bad + 1);
+        for pool in pools() {
+            let out = &world.run(&pool, &[(0, 0..60)])[0];
+            for (position, row) in out.chunks(world.width()).enumerate() {
+                // Head 0 of the two key/value heads serves the first half of the row.
+                let (first, second) = row.split_at(world.width() / 2);
+                assert_eq!(first.iter().all(|x| x.is_nan()), position >= bad, "{pool:?} {position}");
+                assert!(second.iter().all(|x| x.is_finite()), "{pool:?} {position}");
+            }
         }
     }
 }
@@ -226,11 +323,13 @@ fn a_block_table_that_is_too_short_is_refused() {
     let args = PagedAttention {
         q: &world.q[0],
         q_row_stride: world.width(),
-        k_cache: &world.k_cache,
-        v_cache: &world.v_cache,
+        storage: &world.storage,
         layout: world.layout,
         num_heads: world.num_heads,
         scale: 1.0,
+        window: None,
+        soft_cap: None,
+        sinks: None,
         block_tables: &world.tables[0],
         block_table_offsets: &[0, 1],
         cu_seqlens_q: &[0, 1],

@@ -1,18 +1,21 @@
-//! An opened model folder: configuration read and checked, weights mapped, nothing loaded yet.
+//! An opened model, a folder or a GGUF file: configuration read and checked, weights mapped, nothing
+//! loaded yet.
 
 use std::path::{Path, PathBuf};
+use std::sync::Arc;
 
 use crate::family::{self, WeightNames};
 use crate::generation::GenerationConfig;
+use crate::weights::gguf::{self, GgufStore};
 use crate::weights::{self, WeightStore};
 use crate::{DecoderConfig, ModelError};
 
-/// A model folder in the Hugging Face layout.
+/// A model folder in the Hugging Face layout, or a GGUF file.
 pub struct Checkpoint {
-    /// The folder.
+    /// The folder or the file; what it was opened by.
     pub dir: PathBuf,
     /// What to call the model where the user gave no other name: the folder's own name, or the hub
-    /// id if the folder lies in a hub cache.
+    /// id if the folder lies in a hub cache; of a GGUF file its name without the ending.
     pub name: String,
     /// The decoder's shape.
     pub config: DecoderConfig,
@@ -26,13 +29,19 @@ pub struct Checkpoint {
 
 impl Checkpoint {
     /// Opens the checkpoint in `dir`: `config.json`, `generation_config.json` if there is one, and
-    /// `model.safetensors` or its shards.
+    /// `model.safetensors` or its shards. `dir` may be a GGUF file instead, which holds all of that; a
+    /// `generation_config.json` beside it is read too.
     ///
     /// # Errors
     /// If a file is missing, damaged, or asks for something this crate does not do.
     pub fn open(dir: &Path) -> Result<Self, ModelError> {
+        if gguf::is_gguf(dir) {
+            return Self::open_gguf(dir);
+        }
         let family = family::read_config(dir)?;
-        let generation = GenerationConfig::read(dir, &family.json, family.config.vocab_size)?;
+        let config_path = dir.join(family::CONFIG_FILE);
+        let vocab_size = family.config.vocab_size;
+        let generation = GenerationConfig::read(dir, &config_path, &family.json, vocab_size)?;
         let weights = weights::open(dir)?;
         Ok(Checkpoint {
             dir: dir.to_owned(),
@@ -41,6 +50,25 @@ impl Checkpoint {
             names: family.names,
             generation,
             weights,
+        })
+    }
+
+    fn open_gguf(path: &Path) -> Result<Self, ModelError> {
+        let file = Arc::new(gguf::open_first_part(path)?);
+        let weights = GgufStore::open(Arc::clone(&file))?;
+        let family = family::gguf::read(&file, &weights)?;
+        let folder = path.parent().unwrap_or(path);
+        let vocab_size = family.config.vocab_size;
+        let generation = GenerationConfig::read(folder, path, &family.json, vocab_size)?;
+        Ok(Checkpoint {
+            dir: path.to_owned(),
+            name: path
+                .file_stem()
+                .map_or_else(|| "model".to_owned(), |stem| stem.to_string_lossy().into_owned()),
+            config: family.config,
+            names: family.names,
+            generation,
+            weights: Box::new(weights),
         })
     }
 }

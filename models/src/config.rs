@@ -1,4 +1,5 @@
-//! What a decoder-only transformer looks like, independent of the family it comes from.
+//! What a decoder-only transformer looks like, independent of the family it comes from: its shape, and
+//! options that combine freely. A family is a choice of them.
 
 /// Shape and options of a decoder. Written by `family/*`, read by `decoder.rs`.
 #[derive(Clone, Debug, PartialEq)]
@@ -7,7 +8,7 @@ pub struct DecoderConfig {
     pub vocab_size: usize,
     /// Width of the residual stream.
     pub hidden_size: usize,
-    /// Width of the gated feed-forward layer.
+    /// Width of the feed-forward layer; an expert's own is in [`Experts`].
     pub intermediate_size: usize,
     /// Transformer blocks.
     pub num_layers: usize,
@@ -17,32 +18,232 @@ pub struct DecoderConfig {
     pub num_kv_heads: usize,
     /// Width of a head.
     pub head_dim: usize,
-    /// Added to the mean square in RMSNorm.
-    pub rms_norm_eps: f32,
-    /// Base of the rotary frequencies.
-    pub rope_theta: f32,
-    /// How the rotary frequencies are stretched.
-    pub rope_scaling: RopeScaling,
     /// Longest context.
     pub max_position_embeddings: usize,
-    /// Bias on the query, key and value projections (Qwen2; Llama's `attention_bias`).
+    /// The normalisation of every norm but those of [`QkNorm`], which is RMS.
+    pub norm: NormKind,
+    /// Added to the mean square, or to the variance.
+    pub norm_eps: f32,
+    /// Added to every norm's weight as it is loaded: Gemma stores `w` and multiplies by `1 + w`.
+    pub norm_weight_offset: f32,
+    /// Where the norms of a layer stand.
+    pub norm_placement: NormPlacement,
+    /// Normalisation of queries and keys.
+    pub qk_norm: QkNorm,
+    /// Rotary position embedding.
+    pub rope: Rope,
+    /// That of the layers with [`Positions::LocalRope`].
+    pub local_rope: Option<Rope>,
+    /// How layers differ: one entry a layer, or none where every layer is the default.
+    pub layers: Vec<LayerConfig>,
+    /// Factor on the attention scores; `None` is `1 / sqrt(head_dim)`.
+    pub attn_scale: Option<f32>,
+    /// Attention scores become `cap * tanh(score / cap)`.
+    pub attn_soft_cap: Option<f32>,
+    /// Every query head has a learned logit in its softmax that attends to nothing.
+    pub attn_sinks: bool,
+    /// Bias on the query, key and value projections.
     pub qkv_bias: bool,
-    /// Bias on the attention output projection (Llama's `attention_bias`).
+    /// Bias on the attention output projection.
     pub o_bias: bool,
-    /// Bias on the feed-forward projections (Llama's `mlp_bias`).
+    /// Bias on the feed-forward projections.
     pub mlp_bias: bool,
+    /// The feed-forward layer's nonlinearity.
+    pub activation: Activation,
+    /// `act(gate) * up` rather than `act(up)`.
+    pub gated: bool,
+    /// The feed-forward layers that are mixtures of experts.
+    pub experts: Option<Experts>,
+    /// Factor on the embedding.
+    pub embed_scale: f32,
+    /// Factor on what a sublayer adds to the residual stream.
+    pub residual_scale: f32,
+    /// Factor on the logits.
+    pub logits_scale: f32,
+    /// Logits become `cap * tanh(logit / cap)`.
+    pub logits_soft_cap: Option<f32>,
     /// The head is the embedding.
     pub tie_word_embeddings: bool,
 }
 
-/// Frequency scaling of rotary position embeddings.
+impl DecoderConfig {
+    /// How layer `index` differs from the others.
+    pub fn layer(&self, index: usize) -> LayerConfig {
+        self.layers.get(index).copied().unwrap_or_default()
+    }
+}
+
+/// A plain Llama of no size: the base on which a shape and options are set.
+impl Default for DecoderConfig {
+    fn default() -> Self {
+        DecoderConfig {
+            vocab_size: 0,
+            hidden_size: 0,
+            intermediate_size: 0,
+            num_layers: 0,
+            num_heads: 0,
+            num_kv_heads: 0,
+            head_dim: 0,
+            max_position_embeddings: 0,
+            norm: NormKind::Rms,
+            norm_eps: 1e-6,
+            norm_weight_offset: 0.0,
+            norm_placement: NormPlacement::Pre,
+            qk_norm: QkNorm::None,
+            rope: Rope::plain(0, 10_000.0),
+            local_rope: None,
+            layers: Vec::new(),
+            attn_scale: None,
+            attn_soft_cap: None,
+            attn_sinks: false,
+            qkv_bias: false,
+            o_bias: false,
+            mlp_bias: false,
+            activation: Activation::Silu,
+            gated: true,
+            experts: None,
+            embed_scale: 1.0,
+            residual_scale: 1.0,
+            logits_scale: 1.0,
+            logits_soft_cap: None,
+            tie_word_embeddings: false,
+        }
+    }
+}
+
+/// What sets a layer apart from its neighbours.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct LayerConfig {
+    /// Keys that a query sees, its own included; `None`: all before it.
+    pub window: Option<usize>,
+    /// How queries and keys know where they are.
+    pub positions: Positions,
+    /// The feed-forward layer is a plain one although the model has experts.
+    pub dense: bool,
+}
+
+/// How the queries and keys of a layer know where they are.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum Positions {
+    /// By [`DecoderConfig::rope`].
+    #[default]
+    Rope,
+    /// By [`DecoderConfig::local_rope`].
+    LocalRope,
+    /// Only by what the causal mask tells.
+    None,
+}
+
+/// The normalisation of the residual stream.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub enum NormKind {
+    /// `x / sqrt(mean(x^2) + eps) * weight`
+    Rms,
+    /// `(x - mean(x)) / sqrt(var(x) + eps) * weight + bias`
+    Layer,
+}
+
+/// Where the norms of a layer stand, for attention and feed-forward alike.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub enum NormPlacement {
+    /// `x + f(norm(x))`
+    Pre,
+    /// `x + norm(f(x))`
+    Post,
+    /// `x + norm(f(norm(x)))`
+    Both,
+}
+
+impl NormPlacement {
+    /// There are norms before the sublayers.
+    pub fn has_pre(self) -> bool {
+        self != NormPlacement::Post
+    }
+
+    /// There are norms after the sublayers.
+    pub fn has_post(self) -> bool {
+        self != NormPlacement::Pre
+    }
+}
+
+/// RMS normalisation of queries and keys before they are rotated.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub enum QkNorm {
+    /// None.
+    None,
+    /// Each head by itself, all with one weight of `head_dim`.
+    PerHead,
+    /// All heads of a token together.
+    AllHeads,
+}
+
+/// The nonlinearity of a feed-forward layer.
 #[derive(Clone, Copy, Debug, PartialEq)]
+pub enum Activation {
+    /// `x / (1 + exp(-x))`
+    Silu,
+    /// `x / 2 * (1 + tanh(sqrt(2 / pi) * (x + 0.044715 x^3)))`
+    GeluTanh,
+    /// Gated only: `(clamp(up, -limit, limit) + 1) * g / (1 + exp(-alpha g))` with `g = min(gate, limit)`.
+    ClampedSwiglu {
+        /// Gain of the sigmoid.
+        alpha: f32,
+        /// Bound of gate and up.
+        limit: f32,
+    },
+}
+
+/// Feed-forward layers of which a router chooses a few for every token.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub struct Experts {
+    /// Experts of a layer.
+    pub num_experts: usize,
+    /// How many of them compute a token.
+    pub num_experts_per_token: usize,
+    /// Width of an expert.
+    pub intermediate_size: usize,
+    /// Weights of the chosen experts: the softmax over those alone, or their shares of the one over all.
+    pub renormalise: bool,
+    /// Bias on the router and on the experts' projections.
+    pub bias: bool,
+}
+
+/// Rotary position embedding of a head's first channels.
+#[derive(Clone, Debug, PartialEq)]
+pub struct Rope {
+    /// Channels of a head that turn; even, at most `head_dim`.
+    pub dim: usize,
+    /// Base of the frequencies.
+    pub theta: f32,
+    /// How the frequencies are stretched.
+    pub scaling: RopeScaling,
+    /// In the checkpoint's tensors channel `2i` turns with `2i + 1`, not `i` with `i + dim / 2`. The
+    /// loader puts rows in the second order, so nothing after it knows.
+    pub interleaved: bool,
+}
+
+impl Rope {
+    /// No scaling, half-split.
+    pub fn plain(dim: usize, theta: f32) -> Self {
+        Rope { dim, theta, scaling: RopeScaling::None, interleaved: false }
+    }
+}
+
+/// Frequency scaling of rotary position embeddings. Every one is a function of the configuration
+/// alone: where the original depends on the length of the current context, the longest context that the
+/// model is served with stands for it, so that a token's keys never depend on what comes after it.
+#[derive(Clone, Debug, PartialEq)]
 pub enum RopeScaling {
     /// None.
     None,
     /// Positions divided by a factor.
     Linear {
         /// The divisor.
+        factor: f32,
+    },
+    /// NTK-aware scaling of the base, for a context of `factor` times the pretraining's.
+    DynamicNtk {
+        /// Longest context over the pretraining's.
         factor: f32,
     },
     /// Llama 3.1's per-frequency interpolation.
@@ -55,5 +256,28 @@ pub enum RopeScaling {
         high_freq_factor: f32,
         /// The context length of pretraining.
         original_max_position_embeddings: usize,
+    },
+    /// YaRN (arXiv 2309.00071).
+    Yarn {
+        /// The divisor of low frequencies.
+        factor: f32,
+        /// Frequencies that turn more often than this in the pretraining's context are kept.
+        beta_fast: f32,
+        /// Frequencies that turn less often than this are divided.
+        beta_slow: f32,
+        /// The ramp between them begins and ends at whole channels.
+        truncate: bool,
+        /// Factor on cosines and sines.
+        attention_factor: f32,
+        /// The context length of pretraining.
+        original_max_position_embeddings: usize,
+    },
+    /// LongRoPE (arXiv 2402.13753): a divisor for every frequency.
+    LongRope {
+        /// `[dim / 2]`: the divisors. The long ones if the model is made for more than its pretraining's
+        /// context, else the short ones.
+        factors: Vec<f32>,
+        /// Factor on cosines and sines.
+        attention_factor: f32,
     },
 }

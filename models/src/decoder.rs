@@ -1,13 +1,13 @@
-//! THE forward pass, once, for every family and every backend: a pre-norm decoder with rotary
-//! grouped-query attention and a gated feed-forward layer. What differs between families is in
-//! [`DecoderConfig`] (shapes, biases, tying); what differs between devices is behind [`Backend`].
+//! THE forward pass, once, for every family and every backend: a decoder of attention and feed-forward
+//! layers around a residual stream. What differs between families is in [`DecoderConfig`], as options
+//! that combine freely; what differs between devices is behind [`Backend`].
 //!
 //! Query, key and value projections are one matrix, and so are gate and up: small models are bound by
 //! the number of operations, and larger ones lose nothing.
 
-use crate::backend::{Backend, Heads, Linear, Norm};
+use crate::backend::{Attention, Backend, Heads, Linear, Share};
 use crate::batch::ForwardBatch;
-use crate::config::DecoderConfig;
+use crate::config::{DecoderConfig, Positions};
 use crate::error::ModelError;
 use crate::kv_cache::{KvLayout, kv_bytes_per_token};
 use crate::model::Model;
@@ -15,8 +15,13 @@ use crate::rope::RopeTable;
 use crate::validate::Bounds;
 
 mod load;
+mod tensors;
+mod weights;
+mod workspace;
 
-pub use load::load;
+pub use load::{load, load_with};
+use weights::{FeedForward, NormWeights, Weights};
+use workspace::Workspace;
 
 /// A decoder-only transformer on a backend.
 pub struct Decoder<B: Backend> {
@@ -37,62 +42,27 @@ struct Pass {
     num_layers_done: usize,
 }
 
-struct Weights<B: Backend> {
-    embed: B::Matrix,
-    layers: Vec<LayerWeights<B>>,
-    final_norm: B::Vector,
-    /// `None` if the head is the embedding.
-    lm_head: Option<B::Matrix>,
-}
-
-struct LayerWeights<B: Backend> {
-    attn_norm: B::Vector,
-    qkv: Projection<B>,
-    o: Projection<B>,
-    ffn_norm: B::Vector,
-    gate_up: Projection<B>,
-    down: Projection<B>,
-}
-
-struct Projection<B: Backend> {
-    weight: B::Matrix,
-    bias: Option<B::Vector>,
-}
-
-impl<B: Backend> Projection<B> {
-    fn linear(&self) -> Linear<'_, B::Matrix, B::Vector> {
-        Linear { weight: &self.weight, bias: self.bias.as_ref() }
-    }
-}
-
 /// What [`Model::allocate_kv_cache`] sets up: the storage, and all that is sized by it.
 struct Cache<B: Backend> {
     bounds: Bounds,
     layers: Vec<B::KvLayer>,
-    rope: B::Rope,
+    ropes: Ropes<B>,
     inputs: B::Inputs,
 }
 
-/// Activations of one pass, `[rows, _]`; sized for the largest pass so far.
-struct Workspace<B: Backend> {
-    max_tokens: usize,
-    max_logits_rows: usize,
-    /// `hidden_size`: the residual stream.
-    residual: B::Buffer,
-    /// `hidden_size`: the norm of the residual stream.
-    normed: B::Buffer,
-    /// `hidden_size`: what a sublayer adds to the residual stream.
-    update: B::Buffer,
-    /// `heads.qkv_width()`
-    qkv: B::Buffer,
-    /// `heads.q_width()`
-    attn: B::Buffer,
-    /// `2 * intermediate_size`
-    gate_up: B::Buffer,
-    /// `intermediate_size`
-    activated: B::Buffer,
-    /// `vocab_size`, for logits rows only.
-    logits: B::Buffer,
+struct Ropes<B: Backend> {
+    rope: B::Rope,
+    local: Option<B::Rope>,
+}
+
+impl<B: Backend> Ropes<B> {
+    fn of(&self, positions: Positions) -> Option<&B::Rope> {
+        match positions {
+            Positions::Rope => Some(&self.rope),
+            Positions::LocalRope => self.local.as_ref(),
+            Positions::None => None,
+        }
+    }
 }
 
 /// The counts that decide which operations a pass is made of.
@@ -108,20 +78,25 @@ impl<B: Backend> Model for Decoder<B> {
     }
 
     fn kv_bytes_per_token(&self) -> usize {
-        kv_bytes_per_token(&self.config)
+        kv_bytes_per_token(&self.config, self.backend.kv_type())
     }
 
     fn allocate_kv_cache(&mut self, num_blocks: usize, block_size: usize) -> Result<(), ModelError> {
-        let kv = KvLayout::new(&self.config, num_blocks, block_size)?;
+        let kv = KvLayout::new(&self.config, self.backend.kv_type(), num_blocks, block_size)?;
         // Release the old storage first: there may not be room for both.
         self.cache = None;
         let num_positions = self.config.max_position_embeddings.min(kv.num_slots());
         let layers =
             (0..kv.num_layers).map(|_| self.backend.allocate_kv_layer(&kv)).collect::<Result<_, _>>()?;
+        let mut load_rope =
+            |rope| self.backend.load_rope(RopeTable::new(rope, self.config.head_dim, num_positions));
         self.cache = Some(Cache {
             bounds: Bounds { vocab_size: self.config.vocab_size, num_positions, kv },
             layers,
-            rope: self.backend.load_rope(RopeTable::new(&self.config, num_positions))?,
+            ropes: Ropes {
+                rope: load_rope(&self.config.rope)?,
+                local: self.config.local_rope.as_ref().map(load_rope).transpose()?,
+            },
             inputs: self.backend.allocate_inputs(&kv)?,
         });
         Ok(())
@@ -177,43 +152,55 @@ impl<B: Backend> Decoder<B> {
         let Decoder { config, weights, cache, workspace, backend, .. } = self;
         let (ws, cache) = (ready(workspace), ready(cache));
         backend.embed(&cache.inputs, &weights.embed, &mut ws.residual)?;
-        let norm = Norm { weight: &weights.layers[0].attn_norm, eps: config.rms_norm_eps };
-        backend.rms_norm(shape.num_tokens, &ws.residual, norm, &mut ws.normed)
+        if config.embed_scale != 1.0 {
+            backend.scale(shape.num_tokens * config.hidden_size, &mut ws.residual, config.embed_scale)?;
+        }
+        match &weights.layers[0].attn_norm {
+            None => Ok(()),
+            Some(norm) => backend.norm(shape.num_tokens, &ws.residual, norm.of(config), &mut ws.normed),
+        }
     }
 
-    /// Layer `index`, from the norm before its attention (in `normed`) to the norm before the next
-    /// layer's, or before the head. All state of a pass between two layers is `residual` and `normed`.
+    /// Layer `index`, from its attention to the norm before the next layer's attention, or before the
+    /// head. All state of a pass between two layers is `residual` and, where there are norms before
+    /// sublayers, `normed`.
     fn layer(&mut self, index: usize, shape: PassShape) -> Result<(), ModelError> {
         let Decoder { config, heads, weights, cache, workspace, backend, .. } = self;
-        let (ws, cache) = (ready(workspace), ready(cache));
-        let (layer, heads, eps) = (&weights.layers[index], *heads, config.rms_norm_eps);
+        let (config, heads, ws, cache) = (&*config, *heads, ready(workspace), ready(cache));
+        let (layer, kind) = (&weights.layers[index], config.layer(index));
         let next_layer = weights.layers.get(index + 1);
-        let next_norm = next_layer.map_or(&weights.final_norm, |next| &next.attn_norm);
+        let next_norm = next_layer.map_or(Some(&weights.final_norm), |next| next.attn_norm.as_ref());
         let mut rows = shape.num_tokens;
 
-        backend.matmul(rows, &ws.normed, layer.qkv.linear(), &mut ws.qkv)?;
-        let kv = &mut cache.layers[index];
-        backend.rope_and_store(&cache.inputs, heads, &cache.rope, &mut ws.qkv, kv)?;
+        let input = if layer.attn_norm.is_some() { &ws.normed } else { &ws.residual };
+        backend.matmul(rows, input, layer.qkv.linear(), &mut ws.qkv)?;
+        if let Some(norm) = layer.qk_norm(config) {
+            backend.qk_norm(rows, heads, norm, &mut ws.qkv)?;
+        }
+        let Cache { layers, ropes, inputs, .. } = cache;
+        let kv = &mut layers[index];
+        backend.rope_and_store(inputs, heads, ropes.of(kind.positions), &mut ws.qkv, kv)?;
         if next_layer.is_none() && shape.num_logits_rows == 0 {
             return Ok(()); // Nobody reads what this layer computes from here on.
         }
-        backend.attention(&cache.inputs, heads, &ws.qkv, kv, &mut ws.attn)?;
+        let attention = Attention {
+            scale: config.attn_scale.unwrap_or_else(|| (config.head_dim as f32).sqrt().recip()),
+            window: kind.window,
+            soft_cap: config.attn_soft_cap,
+            sinks: layer.sinks.as_ref(),
+        };
+        backend.attention(inputs, heads, attention, &ws.qkv, kv, &mut ws.attn)?;
         backend.matmul(rows, &ws.attn, layer.o.linear(), &mut ws.update)?;
 
         if next_layer.is_none() && shape.num_logits_rows < rows {
             // The other rows have left their keys and values; no later layer asks for more of them.
             rows = shape.num_logits_rows;
-            backend.pick_logits_rows(&cache.inputs, config.hidden_size, &mut ws.residual)?;
-            backend.pick_logits_rows(&cache.inputs, config.hidden_size, &mut ws.update)?;
+            backend.pick_logits_rows(inputs, config.hidden_size, &mut ws.residual)?;
+            backend.pick_logits_rows(inputs, config.hidden_size, &mut ws.update)?;
         }
-
-        let norm = Norm { weight: &layer.ffn_norm, eps };
-        backend.add_rms_norm(rows, &mut ws.residual, &ws.update, norm, &mut ws.normed)?;
-        backend.matmul(rows, &ws.normed, layer.gate_up.linear(), &mut ws.gate_up)?;
-        backend.silu_mul(rows, config.intermediate_size, &ws.gate_up, &mut ws.activated)?;
-        backend.matmul(rows, &ws.activated, layer.down.linear(), &mut ws.update)?;
-        let norm = Norm { weight: next_norm, eps };
-        backend.add_rms_norm(rows, &mut ws.residual, &ws.update, norm, &mut ws.normed)
+        add_update(backend, config, rows, ws, [layer.attn_post_norm.as_ref(), layer.ffn_norm.as_ref()])?;
+        feed_forward(backend, config, rows, ws, &layer.ffn, layer.ffn_norm.is_some())?;
+        add_update(backend, config, rows, ws, [layer.ffn_post_norm.as_ref(), next_norm])
     }
 
     /// The head, and the one moment at which the host waits.
@@ -224,9 +211,16 @@ impl<B: Backend> Decoder<B> {
         }
         let Decoder { config, weights, workspace, backend, .. } = self;
         let ws = ready(workspace);
+        let len = shape.num_logits_rows * config.vocab_size;
         let head = Linear { weight: weights.lm_head.as_ref().unwrap_or(&weights.embed), bias: None };
         backend.matmul(shape.num_logits_rows, &ws.normed, head, &mut ws.logits)?;
-        backend.download(&ws.logits, shape.num_logits_rows * config.vocab_size, logits)
+        if config.logits_scale != 1.0 {
+            backend.scale(len, &mut ws.logits, config.logits_scale)?;
+        }
+        if let Some(cap) = config.logits_soft_cap {
+            backend.soft_cap(len, &mut ws.logits, cap)?;
+        }
+        backend.download(&ws.logits, len, logits)
     }
 
     /// Makes the workspace at least as large as the pass.
@@ -238,22 +232,73 @@ impl<B: Backend> Decoder<B> {
         }
         let max_tokens = max_tokens.max(shape.num_tokens);
         let max_logits_rows = max_logits_rows.max(shape.num_logits_rows);
-        let Decoder { config, heads, backend, .. } = self;
-        let mut rows_of = |width: usize| backend.allocate_buffer(max_tokens * width);
         self.workspace = None;
-        self.workspace = Some(Workspace {
-            max_tokens,
-            max_logits_rows,
-            residual: rows_of(config.hidden_size)?,
-            normed: rows_of(config.hidden_size)?,
-            update: rows_of(config.hidden_size)?,
-            qkv: rows_of(heads.qkv_width())?,
-            attn: rows_of(heads.q_width())?,
-            gate_up: rows_of(2 * config.intermediate_size)?,
-            activated: rows_of(config.intermediate_size)?,
-            logits: backend.allocate_buffer(max_logits_rows * config.vocab_size)?,
-        });
+        self.workspace =
+            Some(Workspace::new(&mut self.backend, &self.config, self.heads, max_tokens, max_logits_rows)?);
         Ok(())
+    }
+}
+
+/// Adds what a sublayer has computed, in `update`, to the residual stream, and puts the norm that comes
+/// next, if one does, into `normed`. `norms`: the one on the update itself, and the next.
+fn add_update<B: Backend>(
+    backend: &mut B,
+    config: &DecoderConfig,
+    rows: usize,
+    ws: &mut Workspace<B>,
+    norms: [Option<&NormWeights<B>>; 2],
+) -> Result<(), ModelError> {
+    let len = rows * config.hidden_size;
+    let [post_norm, next_norm] = norms;
+    if let Some(norm) = post_norm {
+        backend.norm(rows, &ws.update, norm.of(config), &mut ws.normed)?;
+        std::mem::swap(&mut ws.update, &mut ws.normed);
+    }
+    if config.residual_scale != 1.0 {
+        backend.scale(len, &mut ws.update, config.residual_scale)?;
+    }
+    match next_norm {
+        None => backend.add(len, &mut ws.residual, &ws.update),
+        Some(norm) => backend.add_norm(rows, &mut ws.residual, &ws.update, norm.of(config), &mut ws.normed),
+    }
+}
+
+/// The feed-forward sublayer, into `update`.
+fn feed_forward<B: Backend>(
+    backend: &mut B,
+    config: &DecoderConfig,
+    rows: usize,
+    ws: &mut Workspace<B>,
+    ffn: &FeedForward<B>,
+    is_pre_norm: bool,
+) -> Result<(), ModelError> {
+    let input = if is_pre_norm { &ws.normed } else { &ws.residual };
+    match ffn {
+        FeedForward::Dense { up, down } => {
+            backend.matmul(rows, input, up.linear(), &mut ws.gate_up)?;
+            let (width, act) = (config.intermediate_size, config.activation);
+            match config.gated {
+                true => backend.gate(rows, width, act, &ws.gate_up, &mut ws.activated)?,
+                false => backend.activate(rows, width, act, &ws.gate_up, &mut ws.activated)?,
+            }
+            backend.matmul(rows, &ws.activated, down.linear(), &mut ws.update)
+        }
+        FeedForward::Experts { router, up, down } => {
+            let (experts, room) = config
+                .experts
+                .as_ref()
+                .zip(ws.experts.as_mut())
+                .expect("a layer of experts has its options and its room: this is a bug");
+            let picks = rows * experts.num_experts_per_token;
+            backend.matmul(rows, input, router.linear(), &mut room.router)?;
+            backend.route(rows, experts, &room.router, &mut room.routing)?;
+            backend.expert_matmul(&mut room.routing, input, Share::Row, up.linear(), &mut ws.gate_up)?;
+            let (width, act) = (experts.intermediate_size, config.activation);
+            backend.gate(picks, width, act, &ws.gate_up, &mut ws.activated)?;
+            let (x, answers) = (&ws.activated, &mut room.answers);
+            backend.expert_matmul(&mut room.routing, x, Share::Pick, down.linear(), answers)?;
+            backend.combine(rows, config.hidden_size, &room.routing, answers, &mut ws.update)
+        }
     }
 }
 

@@ -6,7 +6,7 @@ use serde::Deserialize;
 use serde_json::{Map, Value};
 
 use crate::ModelError;
-use crate::family::{CONFIG_FILE, describe};
+use crate::family::describe;
 use crate::files::read_json;
 
 /// The file's name in a checkpoint folder; optional there.
@@ -42,21 +42,21 @@ struct File {
 
 impl GenerationConfig {
     /// Reads `generation_config.json` in `dir` if there is one. Token ids that it lacks are taken from
-    /// `config_json`, the content of `config.json`.
+    /// `config_json`, the content of `config_path` in the words of a `config.json`.
     ///
     /// # Errors
     /// If the file is damaged, or names a token that is not below `vocab_size`.
     pub(crate) fn read(
         dir: &Path,
+        config_path: &Path,
         config_json: &Map<String, Value>,
         vocab_size: usize,
     ) -> Result<Self, ModelError> {
         let path = dir.join(GENERATION_FILE);
         let file = if path.exists() { read_json(&path, MAX_GENERATION_BYTES)? } else { File::default() };
-        let config_path = dir.join(CONFIG_FILE);
         let token_ids = |key: &str, value: &Option<Value>| match value {
             Some(value) => token_ids(&path, key, value, vocab_size),
-            None => token_ids(&config_path, key, config_json.get(key).unwrap_or(&Value::Null), vocab_size),
+            None => token_ids(config_path, key, config_json.get(key).unwrap_or(&Value::Null), vocab_size),
         };
         Ok(GenerationConfig {
             eos_token_ids: token_ids("eos_token_id", &file.eos_token_id)?,

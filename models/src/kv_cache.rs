@@ -2,6 +2,9 @@
 //! layer; `block_size` consecutive slots form a block, and which block belongs to which sequence is
 //! the engine's business alone. The storage itself belongs to the backend.
 
+use memmap2::MmapMut;
+use tandem_kernels::kv::KvType;
+
 use crate::config::DecoderConfig;
 use crate::error::ModelError;
 
@@ -18,6 +21,8 @@ pub struct KvLayout {
     pub num_kv_heads: usize,
     /// Width of a head.
     pub head_dim: usize,
+    /// Element type.
+    pub kv_type: KvType,
 }
 
 impl KvLayout {
@@ -25,7 +30,12 @@ impl KvLayout {
     ///
     /// # Errors
     /// If a number is 0, or if slots or bytes do not fit their types.
-    pub fn new(config: &DecoderConfig, num_blocks: usize, block_size: usize) -> Result<Self, ModelError> {
+    pub fn new(
+        config: &DecoderConfig,
+        kv_type: KvType,
+        num_blocks: usize,
+        block_size: usize,
+    ) -> Result<Self, ModelError> {
         let refuse = |reason: String| ModelError::Backend { context: "KV cache", reason };
         if num_blocks == 0 || block_size == 0 {
             return Err(refuse(format!(
@@ -34,12 +44,12 @@ impl KvLayout {
         }
         // Slots are addressed with 32 bits, storage with isize.
         let num_slots = num_blocks.checked_mul(block_size).filter(|&slots| slots <= u32::MAX as usize);
-        let size_bytes =
-            num_slots.and_then(|slots| slots.checked_mul(kv_bytes_per_token(config))).map(isize::try_from);
+        let token_bytes = kv_bytes_per_token(config, kv_type);
+        let size_bytes = num_slots.and_then(|slots| slots.checked_mul(token_bytes)).map(isize::try_from);
         if !matches!(size_bytes, Some(Ok(_))) {
             return Err(refuse(format!(
-                "{num_blocks} blocks of {block_size} tokens at {} bytes a token are more than can be addressed",
-                kv_bytes_per_token(config)
+                "{num_blocks} blocks of {block_size} tokens at {token_bytes} bytes a token are more than can be \
+                 addressed"
             )));
         }
         Ok(KvLayout {
@@ -48,6 +58,7 @@ impl KvLayout {
             block_size,
             num_kv_heads: config.num_kv_heads,
             head_dim: config.head_dim,
+            kv_type,
         })
     }
 
@@ -68,27 +79,32 @@ impl KvLayout {
 }
 
 /// Bytes of keys and values that one token costs in all layers; saturates instead of wrapping.
-pub fn kv_bytes_per_token(config: &DecoderConfig) -> usize {
-    [config.num_layers, config.num_kv_heads, config.head_dim]
+pub fn kv_bytes_per_token(config: &DecoderConfig, kv_type: KvType) -> usize {
+    // A file may claim any width.
+    const WIDEST: usize = usize::MAX >> 6;
+    [config.num_layers, config.num_kv_heads]
         .into_iter()
-        .fold(2 * size_of::<f32>(), usize::saturating_mul)
+        .fold(kv_type.token_bytes(config.head_dim.min(WIDEST)), usize::saturating_mul)
 }
 
-/// `len` zeros, or an error where a plain `vec![]` would end the process.
+/// `len` zero bytes, or an error where a plain `vec![]` would end the process.
 ///
 /// The pages are the system's to hand out when they are first written, so a cache costs what is used
-/// of it.
-pub(crate) fn try_zeros(len: usize) -> Result<Vec<f32>, ModelError> {
-    bytemuck::allocation::try_zeroed_vec(len).map_err(|()| ModelError::Backend {
+/// of it; large pages where the system has them, because a long context is read from end to end.
+pub(crate) fn try_zeros(len: usize) -> Result<MmapMut, ModelError> {
+    let bytes = MmapMut::map_anon(len).map_err(|error| ModelError::Backend {
         context: "KV cache",
-        reason: format!("no memory for {} bytes", len.saturating_mul(size_of::<f32>())),
-    })
+        reason: format!("no memory for {len} bytes: {error}"),
+    })?;
+    #[cfg(target_os = "linux")]
+    // A system without large pages is only slower.
+    let _ = bytes.advise(memmap2::Advice::HugePage);
+    Ok(bytes)
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::config::RopeScaling;
 
     fn config() -> DecoderConfig {
         DecoderConfig {
@@ -99,22 +115,17 @@ mod tests {
             num_heads: 2,
             num_kv_heads: 1,
             head_dim: 4,
-            rms_norm_eps: 1e-6,
-            rope_theta: 1e4,
-            rope_scaling: RopeScaling::None,
             max_position_embeddings: 64,
-            qkv_bias: false,
-            o_bias: false,
-            mlp_bias: false,
-            tie_word_embeddings: true,
+            ..DecoderConfig::default()
         }
     }
 
     #[test]
     fn sizes() {
-        let layout = KvLayout::new(&config(), 5, 16).unwrap();
+        let layout = KvLayout::new(&config(), KvType::F32, 5, 16).unwrap();
         assert_eq!((layout.num_slots(), layout.row_len(), layout.layer_len()), (80, 4, 320));
-        assert_eq!(kv_bytes_per_token(&config()), 3 * 2 * 4 * 4);
+        let bytes = KvType::ALL.map(|kv_type| kv_bytes_per_token(&config(), kv_type));
+        assert_eq!(bytes, [3 * 2 * 4 * 4, 3 * 2 * 4 * 2, 3 * 2 * (4 + 4)]);
     }
 
     #[test]
@@ -122,12 +133,12 @@ mod tests {
         for (num_blocks, block_size) in
             [(0, 16), (16, 0), (usize::MAX, 2), (1 << 28, 16), (u32::MAX as usize, 1 << 40)]
         {
-            let error = KvLayout::new(&config(), num_blocks, block_size).unwrap_err().to_string();
+            let error = KvLayout::new(&config(), KvType::Q8, num_blocks, block_size).unwrap_err().to_string();
             assert!(error.contains(&num_blocks.to_string()), "{error}");
         }
         let mut giant = config();
         giant.num_layers = usize::MAX / 2;
-        assert!(KvLayout::new(&giant, 1, 16).is_err());
+        assert!(KvLayout::new(&giant, KvType::F16, 1, 16).is_err());
         assert!(try_zeros(usize::MAX / 8).is_err());
     }
 }

@@ -14,6 +14,7 @@ pub mod model;
 pub mod pair;
 pub mod rope;
 pub mod source;
+pub mod synth;
 pub mod text;
 mod validate;
 pub mod verify;
@@ -22,12 +23,15 @@ pub mod weights;
 pub use backend::{BackendKind, CpuBackend, ReferenceBackend};
 pub use batch::ForwardBatch;
 pub use checkpoint::Checkpoint;
-pub use config::{DecoderConfig, RopeScaling};
-pub use decoder::{Decoder, load};
+pub use config::{DecoderConfig, Rope, RopeScaling};
+pub use decoder::{Decoder, load, load_with};
 pub use error::ModelError;
 pub use generation::GenerationConfig;
 pub use model::Model;
 pub use pair::check_pair;
 pub use source::{HubOptions, resolve};
-pub use text::{ChatTemplate, Detokenizer, FimFrame, FimOrder, FimTokens, TemplateError, Tokenizer};
+pub use tandem_kernels::kv::KvType;
+pub use text::{
+    ChatTemplate, Detokenizer, FimContext, FimFile, FimFrame, FimOrder, FimTokens, TemplateError, Tokenizer,
+};
 pub use weights::{Dtype, TensorView, WeightStore};

@@ -6,9 +6,10 @@
 
 use std::f32::consts::PI;
 
-use crate::config::{DecoderConfig, RopeScaling};
+use crate::config::{Rope, RopeScaling};
 
-/// `cos(position * frequency)` and the sines, each `[num_positions, head_dim / 2]`.
+/// `cos(position * frequency)` and the sines, each `[num_positions, head_dim / 2]`. Channels past
+/// [`Rope::dim`] have cosine 1 and sine 0: rotating by nothing is exact, so no kernel knows of them.
 #[derive(Clone, Debug, PartialEq)]
 pub struct RopeTable {
     /// The cosines.
@@ -20,34 +21,96 @@ pub struct RopeTable {
 }
 
 impl RopeTable {
-    /// The table for positions `0..num_positions`.
-    pub fn new(config: &DecoderConfig, num_positions: usize) -> Self {
-        let frequencies = frequencies(config);
-        let mut cos = Vec::with_capacity(num_positions * frequencies.len());
-        let mut sin = Vec::with_capacity(num_positions * frequencies.len());
+    /// The table for positions `0..num_positions` of heads of width `head_dim`.
+    pub fn new(rope: &Rope, head_dim: usize, num_positions: usize) -> Self {
+        let frequencies = frequencies(rope);
+        let scale = attention_factor(&rope.scaling);
+        let still = head_dim / 2 - frequencies.len();
+        let mut cos = Vec::with_capacity(num_positions * head_dim / 2);
+        let mut sin = Vec::with_capacity(num_positions * head_dim / 2);
         for position in 0..num_positions {
             for &frequency in &frequencies {
                 // The product is rounded to f32; its cosine is then the nearest f32, whatever the
                 // system's maths library.
                 let angle = f64::from(position as f32 * frequency);
-                cos.push(angle.cos() as f32);
-                sin.push(angle.sin() as f32);
+                cos.push(angle.cos() as f32 * scale);
+                sin.push(angle.sin() as f32 * scale);
             }
+            cos.extend(std::iter::repeat_n(1.0, still));
+            sin.extend(std::iter::repeat_n(0.0, still));
         }
         RopeTable { cos, sin, num_positions }
     }
 }
 
-/// `[head_dim / 2]`: radians per position of each pair of channels, scaling applied.
-pub fn frequencies(config: &DecoderConfig) -> Vec<f32> {
-    let theta = f64::from(config.rope_theta);
-    let plain = (0..config.head_dim).step_by(2).map(|channel| {
-        let exponent = channel as f32 / config.head_dim as f32;
-        1.0 / (theta.powf(f64::from(exponent)) as f32)
-    });
-    match config.rope_scaling {
+/// The order in which the rows of a head's projection must stand for the rotation, which turns row `i`
+/// with row `i + head_dim / 2`: row `i` is row `order[i]` of the checkpoint. `None` if it is that order
+/// already. A reordering of queries and keys alike leaves their products as they are.
+pub(crate) fn row_order(rope: &Rope, head_dim: usize) -> Option<Vec<usize>> {
+    if rope.dim == head_dim && !rope.interleaved {
+        return None;
+    }
+    let (half, turning) = (head_dim / 2, rope.dim / 2);
+    let source = |half_index: usize, i: usize| match (i < turning, rope.interleaved) {
+        (true, true) => 2 * i + half_index,
+        (true, false) => half_index * turning + i,
+        // What does not turn follows in its own order, split over the two halves.
+        (false, _) => rope.dim + half_index * (half - turning) + i - turning,
+    };
+    Some((0..2).flat_map(|half_index| (0..half).map(move |i| source(half_index, i))).collect())
+}
+
+/// YaRN's factor on cosines and sines, where the configuration has none; `mscale` are DeepSeek's gains
+/// of numerator and denominator.
+pub(crate) fn yarn_attention_factor(factor: f32, mscale: Option<(f32, f32)>) -> f32 {
+    let gain = |mscale: f64| match f64::from(factor) {
+        factor if factor <= 1.0 => 1.0,
+        factor => 0.1 * mscale * factor.ln() + 1.0,
+    };
+    match mscale {
+        Some((over, under)) if over != 0.0 && under != 0.0 => {
+            (gain(f64::from(over)) / gain(f64::from(under))) as f32
+        }
+        _ => gain(1.0) as f32,
+    }
+}
+
+/// LongRoPE's factor on cosines and sines, where the configuration has none.
+pub(crate) fn longrope_attention_factor(factor: f32, original_max_position_embeddings: usize) -> f32 {
+    if factor <= 1.0 {
+        return 1.0;
+    }
+    (1.0 + f64::from(factor).ln() / (original_max_position_embeddings as f64).ln()).sqrt() as f32
+}
+
+fn attention_factor(scaling: &RopeScaling) -> f32 {
+    match *scaling {
+        RopeScaling::Yarn { attention_factor, .. } | RopeScaling::LongRope { attention_factor, .. } => {
+            attention_factor
+        }
+        _ => 1.0,
+    }
+}
+
+/// `[dim / 2]`: radians per position of each pair of channels, scaling applied.
+pub fn frequencies(rope: &Rope) -> Vec<f32> {
+    let powers = |theta: f64| {
+        (0..rope.dim).step_by(2).map(move |channel| {
+            let exponent = channel as f32 / rope.dim as f32;
+            theta.powf(f64::from(exponent)) as f32
+        })
+    };
+    let theta = f64::from(rope.theta);
+    let plain = powers(theta).map(|power| 1.0 / power);
+    match rope.scaling {
         RopeScaling::None => plain.collect(),
         RopeScaling::Linear { factor } => plain.map(|frequency| frequency / factor).collect(),
+        RopeScaling::DynamicNtk { factor } => {
+            // The formula at its longest context, `factor` times the pretraining's.
+            let (factor, dim) = (f64::from(factor), rope.dim as f64);
+            let theta = theta * (factor * factor - (factor - 1.0)).powf(dim / (dim - 2.0));
+            powers(theta).map(|power| 1.0 / power).collect()
+        }
         RopeScaling::Llama3 {
             factor,
             low_freq_factor,
@@ -72,31 +135,53 @@ pub fn frequencies(config: &DecoderConfig) -> Vec<f32> {
                 })
                 .collect()
         }
+        RopeScaling::Yarn { factor, .. } => {
+            let (low, high) = yarn_ramp(rope);
+            powers(theta)
+                .enumerate()
+                .map(|(i, power)| {
+                    let divided = ((i as f32 - low) / (high - low)).clamp(0.0, 1.0);
+                    let kept = 1.0 - divided;
+                    1.0 / (factor * power) * (1.0 - kept) + 1.0 / power * kept
+                })
+                .collect()
+        }
+        RopeScaling::LongRope { ref factors, .. } => {
+            powers(theta).zip(factors).map(|(power, factor)| 1.0 / (factor * power)).collect()
+        }
     }
+}
+
+/// Between which pairs of channels YaRN goes over from frequencies kept to frequencies divided.
+fn yarn_ramp(rope: &Rope) -> (f32, f32) {
+    let RopeScaling::Yarn { beta_fast, beta_slow, truncate, original_max_position_embeddings, .. } =
+        rope.scaling
+    else {
+        unreachable!("only YaRN has a ramp: this is a bug")
+    };
+    let dim = rope.dim as f64;
+    let pair_that_turns = |turns: f32| {
+        let wavelength =
+            original_max_position_embeddings as f64 / (f64::from(turns) * 2.0 * std::f64::consts::PI);
+        dim * wavelength.ln() / (2.0 * f64::from(rope.theta).ln())
+    };
+    let (mut low, mut high) = (pair_that_turns(beta_fast), pair_that_turns(beta_slow));
+    if truncate {
+        (low, high) = (low.floor(), high.ceil());
+    }
+    (low, high) = (low.max(0.0), high.min(dim - 1.0));
+    if low == high {
+        high += 0.001;
+    }
+    (low as f32, high as f32)
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
 
-    fn config(head_dim: usize, rope_theta: f32, rope_scaling: RopeScaling) -> DecoderConfig {
-        DecoderConfig {
-            vocab_size: 8,
-            hidden_size: head_dim,
-            intermediate_size: 8,
-            num_layers: 1,
-            num_heads: 1,
-            num_kv_heads: 1,
-            head_dim,
-            rms_norm_eps: 1e-6,
-            rope_theta,
-            rope_scaling,
-            max_position_embeddings: 4096,
-            qkv_bias: false,
-            o_bias: false,
-            mlp_bias: false,
-            tie_word_embeddings: true,
-        }
+    fn rope(dim: usize, theta: f32, scaling: RopeScaling) -> Rope {
+        Rope { scaling, ..Rope::plain(dim, theta) }
     }
 
     /// Values printed by transformers 5 for the same settings (`LlamaRotaryEmbedding.inv_freq`).
@@ -114,7 +199,7 @@ mod tests {
             (16, 500.0, llama3, LLAMA3),
         ];
         for (head_dim, theta, scaling, wanted) in cases {
-            let found = frequencies(&config(head_dim, theta, scaling));
+            let found = frequencies(&rope(head_dim, theta, scaling.clone()));
             assert_eq!(found.len(), wanted.len());
             for (found, wanted) in found.iter().zip(wanted) {
                 assert!((found - wanted).abs() <= wanted * f32::EPSILON, "{scaling:?}: {found} {wanted}");
@@ -124,11 +209,27 @@ mod tests {
 
     #[test]
     fn position_zero_does_not_rotate() {
-        let table = RopeTable::new(&config(8, 10_000.0, RopeScaling::None), 3);
+        let table = RopeTable::new(&Rope::plain(8, 10_000.0), 8, 3);
         assert_eq!(table.cos[..4], [1.0; 4]);
         assert_eq!(table.sin[..4], [0.0; 4]);
         assert_eq!((table.cos.len(), table.sin.len(), table.num_positions), (12, 12, 3));
         assert_eq!(table.cos[8], (2.0f64).cos() as f32);
+    }
+
+    #[test]
+    fn channels_that_do_not_turn_have_cosine_one() {
+        let table = RopeTable::new(&Rope::plain(4, 10_000.0), 8, 3);
+        assert_eq!(table.cos[4 + 2..8], [1.0; 2]);
+        assert_eq!((table.sin[4 + 2..8].to_vec(), table.sin[4]), (vec![0.0; 2], 1f64.sin() as f32));
+    }
+
+    #[test]
+    fn rows_are_put_where_the_rotation_wants_them() {
+        assert_eq!(row_order(&Rope::plain(8, 1e4), 8), None);
+        assert_eq!(row_order(&Rope::plain(4, 1e4), 8).unwrap(), [0, 1, 4, 5, 2, 3, 6, 7]);
+        let interleaved = Rope { interleaved: true, ..Rope::plain(4, 1e4) };
+        assert_eq!(row_order(&interleaved, 8).unwrap(), [0, 2, 4, 5, 1, 3, 6, 7]);
+        assert_eq!(row_order(&interleaved, 4).unwrap(), [0, 2, 1, 3]);
     }
 
     #[rustfmt::skip]

@@ -1,5 +1,5 @@
-//! What a model name means: a local folder, a hub id whose files are in the local hub cache, or a hub
-//! id to download. Local first: a folder or a complete snapshot is used without any network.
+//! What a model name means: a local folder or GGUF file, a hub id whose files are in the local hub cache,
+//! or a hub id to download. Local first: a folder or a complete snapshot is used without any network.
 //!
 //! The cache is the one that Python's `huggingface_hub` keeps, found by the same environment
 //! variables: `models--org--name/{blobs,refs/<revision>,snapshots/<commit>/<file>}`. A ref is written
@@ -12,6 +12,7 @@ use std::path::{Path, PathBuf};
 use crate::ModelError;
 use crate::family::CONFIG_FILE;
 use crate::text::TOKENIZER_FILE;
+use crate::weights::gguf::{is_gguf, is_later_part};
 use crate::weights::{INDEX_FILE, SINGLE_FILE, read_index};
 
 const DEFAULT_ENDPOINT: &str = "https://huggingface.co";
@@ -73,7 +74,8 @@ impl HubOptions {
     }
 }
 
-/// The local folder of the model that `spec` names: a folder, or `org/name[@revision]` on the hub.
+/// The local folder of the model that `spec` names: a folder, or `org/name[@revision]` on the hub. Of a
+/// GGUF file it is the file itself; a folder without a `config.json` may stand for the one GGUF model in it.
 ///
 /// # Errors
 /// If there is no such model, or it cannot be had; the message says what was looked for, where, and
@@ -82,10 +84,18 @@ pub fn resolve(spec: &str, options: &HubOptions) -> Result<PathBuf, ModelError> 
     let error = |reason: String| ModelError::Source { spec: spec.to_owned(), reason };
     let path = Path::new(spec);
     if path.is_dir() {
-        return Ok(path.to_owned());
+        return if path.join(CONFIG_FILE).exists() {
+            Ok(path.to_owned())
+        } else {
+            only_gguf(path).map_err(error)
+        };
     }
     if path.exists() {
-        return Err(error(format!("is a file; wanted the folder that holds its {CONFIG_FILE}")));
+        return if is_gguf(path) {
+            Ok(path.to_owned())
+        } else {
+            Err(error(format!("is a file; wanted a .gguf file, or the folder that holds its {CONFIG_FILE}")))
+        };
     }
     let Some(id) = HubId::parse(spec) else {
         return Err(error(
@@ -114,6 +124,26 @@ pub fn resolve(spec: &str, options: &HubOptions) -> Result<PathBuf, ModelError> 
             options.endpoint
         ))
     })
+}
+
+/// The one GGUF model in `folder`, or the folder itself if there is none, so that the error is about what
+/// the folder lacks.
+fn only_gguf(folder: &Path) -> Result<PathBuf, String> {
+    let entries = std::fs::read_dir(folder).map_err(|error| error.to_string())?;
+    let mut files: Vec<PathBuf> = entries.filter_map(|entry| Some(entry.ok()?.path())).collect();
+    // Of a model in several parts the first stands for all.
+    files.retain(|file| is_gguf(file) && !is_later_part(file));
+    files.sort_unstable();
+    match files.as_slice() {
+        [] => Ok(folder.to_owned()),
+        [only] => Ok(only.clone()),
+        several => {
+            let names =
+                several.iter().filter_map(|file| Some(file.file_name()?.to_string_lossy().into_owned()));
+            let names: Vec<String> = names.collect();
+            Err(format!("is a folder of {} GGUF models; name one of them: {}", names.len(), names.join(", ")))
+        }
+    }
 }
 
 /// `org/name` at a branch, tag or commit.

@@ -87,12 +87,21 @@ fn is_partition(offsets: &[u32], parts: usize, total: usize) -> bool {
 
 #[cfg(test)]
 mod tests {
+    use tandem_kernels::kv::KvType;
+
     use super::*;
 
     const BOUNDS: Bounds = Bounds {
         vocab_size: 10,
         num_positions: 64,
-        kv: KvLayout { num_layers: 1, num_blocks: 4, block_size: 4, num_kv_heads: 1, head_dim: 4 },
+        kv: KvLayout {
+            num_layers: 1,
+            num_blocks: 4,
+            block_size: 4,
+            num_kv_heads: 1,
+            head_dim: 4,
+            kv_type: KvType::F32,
+        },
     };
 
     fn batch() -> ForwardBatch {

@@ -176,8 +176,8 @@ fn error_with(change: &[(&str, Value)]) -> String {
 #[test]
 fn llama_defaults_are_those_of_transformers() {
     let config = open_with(&[]).unwrap().config;
-    assert_eq!((config.head_dim, config.num_kv_heads, config.rope_theta), (4, 1, 10_000.0));
-    assert_eq!(config.rope_scaling, RopeScaling::None);
+    assert_eq!((config.head_dim, config.num_kv_heads, config.rope.theta), (4, 1, 10_000.0));
+    assert_eq!(config.rope.scaling, RopeScaling::None);
     assert!(!config.qkv_bias && !config.o_bias && !config.mlp_bias && config.tie_word_embeddings);
     let config = open_with(&[
         ("num_key_value_heads", Value::Null),
@@ -189,7 +189,7 @@ fn llama_defaults_are_those_of_transformers() {
     ])
     .unwrap()
     .config;
-    assert_eq!((config.head_dim, config.num_kv_heads, config.rms_norm_eps), (6, 2, 1e-6));
+    assert_eq!((config.head_dim, config.num_kv_heads, config.norm_eps), (6, 2, 1e-6));
     assert!(config.qkv_bias && config.o_bias && config.mlp_bias && !config.tie_word_embeddings);
 }
 
@@ -204,9 +204,12 @@ fn qwen2_has_biases_and_an_unused_sliding_window() {
     ];
     let config = open_with(&qwen).unwrap().config;
     assert!(config.qkv_bias && !config.o_bias && !config.mlp_bias);
-    let used: Vec<_> = qwen.iter().cloned().chain([("use_sliding_window", json!(true))]).collect();
-    assert!(error_with(&used).contains("`use_sliding_window` is true; wanted false"));
-    assert!(error_with(&[("sliding_window", json!(4096))]).contains("`sliding_window` is 4096"));
+    assert_eq!(config.layer(0).window, None);
+    let change = [("use_sliding_window", json!(true)), ("layer_types", json!(["sliding_attention"]))];
+    let used: Vec<_> = qwen.iter().cloned().chain(change).collect();
+    assert_eq!(open_with(&used).unwrap().config.layer(0).window, Some(4096));
+    let contradiction: Vec<_> = qwen.iter().cloned().chain(used[6..].iter().cloned()).collect();
+    assert!(error_with(&contradiction).contains("`use_sliding_window` is false; wanted true"));
 }
 
 #[test]
@@ -221,15 +224,15 @@ fn rope_is_read_in_the_old_and_the_new_form() {
     };
     let config =
         open_with(&[("rope_scaling", llama3.clone()), ("rope_theta", json!(500000.0))]).unwrap().config;
-    assert_eq!((config.rope_scaling, config.rope_theta), (wanted, 500_000.0));
+    assert_eq!((config.rope.scaling, config.rope.theta), (wanted.clone(), 500_000.0));
     let mut parameters = llama3;
     parameters["rope_theta"] = json!(500000);
     let config = open_with(&[("rope_parameters", parameters)]).unwrap().config;
-    assert_eq!((config.rope_scaling, config.rope_theta), (wanted, 500_000.0));
+    assert_eq!((config.rope.scaling, config.rope.theta), (wanted.clone(), 500_000.0));
     let config = open_with(&[("rope_scaling", json!({"type": "linear", "factor": 2}))]).unwrap().config;
-    assert_eq!(config.rope_scaling, RopeScaling::Linear { factor: 2.0 });
+    assert_eq!(config.rope.scaling, RopeScaling::Linear { factor: 2.0 });
     for none in [json!(null), json!({"rope_type": "default"}), json!({"rope_theta": 10000.0})] {
-        assert_eq!(open_with(&[("rope_parameters", none)]).unwrap().config.rope_scaling, RopeScaling::None);
+        assert_eq!(open_with(&[("rope_parameters", none)]).unwrap().config.rope.scaling, RopeScaling::None);
     }
 }
 
@@ -239,14 +242,18 @@ fn options_that_are_not_supported_are_named() {
         (
             "model_type",
             json!("mamba"),
-            "`model_type` is \"mamba\"; wanted one of the supported: llama, qwen2",
+            "`model_type` is \"mamba\"; wanted one of the supported: llama, qwen2, qwen3",
         ),
         ("architectures", json!(["LlamaForSequenceClassification"]), "wanted LlamaForCausalLM"),
         ("quantization_config", json!({"bits": 4}), "`quantization_config` is {\"bits\":4}"),
         ("hidden_act", json!("gelu"), "`hidden_act` is \"gelu\"; wanted \"silu\""),
-        ("partial_rotary_factor", json!(0.5), "`partial_rotary_factor` is 0.5"),
-        ("layer_types", json!(["sliding_attention"]), "`layer_types`"),
-        ("rope_scaling", json!({"type": "yarn", "factor": 4.0}), "`rope_scaling.type` is \"yarn\""),
+        ("partial_rotary_factor", json!(0.3), "`partial_rotary_factor` is 0.3"),
+        ("layer_types", json!(["sliding_attention"]), "`sliding_window` is absent"),
+        ("layer_types", json!(["linear_attention"]), "`layer_types`"),
+        ("rope_scaling", json!({"type": "ntk", "factor": 4.0}), "`rope_scaling.type` is \"ntk\""),
+        ("rope_scaling", json!({"type": "linear", "factor": 4.0, "mscale": 1}), "`rope_scaling.mscale` is 1"),
+        ("final_logit_softcapping", json!(30.0), "`final_logit_softcapping` is 30.0; wanted absent"),
+        ("num_experts", json!(8), "`num_experts` is 8; wanted absent"),
         ("rope_scaling", json!({"factor": 4.0}), "`rope_scaling.rope_type` is absent"),
         ("rope_scaling", json!({"type": "linear"}), "`rope_scaling.factor` is absent"),
         ("rope_scaling", json!({"type": "linear", "factor": 0}), "wanted a positive number"),

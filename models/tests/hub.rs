@@ -321,7 +321,7 @@ fn local_folders_come_first() {
     let file = dir.path().join("model.safetensors");
     std::fs::write(&file, "x").unwrap();
     let error = resolve(file.to_str().unwrap(), &options).unwrap_err().to_string();
-    assert!(error.contains("is a file; wanted the folder"), "{error}");
+    assert!(error.contains("is a file; wanted a .gguf file, or the folder"), "{error}");
     for spec in ["./no-such-folder", "no-such-folder", "/no/such/folder", "../../etc"] {
         let error = resolve(spec, &options).unwrap_err().to_string();
         assert!(error.contains("no such folder, and it is no hub id"), "{spec}: {error}");

@@ -3,7 +3,7 @@
 use std::sync::Arc;
 
 use proptest::prelude::*;
-use tandem_models::{Detokenizer, FimTokens, Tokenizer};
+use tandem_models::{Detokenizer, FimContext, FimFile, FimTokens, Tokenizer};
 
 mod checkpoint_support;
 use checkpoint_support::{byte_fallback_tokenizer, byte_level_tokenizer};
@@ -150,6 +150,33 @@ fn fim_prompts_keep_control_strings_of_the_client_as_text() {
     assert_eq!(special, wanted);
     let text = fim.psm("x = '<|endoftext|>'", "end");
     assert_eq!(tokenizer.decode(&ids, false).unwrap(), text);
+}
+
+#[test]
+fn a_gap_is_shown_with_as_much_context_as_fits() {
+    let files = [FimFile { name: "a.rs", text: "AAAA" }, FimFile { name: "b.rs", text: "BB" }];
+    let context = FimContext { files: &files, prefix: "PPPPPPPP", begun: "x", suffix: "SSSSSSSS" };
+    let shown = |special: &[&str], most: usize| {
+        let tokenizer = load(&byte_level_tokenizer(special));
+        let fim = FimTokens::detect(&tokenizer).unwrap();
+        let ids = fim.encode_context(&tokenizer, &context, most).unwrap();
+        assert!(ids.len() <= most, "{} of {most}", ids.len());
+        tokenizer.decode(&ids, false).unwrap().replace("<|", "<").replace("|>", ">")
+    };
+    let gap = "<fim_prefix>PPPPPPPP<fim_suffix>SSSSSSSS<fim_middle>x";
+    let with_files: Vec<&str> = SPECIAL.into_iter().chain(["<|file_sep|>"]).collect();
+    assert_eq!(
+        shown(&with_files, 1000),
+        format!("<file_sep>a.rs\nAAAA\n<file_sep>b.rs\nBB\n<file_sep>{gap}")
+    );
+    let bare = "\n\n--- snippet ---\n\n";
+    assert_eq!(shown(&SPECIAL, 1000), format!("{bare}AAAA{bare}BB{gap}"));
+    // One token a letter at most: no room for files, then none for the ends of the text.
+    assert_eq!(shown(&with_files, 20), gap);
+    for most in 4..20 {
+        let text = shown(&with_files, most);
+        assert!(text.ends_with("<fim_middle>x") && !text.contains("file_sep"), "{text}");
+    }
 }
 
 #[test]

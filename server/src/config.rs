@@ -12,7 +12,7 @@ use std::path::{Path, PathBuf};
 mod parse;
 
 use tandem_engine::{DraftTokens, MAX_DRAFT_TOKENS};
-use tandem_models::BackendKind;
+use tandem_models::{BackendKind, KvType};
 
 /// Every setting, with its default value.
 #[derive(Clone, Debug, PartialEq)]
@@ -33,6 +33,8 @@ pub(crate) struct Config {
     pub(crate) threads: Option<usize>,
     /// Bytes of KV cache, both models together; `None` is computed when the models are known.
     pub(crate) kv_memory: Option<u64>,
+    /// Element type of keys and values.
+    pub(crate) kv_dtype: KvType,
     /// Sequences of each lane that run at the same time.
     pub(crate) max_num_seqs: usize,
     /// Longest prompt and output together, in tokens; `None` is the model's own limit.
@@ -64,6 +66,7 @@ impl Default for Config {
             backend: BackendKind::Cpu,
             threads: None,
             kv_memory: None,
+            kv_dtype: KvType::F16,
             max_num_seqs: 32,
             max_model_len: None,
             max_waiting: 256,
@@ -126,6 +129,7 @@ const SETTINGS: &[Setting] = &[
     one("kv-memory", "a size such as 512MiB or 2GiB", |c, v| {
         put(&mut c.kv_memory, parse::size_bytes(v).map(Some))
     }),
+    one("kv-dtype", "`f32`, `f16` or `q8`", |c, v| put(&mut c.kv_dtype, parse::kv_dtype(v))),
     one("max-num-seqs", "a number from 1 to 4096", |c, v| {
         put(&mut c.max_num_seqs, parse::number(v, 1, 4096))
     }),

@@ -10,7 +10,9 @@ use anyhow::{Context as _, bail};
 use tandem::http::{AppConfig, AppState, LaneModel, Limits};
 use tandem_engine::{EngineConfig, EngineHandle, Models};
 use tandem_kernels::ThreadPool;
-use tandem_models::{BackendKind, ChatTemplate, Checkpoint, Dtype, FimTokens, HubOptions, Model, Tokenizer};
+use tandem_models::{
+    BackendKind, ChatTemplate, Checkpoint, Dtype, FimTokens, HubOptions, KvType, Model, Tokenizer,
+};
 
 use crate::config::Config;
 
@@ -46,6 +48,7 @@ pub(crate) struct KvInfo {
     pub(crate) num_blocks: usize,
     pub(crate) block_size: usize,
     pub(crate) size_bytes: u64,
+    pub(crate) kv_type: KvType,
 }
 
 impl KvInfo {
@@ -130,7 +133,8 @@ fn load(config: &Config) -> anyhow::Result<Runtime> {
             (&draft.checkpoint, &draft.text.tokenizer),
         )?;
     }
-    let load = |opened: Opened| opened.load(config.backend, &pool);
+    let kv_type = kv_type(config);
+    let load = |opened: Opened| opened.load(config.backend, kv_type, &pool);
     let (target, draft) = side_by_side(target, draft, load)?;
 
     let loaded = || target.iter().chain(&draft);
@@ -260,8 +264,8 @@ impl Opened {
         Ok(Opened { checkpoint, text })
     }
 
-    fn load(self, backend: BackendKind, pool: &Arc<ThreadPool>) -> anyhow::Result<Loaded> {
-        let model = tandem_models::load(&self.checkpoint, backend, Arc::clone(pool))
+    fn load(self, backend: BackendKind, kv_type: KvType, pool: &Arc<ThreadPool>) -> anyhow::Result<Loaded> {
+        let model = tandem_models::load_with(&self.checkpoint, backend, kv_type, Arc::clone(pool))
             .with_context(|| format!("cannot load {}", self.checkpoint.name))?;
         let info = describe(&self.checkpoint)?;
         Ok(Loaded { model, info, text: self.text })
@@ -283,18 +287,18 @@ fn display_name(checkpoint: &Checkpoint) -> String {
 
 fn describe(checkpoint: &Checkpoint) -> anyhow::Result<ModelInfo> {
     let mut num_parameters = 0;
-    let mut sizes = [(Dtype::F32, 0u64), (Dtype::F16, 0), (Dtype::Bf16, 0)];
+    let mut sizes: Vec<(Dtype, u64)> = Vec::new();
     for tensor_name in checkpoint.weights.names() {
         let tensor = checkpoint.weights.tensor(&tensor_name)?;
         num_parameters += tensor.num_elements() as u64;
-        for (dtype, size_bytes) in &mut sizes {
-            if *dtype == tensor.dtype {
-                *size_bytes += tensor.data.len() as u64;
-            }
+        let size_bytes = tensor.data.len() as u64;
+        match sizes.iter_mut().find(|(dtype, _)| *dtype == tensor.dtype) {
+            Some((_, sum)) => *sum += size_bytes,
+            None => sizes.push((tensor.dtype, size_bytes)),
         }
     }
     let size_bytes = sizes.iter().map(|(_, size)| size).sum();
-    let (dtype, _) = sizes.into_iter().max_by_key(|(_, size)| *size).expect("three sizes");
+    let dtype = sizes.into_iter().max_by_key(|(_, size)| *size).map_or(Dtype::F32, |(dtype, _)| dtype);
     Ok(ModelInfo {
         name: checkpoint.name.clone(),
         dir: checkpoint.dir.clone(),
@@ -353,6 +357,14 @@ fn demo_candidates(executable: Option<&Path>) -> Vec<PathBuf> {
     folders
 }
 
+/// What keys and values are stored as: the reference backend has f32 only.
+fn kv_type(config: &Config) -> KvType {
+    match config.backend {
+        BackendKind::Cpu => config.kv_dtype,
+        BackendKind::Reference => KvType::F32,
+    }
+}
+
 /// Decides how many blocks there are.
 fn size_kv_cache(config: &Config, bytes_per_token: usize, max_model_len: usize) -> anyhow::Result<KvInfo> {
     let block_bytes = (bytes_per_token * BLOCK_SIZE) as u64;
@@ -373,7 +385,8 @@ fn size_kv_cache(config: &Config, bytes_per_token: usize, max_model_len: usize) 
     }
     // Slots are counted in u32.
     let num_blocks = num_blocks.min(u64::from(u32::MAX) / BLOCK_SIZE as u64) as usize;
-    Ok(KvInfo { num_blocks, block_size: BLOCK_SIZE, size_bytes: num_blocks as u64 * block_bytes })
+    let size_bytes = num_blocks as u64 * block_bytes;
+    Ok(KvInfo { num_blocks, block_size: BLOCK_SIZE, size_bytes, kv_type: kv_type(config) })
 }
 
 /// Bytes that can be used without swapping: the system's word, bounded by the container's limit.

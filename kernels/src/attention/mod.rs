@@ -1,16 +1,20 @@
 //! Causal attention over paged keys and values, for any mix of prefill, decode and verification.
 //!
-//! A token at position `p` sees the keys at `0..=p` of its sequence. The context is cut at fixed
-//! absolute positions into chunks of [`CHUNK`] keys. For one query row and one chunk:
+//! A token at position `p` sees the keys at `0..=p` of its sequence, or the last `window` of them. The
+//! context is cut at fixed absolute positions into chunks of [`CHUNK`] keys; a chunk that lies outside
+//! the window is not read. For one query row and one chunk:
 //!
-//! 1. `score[j] = (chain of fused multiply-adds over the head, ascending) * scale`;
+//! 1. `score[j] = (chain of fused multiply-adds over the head, ascending) * scale`, in which a stored
+//!    key's own scale comes before `scale`; with a soft cap, `cap * tanh(score[j] / cap)`;
 //! 2. `max` of the visible scores, `weight[j] = exp(score[j] - max)`, their sum in 16 lanes (key
-//!    `j` in lane `j % 16`), folded in halves;
+//!    `j` in lane `j % 16`), folded in halves; then the weight is multiplied with a stored value's own
+//!    scale;
 //! 3. `part[d]` = the chain over visible keys, ascending, of `weight[j] * value[j][d]`.
 //!
 //! Chunks are merged in order: with `m` the larger maximum, `a = exp(max - m)`,
 //! `b = exp(chunk_max - m)`: `sum = fma(sum, a, chunk_sum * b)`, `out[d] = fma(out[d], a, part[d] * b)`;
-//! at the end `out[d] *= 1 / sum`. None of this depends on which rows are computed together, or
+//! at the end `out[d] *= 1 / sum`. A sink is a logit that weighs in the softmax and has no value: with
+//! `m = max(max, sink)` and `a = exp(max - m)` the last factor is `a / fma(sum, a, exp(sink - m))`. None of this depends on which rows are computed together, or
 //! where a pass begins or ends.
 //!
 //! The query heads of a group and the tokens of a sequence share each key and value that is read.
@@ -21,7 +25,8 @@ pub(crate) mod vector;
 use std::cell::RefCell;
 use std::ops::Range;
 
-use crate::kv::KvLayout;
+use crate::kv::{KvLayout, Tile};
+use crate::math::exp;
 use crate::pool::ThreadPool;
 use crate::shared_out::SharedOut;
 
@@ -41,16 +46,20 @@ pub struct PagedAttention<'a> {
     pub q: &'a [f32],
     /// Elements from one token's queries to the next's; at least `num_heads * head_dim`.
     pub q_row_stride: usize,
-    /// Keys, as [`crate::kv`] lays them out.
-    pub k_cache: &'a [f32],
-    /// Values, as [`crate::kv`] lays them out.
-    pub v_cache: &'a [f32],
-    /// Shape of both storages.
+    /// Keys and values, as [`crate::kv`] lays them out.
+    pub storage: &'a [u8],
+    /// The storage's shape.
     pub layout: KvLayout,
     /// Query heads; a multiple of the key/value heads.
     pub num_heads: usize,
     /// Factor on the scores, usually `1 / sqrt(head_dim)`.
     pub scale: f32,
+    /// Keys that a token sees, itself included; `None` for all before it.
+    pub window: Option<usize>,
+    /// Bound on the scores' magnitude (Gemma 2's `attn_logit_softcapping`).
+    pub soft_cap: Option<f32>,
+    /// `[num_heads]`: a logit that joins each head's softmax without a value (gpt-oss).
+    pub sinks: Option<&'a [f32]>,
     /// Block ids of all sequences, one after the other.
     pub block_tables: &'a [u32],
     /// `[num_seqs + 1]`: where each sequence's blocks begin in `block_tables`.
@@ -84,21 +93,20 @@ pub(crate) enum Output<'a> {
 }
 
 impl Output<'_> {
-    /// The chunks to compute, of the `seen` that the last row sees.
+    /// The chunks to compute, of those that the rows see.
     #[inline]
-    pub(crate) fn chunks(&self, seen: usize) -> Range<usize> {
+    pub(crate) fn chunks(&self, seen: Range<usize>) -> Range<usize> {
         match self {
-            Output::Whole(_) => 0..seen,
-            Output::Parts { chunks, .. } => chunks.start..chunks.end.min(seen),
+            Output::Whole(_) => seen,
+            Output::Parts { chunks, .. } => chunks.start.max(seen.start)..chunks.end.min(seen.end),
         }
     }
 }
 
 impl Task<'_> {
-    /// First element of the tile that holds `position`, in either storage, and the token's offset in
-    /// its block.
+    /// The tile that holds `position`, and the token's offset in its block.
     #[inline]
-    pub(crate) fn locate(&self, position: usize) -> (usize, usize) {
+    pub(crate) fn locate(&self, position: usize) -> (Tile, usize) {
         let layout = &self.args.layout;
         let block = self.args.blocks(self.sequence)[position / layout.block_size];
         (layout.tile(block as usize, self.kv_head), position % layout.block_size)
@@ -109,6 +117,18 @@ impl PagedAttention<'_> {
     /// Query heads that share a key/value head.
     pub(crate) fn group(&self) -> usize {
         self.num_heads / self.layout.num_kv_heads
+    }
+
+    /// Positions of the keys that the token at `position` sees.
+    #[inline]
+    pub(crate) fn visible(&self, position: usize) -> Range<usize> {
+        self.window.map_or(0, |window| (position + 1).saturating_sub(window))..position + 1
+    }
+
+    /// The logit that joins the softmax of a query head.
+    #[inline]
+    pub(crate) fn sink(&self, head: usize) -> Option<f32> {
+        self.sinks.map(|sinks| sinks[head])
     }
 
     fn num_seqs(&self) -> usize {
@@ -127,7 +147,7 @@ impl PagedAttention<'_> {
 
     /// Checks everything that the kernels rely on.
     fn check(&self, out_len: usize) {
-        let KvLayout { block_size, num_kv_heads, head_dim } = self.layout;
+        let KvLayout { block_size, num_kv_heads, head_dim, .. } = self.layout;
         let width = self.num_heads * head_dim;
         assert!(
             block_size > 0 && num_kv_heads > 0 && head_dim > 0,
@@ -138,6 +158,18 @@ impl PagedAttention<'_> {
         assert!(
             self.num_heads > 0 && self.num_heads.is_multiple_of(num_kv_heads),
             "attention: {} query heads over {num_kv_heads} key/value heads",
+            self.num_heads
+        );
+        assert!(self.window != Some(0), "attention: a window of 0 keys; a token sees at least itself");
+        assert!(
+            self.soft_cap.is_none_or(|cap| cap > 0.0 && cap.is_finite()),
+            "attention: soft cap {:?}; it must be positive and finite",
+            self.soft_cap
+        );
+        assert!(
+            self.sinks.is_none_or(|sinks| sinks.len() == self.num_heads),
+            "attention: {} sinks for {} heads",
+            self.sinks.map_or(0, <[f32]>::len),
             self.num_heads
         );
         let num_seqs = self.num_seqs();
@@ -155,13 +187,7 @@ impl PagedAttention<'_> {
         assert!(self.q_row_stride >= width, "attention: rows of {width} with stride {}", self.q_row_stride);
         let needed = num_tokens.checked_sub(1).map_or(0, |last| last * self.q_row_stride + width);
         assert!(self.q.len() >= needed, "attention: q has {} elements; {needed} needed", self.q.len());
-        assert!(
-            self.k_cache.len() == self.v_cache.len(),
-            "attention: key storage of {} elements, value storage of {}",
-            self.k_cache.len(),
-            self.v_cache.len()
-        );
-        let num_blocks = self.k_cache.len() / self.layout.block_len();
+        let num_blocks = self.storage.len() / self.layout.block_bytes();
         for sequence in 0..num_seqs {
             let (tokens, blocks) = (self.tokens(sequence), self.blocks(sequence));
             let context_len = self.context_lens[sequence] as usize;
@@ -246,15 +272,34 @@ fn split_attention(pool: &ThreadPool, args: &PagedAttention<'_>, work: &Work, ou
         });
         for sequence in 0..args.num_seqs() {
             for (i, token) in args.tokens(sequence).enumerate() {
-                let seen = args.start_position(sequence) + i;
-                for row in token * args.num_heads..(token + 1) * args.num_heads {
-                    let parts = &parts[row * num_chunks * part_len..][..(seen / CHUNK + 1) * part_len];
+                let seen = chunks_of(&args.visible(args.start_position(sequence) + i));
+                for head in 0..args.num_heads {
+                    let row = token * args.num_heads + head;
+                    let first = (row * num_chunks + seen.start) * part_len;
+                    let parts = &parts[first..first + seen.len() * part_len];
                     // SAFETY: no task is running; a row's parts and output are as long as `merge` wants.
-                    unsafe { (pool.kernels().merge)(parts, out.part(row * head_dim, head_dim)) };
+                    unsafe {
+                        (pool.kernels().merge)(parts, args.sink(head), out.part(row * head_dim, head_dim))
+                    };
                 }
             }
         }
     });
+}
+
+/// The chunks that hold any of some positions, at least one.
+#[inline]
+pub(crate) fn chunks_of(positions: &Range<usize>) -> Range<usize> {
+    positions.start / CHUNK..positions.end.div_ceil(CHUNK)
+}
+
+/// The last factor on a row's weighted values.
+#[inline]
+pub(crate) fn last_factor(max: f32, sum: f32, sink: Option<f32>) -> f32 {
+    let Some(sink) = sink else { return 1.0 / sum };
+    let all = max.max(sink);
+    let a = exp(max - all);
+    a / sum.mul_add(a, exp(sink - all))
 }
 
 /// How much there is to do.
@@ -281,7 +326,9 @@ impl Work {
             work.num_chunks = work.num_chunks.max(context_len.div_ceil(CHUNK));
             // Fitted to measurements: few rows are bound by reading keys and values (the 4), many by
             // arithmetic.
-            work.total_ns += num_kv_heads * context_len * head_dim * (rows + 4) / 60;
+            let keys =
+                args.window.map_or(context_len, |window| context_len.min(window + rows / args.group()));
+            work.total_ns += num_kv_heads * keys * head_dim * (rows + 4) / 60;
         }
         work
     }

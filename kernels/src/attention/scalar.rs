@@ -1,9 +1,11 @@
 //! Attention in plain Rust: the specification.
 
-use super::{CHUNK, Output, Task};
+use std::ops::Range;
+
+use super::{CHUNK, Output, Task, chunks_of, last_factor};
 use crate::LANES;
-use crate::kv::KvLayout;
-use crate::math::exp;
+use crate::kv::{KvType, element};
+use crate::math::{exp, tanh};
 use crate::norm::scalar::fold;
 
 /// # Safety
@@ -16,12 +18,13 @@ pub(crate) unsafe fn attention(task: &Task<'_>) {
         let token = first_token + row / group;
         let head = task.kv_head * group + row % group;
         let q = &args.q[token * args.q_row_stride + head * head_dim..][..head_dim];
-        let position = args.start_position(task.sequence) + row / group;
+        let visible = args.visible(args.start_position(task.sequence) + row / group);
         let row = token * args.num_heads + head;
         let mut part = vec![0.0; head_dim + 2];
         let mut merged = Vec::new();
-        for chunk in task.output.chunks(position / CHUNK + 1) {
-            attend(task, q, position, chunk, &mut part);
+        for chunk in task.output.chunks(chunks_of(&visible)) {
+            let keys = visible.start.max(chunk * CHUNK)..visible.end.min((chunk + 1) * CHUNK);
+            attend(task, q, keys, &mut part);
             match &task.output {
                 Output::Whole(_) => merged.extend_from_slice(&part),
                 Output::Parts { parts, num_chunks, .. } => {
@@ -33,29 +36,36 @@ pub(crate) unsafe fn attention(task: &Task<'_>) {
         }
         if let Output::Whole(out) = &task.output {
             // SAFETY: the caller's promise.
-            merge(&merged, unsafe { out.part(row * head_dim, head_dim) });
+            merge(&merged, args.sink(head), unsafe { out.part(row * head_dim, head_dim) });
         }
     }
 }
 
-/// One query row over one chunk: `[head_dim]` weighted values, then the maximum and the sum.
-fn attend(task: &Task<'_>, q: &[f32], position: usize, chunk: usize, part: &mut [f32]) {
-    let visible = CHUNK.min(position + 1 - chunk * CHUNK);
+/// One query row over some keys of one chunk: `[head_dim]` weighted values, then the maximum and the sum.
+fn attend(task: &Task<'_>, q: &[f32], keys: Range<usize>, part: &mut [f32]) {
     let mut weights = [0.0f32; CHUNK];
+    let weights = &mut weights[..keys.len()];
     let mut max = f32::NEG_INFINITY;
-    for (j, weight) in weights[..visible].iter_mut().enumerate() {
-        *weight = score(task, q, chunk * CHUNK + j) * task.args.scale;
+    for (position, weight) in keys.clone().zip(&mut *weights) {
+        *weight = score(task, q, position) * task.args.scale;
+        if let Some(cap) = task.args.soft_cap {
+            *weight = cap * tanh(*weight / cap);
+        }
         max = max.max(*weight);
     }
     let mut sums = [0.0f32; LANES];
-    for (j, weight) in weights[..visible].iter_mut().enumerate() {
+    for (position, weight) in keys.clone().zip(&mut *weights) {
         *weight = exp(*weight - max);
-        sums[j % LANES] += *weight;
+        sums[position % LANES] += *weight;
+        if task.args.layout.kv_type == KvType::Q8 {
+            let (tile, offset) = task.locate(position);
+            *weight *= element(KvType::F32, task.args.storage, tile.value_scales, offset);
+        }
     }
     for (d, part) in part[..q.len()].iter_mut().enumerate() {
         *part = 0.0;
-        for (j, &weight) in weights[..visible].iter().enumerate() {
-            *part = weight.mul_add(value(task, chunk * CHUNK + j, d), *part);
+        for (position, &weight) in keys.clone().zip(&*weights) {
+            *part = weight.mul_add(value(task, position, d), *part);
         }
     }
     part[q.len()] = max;
@@ -63,7 +73,7 @@ fn attend(task: &Task<'_>, q: &[f32], position: usize, chunk: usize, part: &mut 
 }
 
 /// Merges the parts `[num_chunks, head_dim + 2]` of a row, at least one, in order.
-pub(crate) fn merge(parts: &[f32], out: &mut [f32]) {
+pub(crate) fn merge(parts: &[f32], sink: Option<f32>, out: &mut [f32]) {
     let head_dim = out.len();
     let (mut max, mut sum) = (f32::NEG_INFINITY, 0.0f32);
     for (chunk, part) in parts.chunks_exact(head_dim + 2).enumerate() {
@@ -76,20 +86,27 @@ pub(crate) fn merge(parts: &[f32], out: &mut [f32]) {
         sum = if chunk == 0 { chunk_sum } else { sum.mul_add(a, chunk_sum * b) };
         max = new_max;
     }
-    let scale = 1.0 / sum;
+    let scale = last_factor(max, sum, sink);
     for out in out {
         *out *= scale;
     }
 }
 
+/// The product of a query and a key, the key's own scale included.
 fn score(task: &Task<'_>, q: &[f32], position: usize) -> f32 {
     let (tile, offset) = task.locate(position);
-    let keys = task.args.k_cache[tile + offset..].iter().step_by(task.args.layout.block_size);
-    q.iter().zip(keys).fold(0.0, |sum, (&q, &k)| q.mul_add(k, sum))
+    let (storage, layout) = (task.args.storage, &task.args.layout);
+    let key = |d| element(layout.kv_type, storage, tile.keys, d * layout.block_size + offset);
+    let score = q.iter().enumerate().fold(0.0, |sum, (d, &q)| q.mul_add(key(d), sum));
+    match layout.kv_type {
+        KvType::Q8 => score * element(KvType::F32, storage, tile.key_scales, offset),
+        KvType::F32 | KvType::F16 => score,
+    }
 }
 
+/// Element `d` of a value, without the value's own scale.
 fn value(task: &Task<'_>, position: usize, d: usize) -> f32 {
     let (tile, offset) = task.locate(position);
-    let KvLayout { head_dim, .. } = task.args.layout;
-    task.args.v_cache[tile + offset * head_dim + d]
+    let layout = &task.args.layout;
+    element(layout.kv_type, task.args.storage, tile.values, offset * layout.head_dim + d)
 }

@@ -1,22 +1,68 @@
 //! Attention over 16 lanes: of keys for the scores, of the head for the values.
 //!
-//! `R` query rows (tokens of one sequence and heads of one group) go through the context together, so
-//! each key and value that is loaded serves all of them. Rows that see less of a chunk than others
-//! take part in what they see: a score beyond a row's position becomes a weight of 0, and values are
-//! added up to each row's own position only (a slot that was never written may hold anything).
+//! The rows of a task (tokens of one sequence and heads of one group) go through the context chunk by
+//! chunk, in groups as large as the registers allow, so a chunk's keys and values come from memory once.
+//! Rows that see less of a chunk than others take part in what they see: a score that a row does not
+//! see becomes a weight of 0, and only the values that it sees are added (a slot that was never written
+//! may hold anything).
+//!
+//! Blocks are scattered, which defeats the processor's own prefetching: while a chunk's keys are read its
+//! values are fetched, and while its values are read the next chunk's keys are.
 
 #![allow(
     clippy::needless_range_loop,
     reason = "indices name rows, panels and tiles of several arrays at once"
 )]
 
+use std::mem::MaybeUninit;
 use std::ops::Range;
 
-use super::{CHUNK, MAX_HEAD_DIM, Output, Task};
+use super::{CHUNK, MAX_HEAD_DIM, Output, TASK_ROWS, Task, chunks_of, last_factor};
 use crate::LANES;
-use crate::kv::KvLayout;
+use crate::kv::{KvLayout, KvType, Tile, element};
 use crate::math::exp as scalar_exp;
-use crate::simd::{Simd, exp};
+use crate::simd::{Simd, exp, tanh};
+
+/// How keys and values of one [`KvType`] become lanes.
+pub(crate) trait Element {
+    const TYPE: KvType;
+    /// 16 elements.
+    ///
+    /// # Safety
+    /// The processor has `V`'s instruction set; they are readable.
+    unsafe fn load<V: Simd>(from: *const u8) -> V;
+}
+
+pub(crate) struct F32;
+pub(crate) struct F16;
+pub(crate) struct Q8;
+
+impl Element for F32 {
+    const TYPE: KvType = KvType::F32;
+    #[inline(always)]
+    unsafe fn load<V: Simd>(from: *const u8) -> V {
+        // SAFETY: the caller's promise; loads need no alignment.
+        unsafe { V::load(from.cast()) }
+    }
+}
+
+impl Element for F16 {
+    const TYPE: KvType = KvType::F16;
+    #[inline(always)]
+    unsafe fn load<V: Simd>(from: *const u8) -> V {
+        // SAFETY: the caller's promise.
+        unsafe { V::load_f16(from) }
+    }
+}
+
+impl Element for Q8 {
+    const TYPE: KvType = KvType::Q8;
+    #[inline(always)]
+    unsafe fn load<V: Simd>(from: *const u8) -> V {
+        // SAFETY: the caller's promise.
+        unsafe { V::load_i8_as_f32(from) }
+    }
+}
 
 /// An instruction set's compiled row groups.
 pub(crate) trait Target {
@@ -25,155 +71,130 @@ pub(crate) trait Target {
     /// [`group`] in a function that enables the instruction set.
     ///
     /// # Safety
-    /// As for [`group`].
-    unsafe fn group<const R: usize>(task: &Task<'_>, first_row: usize);
+    /// As for [`group`], with at most `MAX_ROWS` rows.
+    unsafe fn group<E: Element>(group: &Group<'_>, rows: &mut [Row]);
+}
+
+/// What a row has gathered so far.
+#[derive(Clone, Copy)]
+pub(crate) struct Row {
+    /// `token * num_heads + head`
+    index: usize,
+    /// Where its weighted values go.
+    out: *mut f32,
+    /// Positions of the keys that it sees, from `begin` to `end`; both ascend from row to row.
+    begin: usize,
+    end: usize,
+    max: f32,
+    sum: f32,
+}
+
+/// One chunk and a group of rows, as the kernel takes them.
+pub(crate) struct Group<'a> {
+    task: &'a Task<'a>,
+    /// `[head_dim, rows]`
+    queries: *const f32,
+    /// Position of the chunk's first key.
+    start: usize,
+    /// The context that the task has yet to read ends here; what lies before it is worth fetching.
+    fetch_end: usize,
 }
 
 /// # Safety
 /// The processor has the target's instruction set; the arguments are checked and no other task holds
-/// the same rows and head.
+/// the same rows, head and chunks.
 pub(crate) unsafe fn attention<T: Target>(task: &Task<'_>) {
-    let num_rows = task.rows.len();
-    let num_groups = num_rows.div_ceil(T::MAX_ROWS);
-    for i in 0..num_groups {
-        let begin = task.rows.start + i * num_rows / num_groups;
-        let end = task.rows.start + (i + 1) * num_rows / num_groups;
-        // SAFETY: the caller's promise; the rows are the task's.
-        unsafe {
-            match end - begin {
-                1 => T::group::<1>(task, begin),
-                2 => T::group::<2>(task, begin),
-                3 => T::group::<3>(task, begin),
-                4 => T::group::<4>(task, begin),
-                5 => T::group::<5>(task, begin),
-                _ => T::group::<6>(task, begin),
-            }
+    // SAFETY: the caller's promise.
+    unsafe {
+        match task.args.layout.kv_type {
+            KvType::F32 => attend::<T, F32>(task),
+            KvType::F16 => attend::<T, F16>(task),
+            KvType::Q8 => attend::<T, Q8>(task),
         }
     }
 }
 
-/// What the rows of a group have gathered so far, and what they need.
-struct Group<'a, const R: usize> {
-    task: &'a Task<'a>,
-    /// `token * num_heads + head`
-    rows: [usize; R],
-    queries: [*const f32; R],
-    /// Where a row's weighted values go.
-    outs: [*mut f32; R],
-    positions: [usize; R],
-    max: [f32; R],
-    sum: [f32; R],
-}
-
-/// One chunk as the rows see it.
-struct Chunk<const R: usize> {
-    /// Position of its first key.
-    start: usize,
-    /// True if there is nothing yet to merge it with.
-    first: bool,
-    /// Keys that each row sees.
-    visible: [usize; R],
-    /// Scores, then weights.
-    weights: [[f32; CHUNK]; R],
-}
-
-/// Computes `R` rows, from `first_row`, over their whole context.
-///
 /// # Safety
-/// The processor has `V`'s instruction set; the arguments are checked; rows `first_row..first_row + R`
-/// are the task's, and no other task holds them. `T` tiles of 16 keys and `C` vectors of a head are
-/// taken at once.
-#[inline(always)]
-pub(crate) unsafe fn group<V: Simd, const R: usize, const T: usize, const C: usize>(
-    task: &Task<'_>,
-    first_row: usize,
-) {
-    let args = task.args;
-    let (heads_per_kv, head_dim) = (args.group(), args.layout.head_dim);
-    let first_token = args.tokens(task.sequence).start;
-    let mut group: Group<'_, R> = Group {
-        task,
-        rows: [0; R],
-        queries: [std::ptr::null(); R],
-        outs: [std::ptr::null_mut(); R],
-        positions: [0; R],
-        max: [f32::NEG_INFINITY; R],
-        sum: [0.0; R],
-    };
-    for r in 0..R {
-        let (token, head) = ((first_row + r) / heads_per_kv, (first_row + r) % heads_per_kv);
-        let head = task.kv_head * heads_per_kv + head;
-        group.rows[r] = (first_token + token) * args.num_heads + head;
-        group.positions[r] = args.start_position(task.sequence) + token;
-        let at = (first_token + token) * args.q_row_stride + head * head_dim;
-        // SAFETY: the checked lengths cover every token's queries.
-        group.queries[r] = unsafe { args.q.as_ptr().add(at) };
-        if let Output::Whole(out) = &task.output {
-            // SAFETY: and its outputs.
-            group.outs[r] = unsafe { out.start().add(group.rows[r] * head_dim) };
+/// As for [`attention`]; the storage is of `E`.
+unsafe fn attend<T: Target, E: Element>(task: &Task<'_>) {
+    let (args, num_rows) = (task.args, task.rows.len());
+    let head_dim = args.layout.head_dim;
+    let num_groups = num_rows.div_ceil(T::MAX_ROWS);
+    let bounds = |group: usize| group * num_rows / num_groups..(group + 1) * num_rows / num_groups;
+    let mut queries = [const { MaybeUninit::<f32>::uninit() }; TASK_ROWS * MAX_HEAD_DIM];
+    let nothing = Row { index: 0, out: std::ptr::null_mut(), begin: 0, end: 0, max: 0.0, sum: 0.0 };
+    let mut rows = [nothing; TASK_ROWS];
+    let rows = &mut rows[..num_rows];
+    for group in 0..num_groups {
+        let bounds = bounds(group);
+        for (r, row) in rows[bounds.clone()].iter_mut().enumerate() {
+            let (new, q) = task.row(task.rows.start + bounds.start + r);
+            *row = new;
+            for (d, &q) in q.iter().enumerate() {
+                queries[bounds.start * head_dim + d * bounds.len() + r].write(q);
+            }
         }
     }
-    // Rows ascend in position, so the last row sees the most.
-    let seen = group.positions[R - 1] / CHUNK + 1;
-    let mut chunk = Chunk { start: 0, first: true, visible: [0; R], weights: [[0.0; CHUNK]; R] };
-    for index in task.output.chunks(seen) {
-        chunk.start = index * CHUNK;
-        chunk.first = index == 0;
-        for r in 0..R {
-            chunk.visible[r] = (group.positions[r] + 1).saturating_sub(chunk.start).min(CHUNK);
+    let chunks = task.output.chunks(chunks_of(&(rows[0].begin..rows[num_rows - 1].end)));
+    let end = rows[num_rows - 1].end.min(chunks.end * CHUNK);
+    for chunk in chunks {
+        let start = chunk * CHUNK;
+        if let Output::Parts { parts, num_chunks, .. } = &task.output {
+            for row in &mut *rows {
+                // SAFETY: the parts hold every row's chunks.
+                row.out = unsafe { parts.start().add((row.index * num_chunks + chunk) * (head_dim + 2)) };
+                row.max = f32::NEG_INFINITY;
+            }
         }
-        // SAFETY: the caller's promise; columns are below `head_dim`.
-        unsafe {
-            if let Output::Parts { parts, num_chunks, .. } = &task.output {
-                chunk.first = true;
-                for r in 0..R {
-                    group.max[r] = f32::NEG_INFINITY;
-                    group.outs[r] = parts.start().add((group.rows[r] * num_chunks + index) * (head_dim + 2));
-                }
+        for index in 0..num_groups {
+            let bounds = bounds(index);
+            // SAFETY: the queries of a group follow those of the groups before it.
+            let queries = unsafe { queries.as_ptr().cast::<f32>().add(bounds.start * head_dim) };
+            let rows = &mut rows[bounds];
+            if rows[0].begin < start + CHUNK && start < rows[rows.len() - 1].end {
+                // The first group brings the chunk into the cache for the others.
+                let fetch_end = if index == 0 { end } else { 0 };
+                // SAFETY: the caller's promise.
+                unsafe { T::group::<E>(&Group { task, queries, start, fetch_end }, rows) };
             }
-            group.score::<V, T>(&mut chunk);
-            let merges = group.weigh::<V>(&mut chunk);
-            let mut column = 0;
-            while column + C * LANES <= head_dim {
-                group.gather::<V, C>(&chunk, &merges, column, LANES);
-                column += C * LANES;
-            }
-            while column < head_dim {
-                group.gather::<V, 1>(&chunk, &merges, column, LANES.min(head_dim - column));
-                column += LANES;
-            }
-            if let Output::Parts { .. } = task.output {
-                for r in 0..R {
-                    if chunk.visible[r] > 0 {
-                        *group.outs[r].add(head_dim) = group.max[r];
-                        *group.outs[r].add(head_dim + 1) = group.sum[r];
-                    }
+        }
+        if let Output::Parts { .. } = task.output {
+            for row in rows.iter().filter(|row| row.begin < start + CHUNK && start < row.end) {
+                // SAFETY: a part ends with its maximum and sum.
+                unsafe {
+                    *row.out.add(head_dim) = row.max;
+                    *row.out.add(head_dim + 1) = row.sum;
                 }
             }
         }
     }
     if let Output::Whole(_) = task.output {
-        for r in 0..R {
+        for row in &*rows {
+            let factor = last_factor(row.max, row.sum, args.sink(row.index % args.num_heads));
             // SAFETY: the row's outputs are the task's.
-            unsafe { rescale::<V>(group.outs[r], head_dim, 1.0 / group.sum[r]) };
+            let out = unsafe { std::slice::from_raw_parts_mut(row.out, head_dim) };
+            out.iter_mut().for_each(|out| *out *= factor);
         }
     }
 }
 
-/// Multiplies `len` elements by `scale`.
-///
-/// # Safety
-/// The processor has `V`'s instruction set; the elements are the caller's.
-#[inline(always)]
-unsafe fn rescale<V: Simd>(values: *mut f32, len: usize, scale: f32) {
-    let mut i = 0;
-    while i < len {
-        // SAFETY: at most `len - i` elements at `i`.
-        unsafe {
-            let (at, count) = (values.add(i), LANES.min(len - i));
-            V::load_part(at, count).mul(V::splat(scale)).store_part(at, count);
-        }
-        i += LANES;
+impl<'a> Task<'a> {
+    /// Row `row` of the task's sequence and head as it begins, and its query.
+    fn row(&self, row: usize) -> (Row, &'a [f32]) {
+        let args = self.args;
+        let (heads_per_kv, head_dim) = (args.group(), args.layout.head_dim);
+        let token = args.tokens(self.sequence).start + row / heads_per_kv;
+        let head = self.kv_head * heads_per_kv + row % heads_per_kv;
+        let visible = args.visible(args.start_position(self.sequence) + row / heads_per_kv);
+        let index = token * args.num_heads + head;
+        let out = match &self.output {
+            // SAFETY: the checked length covers every row.
+            Output::Whole(out) => unsafe { out.start().add(index * head_dim) },
+            Output::Parts { .. } => std::ptr::null_mut(),
+        };
+        let (begin, end) = (visible.start, visible.end);
+        let row = Row { index, out, begin, end, max: f32::NEG_INFINITY, sum: 0.0 };
+        (row, &args.q[token * args.q_row_stride + head * head_dim..][..head_dim])
     }
 }
 
@@ -182,7 +203,7 @@ unsafe fn rescale<V: Simd>(values: *mut f32, len: usize, scale: f32) {
 /// # Safety
 /// The processor has `V`'s instruction set.
 #[inline(always)]
-pub(crate) unsafe fn merge<V: Simd>(parts: &[f32], out: &mut [f32]) {
+pub(crate) unsafe fn merge<V: Simd>(parts: &[f32], sink: Option<f32>, out: &mut [f32]) {
     let head_dim = out.len();
     let (mut max, mut sum) = (f32::NEG_INFINITY, 0.0f32);
     for (chunk, part) in parts.chunks_exact(head_dim + 2).enumerate() {
@@ -208,86 +229,206 @@ pub(crate) unsafe fn merge<V: Simd>(parts: &[f32], out: &mut [f32]) {
         max = new_max;
     }
     // SAFETY: the whole of `out`.
-    unsafe { rescale::<V>(out.as_mut_ptr(), head_dim, 1.0 / sum) };
+    unsafe { rescale::<V>(out.as_mut_ptr(), head_dim, last_factor(max, sum, sink)) };
 }
 
-/// The factors with which a chunk joins what a row has; `None` leaves the row as it is.
-type Merges<const R: usize> = [Option<(f32, f32)>; R];
+/// Multiplies `len` elements by `scale`.
+///
+/// # Safety
+/// The processor has `V`'s instruction set; the elements are the caller's.
+#[inline(always)]
+unsafe fn rescale<V: Simd>(values: *mut f32, len: usize, scale: f32) {
+    let mut i = 0;
+    while i < len {
+        // SAFETY: at most `len - i` elements at `i`.
+        unsafe {
+            let (at, count) = (values.add(i), LANES.min(len - i));
+            V::load_part(at, count).mul(V::splat(scale)).store_part(at, count);
+        }
+        i += LANES;
+    }
+}
 
-impl<const R: usize> Group<'_, R> {
-    /// Scaled scores of all keys of the chunk that the last row sees.
+/// The keys of a chunk that each of `R` rows sees, from `begin` to `end`, and what it makes of them.
+struct Seen<const R: usize> {
+    begin: [usize; R],
+    end: [usize; R],
+    /// Scores, then weights.
+    weights: [[f32; CHUNK]; R],
+    /// The factors with which the chunk joins what a row has; `None` leaves the row as it is.
+    merges: [Option<(f32, f32)>; R],
+}
+
+/// Takes `R` rows through one chunk, `W` tiles of 16 keys and `W` vectors of a head at once.
+///
+/// # Safety
+/// The processor has `V`'s instruction set; the arguments are checked and the storage is of `E`; there are
+/// `R` rows, they are the task's and no other task holds them; one of them sees some of the chunk.
+#[inline(always)]
+pub(crate) unsafe fn group<V: Simd, E: Element, const R: usize, const W: usize>(
+    group: &Group<'_>,
+    rows: &mut [Row],
+) {
+    let rows: &mut [Row; R] = rows.try_into().expect("the group's rows: this is a bug");
+    let head_dim = group.task.args.layout.head_dim;
+    let within = |position: usize| position.saturating_sub(group.start).min(CHUNK);
+    let mut seen = Seen {
+        begin: std::array::from_fn(|r| within(rows[r].begin)),
+        end: std::array::from_fn(|r| within(rows[r].end)),
+        weights: [[0.0; CHUNK]; R],
+        merges: [None; R],
+    };
+    // SAFETY: the caller's promise; columns are below `head_dim`.
+    unsafe {
+        group.score::<V, E, R, W>(&mut seen);
+        group.weigh::<V, E, R>(&mut seen, rows);
+        let mut column = 0;
+        while column + W * LANES <= head_dim {
+            group.gather::<V, E, R, W>(&seen, rows, column, LANES);
+            column += W * LANES;
+        }
+        while column < head_dim {
+            group.gather::<V, E, R, 1>(&seen, rows, column, LANES.min(head_dim - column));
+            column += LANES;
+        }
+    }
+}
+
+/// Asks for the cache line that holds `at`, which may be anywhere.
+#[inline(always)]
+fn fetch(at: *const u8) {
+    #[cfg(target_arch = "x86_64")]
+    // SAFETY: every x86-64 processor has it, and it faults on no address.
+    unsafe {
+        use std::arch::x86_64::{_MM_HINT_T0, _mm_prefetch};
+        _mm_prefetch::<_MM_HINT_T0>(at.cast());
+    }
+    #[cfg(not(target_arch = "x86_64"))]
+    let _ = at;
+}
+
+impl Group<'_> {
+    /// Scaled and capped scores of all keys of the chunk that any row sees.
     ///
     /// # Safety
     /// As for [`group`].
     #[inline(always)]
-    unsafe fn score<V: Simd, const T: usize>(&self, chunk: &mut Chunk<R>) {
-        let layout = &self.task.args.layout;
-        let end = chunk.start + chunk.visible[R - 1];
-        let mut position = chunk.start;
+    unsafe fn score<V: Simd, E: Element, const R: usize, const W: usize>(&self, seen: &mut Seen<R>) {
+        let args = self.task.args;
+        let KvLayout { block_size, head_dim, .. } = args.layout;
+        let end = self.start + seen.end[R - 1];
+        let mut position = self.start + seen.begin[0] / LANES * LANES;
         // SAFETY: keys below `end` are in the checked blocks; with a block size that is a multiple of
         // 16, so is the rest of the last tile.
         unsafe {
-            if layout.block_size.is_multiple_of(LANES) {
-                while position + (T - 1) * LANES < end {
-                    let keys: [*const f32; T] = std::array::from_fn(|t| self.key(position + t * LANES));
-                    self.score_tiles::<V, T>(chunk, position, keys, layout.block_size);
-                    position += T * LANES;
+            if block_size.is_multiple_of(LANES) {
+                while position + (W - 1) * LANES < end {
+                    let keys = std::array::from_fn(|t| self.key::<E>(position + t * LANES));
+                    self.score_tiles::<V, E, R, W>(seen, position, keys, block_size);
+                    position += W * LANES;
                 }
                 while position < end {
-                    self.score_tiles::<V, 1>(chunk, position, [self.key(position)], layout.block_size);
+                    self.score_tiles::<V, E, R, 1>(seen, position, [self.key::<E>(position)], block_size);
                     position += LANES;
                 }
-            } else {
-                let mut tile = [0.0f32; MAX_HEAD_DIM * LANES];
-                while position < end {
-                    for lane in 0..LANES.min(end - position) {
-                        let key = self.key(position + lane);
-                        for d in 0..layout.head_dim {
-                            tile[d * LANES + lane] = *key.add(d * layout.block_size);
-                        }
+                return;
+            }
+            let mut tile = [0.0f32; MAX_HEAD_DIM * LANES];
+            while position < end {
+                for lane in 0..LANES.min(end - position) {
+                    let (from, offset) = self.task.locate(position + lane);
+                    for d in 0..head_dim {
+                        let key = element(E::TYPE, args.storage, from.keys, d * block_size + offset);
+                        tile[d * LANES + lane] = key;
                     }
-                    self.score_tiles::<V, 1>(chunk, position, [tile.as_ptr()], LANES);
-                    position += LANES;
+                }
+                self.score_tiles::<V, F32, R, 1>(seen, position, [tile.as_ptr().cast()], LANES);
+                position += LANES;
+            }
+        }
+    }
+
+    /// Scores of `T` tiles of 16 keys from `position`; elements of a key are `stride` apart. `E` is the
+    /// tiles' type, which is not the storage's if they are a copy.
+    ///
+    /// # Safety
+    /// As for [`group`]; the tiles are readable.
+    #[inline(always)]
+    unsafe fn score_tiles<V: Simd, E: Element, const R: usize, const T: usize>(
+        &self,
+        seen: &mut Seen<R>,
+        position: usize,
+        mut keys: [*const u8; T],
+        stride: usize,
+    ) {
+        let args = self.task.args;
+        let (head_dim, step) = (args.layout.head_dim, stride * E::TYPE.element_bytes());
+        // A tile's values are as many bytes as its keys, and as far off in every tile.
+        let to_values = args.layout.tile(0, 0).values;
+        // SAFETY: the caller's promise; a group has `head_dim` times `R` queries.
+        unsafe {
+            let mut scores = [[V::splat(0.0); T]; R];
+            let mut queries = self.queries;
+            for _ in 0..head_dim {
+                let mut tiles = [V::splat(0.0); T];
+                for t in 0..T {
+                    tiles[t] = E::load(keys[t]);
+                    fetch(keys[t].wrapping_add(to_values));
+                    keys[t] = keys[t].wrapping_add(step);
+                }
+                for r in 0..R {
+                    let q = V::splat(*queries.add(r));
+                    for t in 0..T {
+                        scores[r][t] = q.fma(tiles[t], scores[r][t]);
+                    }
+                }
+                queries = queries.wrapping_add(R);
+            }
+            let scale = V::splat(args.scale);
+            for t in 0..T {
+                let at = position - self.start + t * LANES;
+                let key_scales = self.scales::<V>(position + t * LANES, |tile| tile.key_scales);
+                for r in 0..R {
+                    let mut score = scores[r][t];
+                    if let Some(key_scales) = key_scales {
+                        score = score.mul(key_scales);
+                    }
+                    score = score.mul(scale);
+                    if let Some(cap) = args.soft_cap {
+                        let cap = V::splat(cap);
+                        score = cap.mul(tanh(score.div(cap)));
+                    }
+                    score.store(seen.weights[r].as_mut_ptr().add(at));
                 }
             }
         }
     }
 
-    /// Scores of `T` tiles of 16 keys from `position`; elements of a key are `stride` apart.
+    /// The scales of 16 tokens from `position`, a multiple of 16, if their type has any; those of tokens
+    /// beyond the context may be anything.
     ///
     /// # Safety
-    /// As for [`group`]; the tiles are readable.
+    /// As for [`group`]; the first is in the context.
     #[inline(always)]
-    unsafe fn score_tiles<V: Simd, const T: usize>(
-        &self,
-        chunk: &mut Chunk<R>,
-        position: usize,
-        keys: [*const f32; T],
-        stride: usize,
-    ) {
-        // SAFETY: the caller's promise; a query has `head_dim` elements, a chunk's row `CHUNK`.
-        unsafe {
-            let mut scores = [[V::splat(0.0); T]; R];
-            for d in 0..self.task.args.layout.head_dim {
-                let mut tiles = [V::splat(0.0); T];
-                for t in 0..T {
-                    tiles[t] = V::load(keys[t].add(d * stride));
-                }
-                for r in 0..R {
-                    let q = V::splat(*self.queries[r].add(d));
-                    for t in 0..T {
-                        scores[r][t] = q.fma(tiles[t], scores[r][t]);
-                    }
-                }
-            }
-            let scale = V::splat(self.task.args.scale);
-            for r in 0..R {
-                for t in 0..T {
-                    let at = position - chunk.start + t * LANES;
-                    scores[r][t].mul(scale).store(chunk.weights[r].as_mut_ptr().add(at));
-                }
-            }
+    unsafe fn scales<V: Simd>(&self, position: usize, part: impl Fn(&Tile) -> usize) -> Option<V> {
+        let args = self.task.args;
+        if args.layout.kv_type != KvType::Q8 {
+            return None;
         }
+        if args.layout.block_size.is_multiple_of(LANES) {
+            let (tile, offset) = self.task.locate(position);
+            // SAFETY: a tile has a scale for each of its tokens, and 16 of them from here.
+            return Some(unsafe {
+                V::load(args.storage.as_ptr().add(part(&tile)).cast::<f32>().add(offset))
+            });
+        }
+        let context_len = args.context_lens[self.task.sequence] as usize;
+        let scales: [f32; LANES] = std::array::from_fn(|lane| {
+            let (tile, offset) = self.task.locate((position + lane).min(context_len - 1));
+            element(KvType::F32, args.storage, part(&tile), offset)
+        });
+        // SAFETY: 16 elements.
+        Some(unsafe { V::load(scales.as_ptr()) })
     }
 
     /// Turns each row's scores into weights, and merges maximum and sum.
@@ -295,39 +436,50 @@ impl<const R: usize> Group<'_, R> {
     /// # Safety
     /// As for [`group`].
     #[inline(always)]
-    unsafe fn weigh<V: Simd>(&mut self, chunk: &mut Chunk<R>) -> Merges<R> {
-        let mut merges = [None; R];
-        for (r, merge) in merges.iter_mut().enumerate() {
-            let visible = chunk.visible[r];
-            if visible == 0 {
+    unsafe fn weigh<V: Simd, E: Element, const R: usize>(&self, seen: &mut Seen<R>, rows: &mut [Row; R]) {
+        for r in 0..R {
+            let (begin, end) = (seen.begin[r], seen.end[r]);
+            if begin >= end {
                 continue;
             }
-            let padded = visible.next_multiple_of(LANES);
-            let weights = &mut chunk.weights[r];
-            weights[visible..padded].fill(f32::NEG_INFINITY);
-            // SAFETY: whole vectors below `padded <= CHUNK`.
+            let tiles = begin / LANES * LANES..end.next_multiple_of(LANES);
+            let weights = &mut seen.weights[r];
+            weights[tiles.start..begin].fill(f32::NEG_INFINITY);
+            weights[end..tiles.end].fill(f32::NEG_INFINITY);
+            let weights = &mut weights[tiles.clone()];
+            // SAFETY: whole vectors.
             unsafe {
                 let mut max = V::splat(f32::NEG_INFINITY);
-                for tile in weights[..padded].chunks_exact(LANES) {
+                for tile in weights.chunks_exact(LANES) {
                     max = V::load(tile.as_ptr()).max(max);
                 }
                 let chunk_max = max.largest();
                 let mut sum = V::splat(0.0);
-                for tile in weights[..padded].chunks_exact_mut(LANES) {
-                    let weight = exp(V::load(tile.as_ptr()).sub(V::splat(chunk_max)));
-                    weight.store(tile.as_mut_ptr());
+                for (i, tile) in weights.chunks_exact_mut(LANES).enumerate() {
+                    let mut weight = exp(V::load(tile.as_ptr()).sub(V::splat(chunk_max)));
                     sum = sum.add(weight);
+                    let position = self.start + tiles.start + i * LANES;
+                    if let Some(value_scales) = self.scales::<V>(position, |tile| tile.value_scales) {
+                        weight = weight.mul(value_scales);
+                    }
+                    weight.store(tile.as_mut_ptr());
                 }
                 let chunk_sum = sum.sum();
-                let new_max = self.max[r].max(chunk_max);
-                let a = scalar_exp(self.max[r] - new_max);
+                let row = &mut rows[r];
+                let new_max = row.max.max(chunk_max);
+                let a = scalar_exp(row.max - new_max);
                 let b = scalar_exp(chunk_max - new_max);
-                self.sum[r] = if chunk.first { chunk_sum } else { self.sum[r].mul_add(a, chunk_sum * b) };
-                self.max[r] = new_max;
-                *merge = Some((a, b));
+                row.sum = if self.is_first(row) { chunk_sum } else { row.sum.mul_add(a, chunk_sum * b) };
+                row.max = new_max;
+                seen.merges[r] = Some((a, b));
             }
         }
-        merges
+    }
+
+    /// True if a row has nothing yet to merge the chunk with.
+    #[inline(always)]
+    fn is_first(&self, row: &Row) -> bool {
+        row.begin >= self.start || matches!(self.task.output, Output::Parts { .. })
     }
 
     /// Adds the weighted values to `C` vectors of the outputs from `column`. `count` is 16, or what is
@@ -336,24 +488,28 @@ impl<const R: usize> Group<'_, R> {
     /// # Safety
     /// As for [`group`]; the columns are below `head_dim`.
     #[inline(always)]
-    unsafe fn gather<V: Simd, const C: usize>(
+    unsafe fn gather<V: Simd, E: Element, const R: usize, const C: usize>(
         &self,
-        chunk: &Chunk<R>,
-        merges: &Merges<R>,
+        seen: &Seen<R>,
+        rows: &[Row; R],
         column: usize,
         count: usize,
     ) {
-        let shared = chunk.visible.iter().copied().fold(CHUNK, usize::min);
+        // What all rows see; both ends of what a row sees ascend.
+        let shared = seen.begin[R - 1]..seen.end[0].max(seen.begin[R - 1]);
         // SAFETY: the caller's promise; keys below the last row's position are in the checked blocks.
         unsafe {
             let mut parts = [[V::splat(0.0); C]; R];
-            self.add_values::<V, C, true>(chunk, &mut parts, 0..shared, column, count);
-            self.add_values::<V, C, false>(chunk, &mut parts, shared..chunk.visible[R - 1], column, count);
+            let (before, after) = (seen.begin[0]..shared.start, shared.end..seen.end[R - 1]);
+            self.add_values::<V, E, R, C, false>(seen, &mut parts, before, column, count);
+            self.add_values::<V, E, R, C, true>(seen, &mut parts, shared, column, count);
+            self.add_values::<V, E, R, C, false>(seen, &mut parts, after, column, count);
             for r in 0..R {
-                let Some((a, b)) = merges[r] else { continue };
+                let Some((a, b)) = seen.merges[r] else { continue };
+                let first = self.is_first(&rows[r]);
                 for c in 0..C {
-                    let at = self.outs[r].add(column + c * LANES);
-                    let merged = if chunk.first {
+                    let at = rows[r].out.add(column + c * LANES);
+                    let merged = if first {
                         parts[r][c]
                     } else {
                         V::load_part(at, count).fma(V::splat(a), parts[r][c].mul(V::splat(b)))
@@ -368,38 +524,51 @@ impl<const R: usize> Group<'_, R> {
     /// those that see the key.
     ///
     /// # Safety
-    /// As for [`gather`](Self::gather); the last row sees the keys.
+    /// As for [`gather`](Self::gather); the keys are below the last row's position.
     #[inline(always)]
-    unsafe fn add_values<V: Simd, const C: usize, const ALL: bool>(
+    unsafe fn add_values<V: Simd, E: Element, const R: usize, const C: usize, const ALL: bool>(
         &self,
-        chunk: &Chunk<R>,
+        seen: &Seen<R>,
         parts: &mut [[V; C]; R],
         keys: Range<usize>,
         column: usize,
         count: usize,
     ) {
         let KvLayout { block_size, head_dim, .. } = self.task.args.layout;
+        let bytes = E::TYPE.element_bytes();
+        let storage = self.task.args.storage.as_ptr();
         let mut key = keys.start;
         while key < keys.end {
-            let run = (block_size - (chunk.start + key) % block_size).min(keys.end - key);
+            let position = self.start + key;
+            let run = (block_size - position % block_size).min(keys.end - key);
+            let (tile, offset) = self.task.locate(position);
+            // The same part of the next chunk's keys.
+            let next = position + CHUNK;
+            let ahead = if next < self.fetch_end { self.task.locate(next).0.keys } else { tile.keys };
             // SAFETY: the caller's promise; values of one block follow one another.
             unsafe {
-                let mut at = self.value(chunk.start + key).add(column);
+                let within = (offset * head_dim + column) * bytes;
+                let mut at = storage.add(tile.values + within);
+                let mut ahead = storage.wrapping_add(ahead + within);
                 for key in key..key + run {
+                    // No closure: it would be compiled without the instruction set.
                     let mut values = [V::splat(0.0); C];
                     for c in 0..C {
-                        let at = at.add(c * LANES);
-                        values[c] = if count == LANES { V::load(at) } else { V::load_part(at, count) };
+                        values[c] = load_part::<V, E>(at.add(c * LANES * bytes), count);
+                    }
+                    for line in 0..(C * LANES * bytes).div_ceil(64) {
+                        fetch(ahead.wrapping_add(line * 64));
                     }
                     for r in 0..R {
-                        if ALL || key < chunk.visible[r] {
-                            let weight = V::splat(*chunk.weights[r].get_unchecked(key));
+                        if ALL || (seen.begin[r] <= key && key < seen.end[r]) {
+                            let weight = V::splat(*seen.weights[r].as_ptr().add(key));
                             for c in 0..C {
                                 parts[r][c] = weight.fma(values[c], parts[r][c]);
                             }
                         }
                     }
-                    at = at.wrapping_add(head_dim);
+                    at = at.wrapping_add(head_dim * bytes);
+                    ahead = ahead.wrapping_add(head_dim * bytes);
                 }
             }
             key += run;
@@ -411,20 +580,26 @@ impl<const R: usize> Group<'_, R> {
     /// # Safety
     /// The position is below the context length.
     #[inline(always)]
-    unsafe fn key(&self, position: usize) -> *const f32 {
+    unsafe fn key<E: Element>(&self, position: usize) -> *const u8 {
         let (tile, offset) = self.task.locate(position);
         // SAFETY: the checked blocks cover the context.
-        unsafe { self.task.args.k_cache.as_ptr().add(tile + offset) }
+        unsafe { self.task.args.storage.as_ptr().add(tile.keys + offset * E::TYPE.element_bytes()) }
     }
+}
 
-    /// The first element of the value at `position`.
-    ///
-    /// # Safety
-    /// The position is below the context length.
-    #[inline(always)]
-    unsafe fn value(&self, position: usize) -> *const f32 {
-        let (tile, offset) = self.task.locate(position);
-        // SAFETY: the checked blocks cover the context.
-        unsafe { self.task.args.v_cache.as_ptr().add(tile + offset * self.task.args.layout.head_dim) }
+/// The first `count <= 16` elements; the other lanes may be anything.
+///
+/// # Safety
+/// The processor has `V`'s instruction set; the elements are readable.
+#[inline(always)]
+unsafe fn load_part<V: Simd, E: Element>(from: *const u8, count: usize) -> V {
+    // SAFETY: the caller's promise; the copy has room for 16 elements of every type.
+    unsafe {
+        if count == LANES {
+            return E::load(from);
+        }
+        let mut copy = [0u8; LANES * size_of::<f32>()];
+        std::ptr::copy_nonoverlapping(from, copy.as_mut_ptr(), count * E::TYPE.element_bytes());
+        E::load(copy.as_ptr())
     }
 }

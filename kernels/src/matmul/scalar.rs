@@ -7,8 +7,9 @@ use crate::LANES;
 /// No other task may hold the same outputs.
 pub(crate) unsafe fn matmul(tile: &Tile<'_>) {
     let (inp, outp) = (tile.weights.in_features(), tile.weights.out_features());
-    let begin = tile.panels.start * LANES;
-    let end = outp.min(tile.panels.end * LANES);
+    let first = tile.part.first_output;
+    let begin = first + tile.panels.start * LANES;
+    let end = first + tile.part.outputs.min(tile.panels.end * LANES);
     let mut weights = vec![0.0; inp];
     for output in begin..end {
         tile.weights.row(output, &mut weights);

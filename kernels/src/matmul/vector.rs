@@ -73,7 +73,7 @@ pub(crate) struct Block {
     out_stride: usize,
     /// First output's bias, if there is one.
     bias: Option<*const f32>,
-    /// Outputs from the block's first to the matrix's last; those past it are padding.
+    /// Outputs from the block's first to the part's last; those past it are padding.
     outputs: usize,
 }
 
@@ -96,10 +96,11 @@ pub(crate) trait Target {
 pub(crate) unsafe fn matmul<T: Target>(tile: &Tile<'_>) {
     // SAFETY: the caller's promise.
     unsafe {
-        match tile.weights.weight_type() {
+        match tile.part.weight_type {
             WeightType::F32 => rows::<T, F32>(tile),
             WeightType::Bf16 => rows::<T, Bf16>(tile),
             WeightType::F16 => rows::<T, F16>(tile),
+            WeightType::Quantized(_) => unreachable!("a quantised part in a dense product: this is a bug"),
         }
     }
 }
@@ -158,7 +159,7 @@ unsafe fn panels<T: Target, W: Format, const P: usize>(tile: &Tile<'_>) {
 /// As for [`matmul`]; panels `panel..panel + P` are the tile's.
 unsafe fn row_blocks<T: Target, W: Format, const P: usize>(tile: &Tile<'_>, panel: usize) {
     let (inputs, out_stride) = (tile.weights.in_features(), tile.weights.out_features());
-    let first_output = panel * LANES;
+    let first_output = tile.part.first_output + panel * LANES;
     let num_rows = tile.rows.len();
     let num_blocks = num_rows.div_ceil(T::MAX_ROWS);
     for i in 0..num_blocks {
@@ -170,12 +171,12 @@ unsafe fn row_blocks<T: Target, W: Format, const P: usize>(tile: &Tile<'_>, pane
             let block = Block {
                 x: tile.x.as_ptr().add(begin * inputs),
                 inputs,
-                panel: tile.weights.panels().add(panel * tile.weights.panel_bytes()),
-                panel_bytes: tile.weights.panel_bytes(),
+                panel: tile.weights.panels(tile.part).add(panel * tile.part.panel_bytes()),
+                panel_bytes: tile.part.panel_bytes(),
                 out: tile.out.start().add(begin * out_stride + first_output),
                 out_stride,
                 bias: tile.bias.map(|bias| bias.as_ptr().add(first_output)),
-                outputs: out_stride - first_output,
+                outputs: tile.part.outputs - panel * LANES,
             };
             match end - begin {
                 1 => T::block::<W, 1, P>(&block),

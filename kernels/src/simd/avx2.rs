@@ -2,7 +2,7 @@
 
 use std::arch::x86_64::*;
 
-use super::Simd;
+use super::{Integers, Simd};
 
 /// Two `__m256` as [`Simd`]: lanes 0..8 and 8..16.
 #[derive(Clone, Copy)]
@@ -144,6 +144,15 @@ impl Simd for Avx2 {
             Avx2(_mm256_cvtph_ps(_mm_loadu_si128(first)), _mm256_cvtph_ps(_mm_loadu_si128(second)))
         }
     }
+    #[inline(always)]
+    unsafe fn load_i8_as_f32(from: *const u8) -> Self {
+        unsafe {
+            let sixteen = _mm_loadu_si128(from.cast());
+            let first = _mm256_cvtepi8_epi32(sixteen);
+            let second = _mm256_cvtepi8_epi32(_mm_unpackhi_epi64(sixteen, sixteen));
+            Avx2(_mm256_cvtepi32_ps(first), _mm256_cvtepi32_ps(second))
+        }
+    }
 
     #[inline(always)]
     unsafe fn add(self, other: Self) -> Self {
@@ -229,5 +238,155 @@ impl Simd for Avx2 {
             let any = _mm256_or_si256(not_finite(self.0), not_finite(self.1));
             _mm256_testz_si256(any, any) != 0
         }
+    }
+}
+
+/// Applies `op` to both halves.
+#[inline(always)]
+fn both<A: Copy, B>(pair: (A, A), op: impl Fn(A) -> B) -> (B, B) {
+    (op(pair.0), op(pair.1))
+}
+
+/// [`Integers::dot`] of eight lanes, the activations broadcast.
+///
+/// # Safety
+/// The processor has AVX2.
+#[inline(always)]
+unsafe fn dot(sum: __m256i, codes: __m256i, x: __m256i, offset_bits: u32) -> __m256i {
+    // SAFETY: the caller's promise.
+    unsafe {
+        // Pairs of products fit 16 bits: codes below 128 times 127, or magnitudes up to 128 times 127.
+        let pairs = if offset_bits == 7 {
+            let weights = _mm256_xor_si256(codes, _mm256_set1_epi8(-128));
+            _mm256_maddubs_epi16(_mm256_abs_epi8(weights), _mm256_sign_epi8(x, weights))
+        } else {
+            _mm256_maddubs_epi16(codes, x)
+        };
+        _mm256_add_epi32(sum, _mm256_madd_epi16(pairs, _mm256_set1_epi16(1)))
+    }
+}
+
+// SAFETY of every block: the trait's contract gives the instruction set and valid pointers.
+#[allow(clippy::undocumented_unsafe_blocks, reason = "one argument for all, stated above")]
+impl Integers for Avx2 {
+    type Bytes = (__m256i, __m256i);
+    type Ints = (__m256i, __m256i);
+
+    #[inline(always)]
+    unsafe fn zero_bytes() -> Self::Bytes {
+        unsafe { (_mm256_setzero_si256(), _mm256_setzero_si256()) }
+    }
+    #[inline(always)]
+    unsafe fn splat_bytes(from: *const i8) -> Self::Bytes {
+        unsafe {
+            let four = _mm256_set1_epi32(from.cast::<i32>().read_unaligned());
+            (four, four)
+        }
+    }
+    #[inline(always)]
+    unsafe fn load_bytes(from: *const u8) -> Self::Bytes {
+        unsafe { (_mm256_loadu_si256(from.cast()), _mm256_loadu_si256(from.add(32).cast())) }
+    }
+    #[inline(always)]
+    unsafe fn low_nibbles(bytes: Self::Bytes) -> Self::Bytes {
+        unsafe { both(bytes, |bytes| _mm256_and_si256(bytes, _mm256_set1_epi8(0xf))) }
+    }
+    #[inline(always)]
+    unsafe fn high_nibbles(bytes: Self::Bytes) -> Self::Bytes {
+        unsafe { both(bytes, |bytes| _mm256_and_si256(_mm256_srli_epi16::<4>(bytes), _mm256_set1_epi8(0xf))) }
+    }
+    #[inline(always)]
+    unsafe fn or_bits(to: Self::Bytes, from: Self::Bytes, shift: i32, mask: u8) -> Self::Bytes {
+        unsafe {
+            let count = _mm_cvtsi32_si128(shift.abs());
+            let bits = both(from, |from| {
+                let from =
+                    if shift > 0 { _mm256_sll_epi16(from, count) } else { _mm256_srl_epi16(from, count) };
+                _mm256_and_si256(from, _mm256_set1_epi8(mask as i8))
+            });
+            (_mm256_or_si256(to.0, bits.0), _mm256_or_si256(to.1, bits.1))
+        }
+    }
+    #[inline(always)]
+    unsafe fn look_up(nibbles: Self::Bytes, table: &[u8; 16]) -> Self::Bytes {
+        unsafe {
+            let table = _mm256_broadcastsi128_si256(_mm_loadu_si128(table.as_ptr().cast()));
+            both(nibbles, |nibbles| _mm256_shuffle_epi8(table, nibbles))
+        }
+    }
+
+    #[inline(always)]
+    unsafe fn zero() -> Self::Ints {
+        unsafe { (_mm256_setzero_si256(), _mm256_setzero_si256()) }
+    }
+    #[inline(always)]
+    unsafe fn splat_int(from: *const i32) -> Self::Ints {
+        unsafe { both((*from, *from), |value| _mm256_set1_epi32(value)) }
+    }
+    #[inline(always)]
+    unsafe fn start(neg_sum: *const i32, offset_bits: u32) -> Self::Ints {
+        unsafe {
+            if offset_bits == 7 {
+                return Self::zero();
+            }
+            let start = _mm256_set1_epi32(*neg_sum << offset_bits);
+            (start, start)
+        }
+    }
+    #[inline(always)]
+    unsafe fn dot(sum: Self::Ints, codes: Self::Bytes, x: Self::Bytes, offset_bits: u32) -> Self::Ints {
+        unsafe { (dot(sum.0, codes.0, x.0, offset_bits), dot(sum.1, codes.1, x.1, offset_bits)) }
+    }
+    #[inline(always)]
+    unsafe fn to_f32(ints: Self::Ints) -> Self {
+        unsafe { Avx2(_mm256_cvtepi32_ps(ints.0), _mm256_cvtepi32_ps(ints.1)) }
+    }
+
+    #[inline(always)]
+    unsafe fn load_u8(from: *const u8) -> Self::Ints {
+        unsafe {
+            let sixteen = _mm_loadu_si128(from.cast());
+            (_mm256_cvtepu8_epi32(sixteen), _mm256_cvtepu8_epi32(_mm_srli_si128::<8>(sixteen)))
+        }
+    }
+    #[inline(always)]
+    unsafe fn load_i8(from: *const u8) -> Self::Ints {
+        unsafe {
+            let sixteen = _mm_loadu_si128(from.cast());
+            (_mm256_cvtepi8_epi32(sixteen), _mm256_cvtepi8_epi32(_mm_srli_si128::<8>(sixteen)))
+        }
+    }
+    #[inline(always)]
+    unsafe fn bits(ints: Self::Ints, shift: i32, mask: i32) -> Self::Ints {
+        unsafe {
+            let count = _mm_cvtsi32_si128(shift);
+            both(ints, |ints| _mm256_and_si256(_mm256_srl_epi32(ints, count), _mm256_set1_epi32(mask)))
+        }
+    }
+    #[inline(always)]
+    unsafe fn or(a: Self::Ints, b: Self::Ints) -> Self::Ints {
+        unsafe { (_mm256_or_si256(a.0, b.0), _mm256_or_si256(a.1, b.1)) }
+    }
+
+    #[inline(always)]
+    unsafe fn load_bf16s(from: *const u8) -> Self {
+        unsafe {
+            let widen = |bits| _mm256_castsi256_ps(_mm256_slli_epi32::<16>(_mm256_cvtepu16_epi32(bits)));
+            Avx2(widen(_mm_loadu_si128(from.cast())), widen(_mm_loadu_si128(from.add(16).cast())))
+        }
+    }
+    #[inline(always)]
+    unsafe fn store_i8(self, to: *mut i8) {
+        unsafe {
+            let words = _mm256_packs_epi32(_mm256_cvtps_epi32(self.0), _mm256_cvtps_epi32(self.1));
+            // Packing works within 128-bit halves: put the quarters back in order.
+            let words = _mm256_permute4x64_epi64::<0b11_01_10_00>(words);
+            let bytes = _mm_packs_epi16(_mm256_castsi256_si128(words), _mm256_extracti128_si256::<1>(words));
+            _mm_storeu_si128(to.cast(), bytes);
+        }
+    }
+    #[inline(always)]
+    unsafe fn prefetch(at: *const u8) {
+        unsafe { _mm_prefetch::<_MM_HINT_T0>(at.cast()) }
     }
 }

@@ -2,7 +2,7 @@
 
 use std::arch::x86_64::*;
 
-use super::Simd;
+use super::{Integers, Simd};
 
 /// `__m512` as [`Simd`]; needs AVX-512 F, BW, DQ and VL.
 #[derive(Clone, Copy)]
@@ -52,6 +52,10 @@ impl Simd for Avx512 {
     unsafe fn load_f16(from: *const u8) -> Self {
         unsafe { Avx512(_mm512_cvtph_ps(_mm256_loadu_si256(from.cast()))) }
     }
+    #[inline(always)]
+    unsafe fn load_i8_as_f32(from: *const u8) -> Self {
+        unsafe { Avx512(_mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_loadu_si128(from.cast())))) }
+    }
 
     #[inline(always)]
     unsafe fn add(self, other: Self) -> Self {
@@ -91,15 +95,8 @@ impl Simd for Avx512 {
     }
     #[inline(always)]
     unsafe fn scale(self, n: Self) -> Self {
-        unsafe {
-            let n = _mm512_cvtps_epi32(n.0);
-            let half = _mm512_srai_epi32::<1>(n);
-            let bias = _mm512_set1_epi32(127);
-            let first = _mm512_slli_epi32::<23>(_mm512_add_epi32(half, bias));
-            let second = _mm512_slli_epi32::<23>(_mm512_add_epi32(_mm512_sub_epi32(n, half), bias));
-            let scaled = _mm512_mul_ps(self.0, _mm512_castsi512_ps(first));
-            Avx512(_mm512_mul_ps(scaled, _mm512_castsi512_ps(second)))
-        }
+        // Rounds once, as the two steps do: the first of them is exact.
+        unsafe { Avx512(_mm512_scalef_ps(self.0, n.0)) }
     }
     #[inline(always)]
     unsafe fn if_less(self, limit: Self, value: Self, other: Self) -> Self {
@@ -132,5 +129,108 @@ impl Simd for Avx512 {
         /// Quiet NaN, both infinities, signalling NaN.
         const NOT_FINITE: i32 = 0x01 | 0x08 | 0x10 | 0x80;
         unsafe { _mm512_fpclass_ps_mask::<NOT_FINITE>(self.0) == 0 }
+    }
+}
+
+// SAFETY of every block: as above; [`Integers::dot`] needs AVX-512 VNNI as well, which the tables that use
+// it ask for.
+#[allow(clippy::undocumented_unsafe_blocks, reason = "one argument for all, stated above")]
+impl Integers for Avx512 {
+    type Bytes = __m512i;
+    type Ints = __m512i;
+
+    #[inline(always)]
+    unsafe fn zero_bytes() -> __m512i {
+        unsafe { _mm512_setzero_si512() }
+    }
+    #[inline(always)]
+    unsafe fn splat_bytes(from: *const i8) -> __m512i {
+        unsafe { _mm512_set1_epi32(from.cast::<i32>().read_unaligned()) }
+    }
+    #[inline(always)]
+    unsafe fn load_bytes(from: *const u8) -> __m512i {
+        unsafe { _mm512_loadu_si512(from.cast()) }
+    }
+    #[inline(always)]
+    unsafe fn low_nibbles(bytes: __m512i) -> __m512i {
+        unsafe { _mm512_and_si512(bytes, _mm512_set1_epi8(0xf)) }
+    }
+    #[inline(always)]
+    unsafe fn high_nibbles(bytes: __m512i) -> __m512i {
+        unsafe { _mm512_and_si512(_mm512_srli_epi16::<4>(bytes), _mm512_set1_epi8(0xf)) }
+    }
+    #[inline(always)]
+    unsafe fn or_bits(to: __m512i, from: __m512i, shift: i32, mask: u8) -> __m512i {
+        /// `a | b & c`
+        const OR_AND: i32 = 0xf8;
+        unsafe {
+            let count = _mm_cvtsi32_si128(shift.abs());
+            let from = if shift > 0 { _mm512_sll_epi16(from, count) } else { _mm512_srl_epi16(from, count) };
+            _mm512_ternarylogic_epi32::<OR_AND>(to, from, _mm512_set1_epi8(mask as i8))
+        }
+    }
+    #[inline(always)]
+    unsafe fn look_up(nibbles: __m512i, table: &[u8; 16]) -> __m512i {
+        unsafe {
+            let table = _mm512_broadcast_i32x4(_mm_loadu_si128(table.as_ptr().cast()));
+            _mm512_shuffle_epi8(table, nibbles)
+        }
+    }
+
+    #[inline(always)]
+    unsafe fn zero() -> __m512i {
+        unsafe { _mm512_setzero_si512() }
+    }
+    #[inline(always)]
+    unsafe fn splat_int(from: *const i32) -> __m512i {
+        unsafe { _mm512_set1_epi32(*from) }
+    }
+    #[inline(always)]
+    unsafe fn start(neg_sum: *const i32, offset_bits: u32) -> __m512i {
+        unsafe { _mm512_sll_epi32(_mm512_set1_epi32(*neg_sum), _mm_cvtsi32_si128(offset_bits as i32)) }
+    }
+    #[inline(always)]
+    unsafe fn dot(sum: __m512i, codes: __m512i, x: __m512i, _offset_bits: u32) -> __m512i {
+        unsafe { _mm512_dpbusd_epi32(sum, codes, x) }
+    }
+    #[inline(always)]
+    unsafe fn to_f32(ints: __m512i) -> Self {
+        unsafe { Avx512(_mm512_cvtepi32_ps(ints)) }
+    }
+
+    #[inline(always)]
+    unsafe fn load_u8(from: *const u8) -> __m512i {
+        unsafe { _mm512_cvtepu8_epi32(_mm_loadu_si128(from.cast())) }
+    }
+    #[inline(always)]
+    unsafe fn load_i8(from: *const u8) -> __m512i {
+        unsafe { _mm512_cvtepi8_epi32(_mm_loadu_si128(from.cast())) }
+    }
+    #[inline(always)]
+    unsafe fn bits(ints: __m512i, shift: i32, mask: i32) -> __m512i {
+        unsafe {
+            let shifted = _mm512_srl_epi32(ints, _mm_cvtsi32_si128(shift));
+            _mm512_and_si512(shifted, _mm512_set1_epi32(mask))
+        }
+    }
+    #[inline(always)]
+    unsafe fn or(a: __m512i, b: __m512i) -> __m512i {
+        unsafe { _mm512_or_si512(a, b) }
+    }
+
+    #[inline(always)]
+    unsafe fn load_bf16s(from: *const u8) -> Self {
+        unsafe {
+            let bits = _mm512_cvtepu16_epi32(_mm256_loadu_si256(from.cast()));
+            Avx512(_mm512_castsi512_ps(_mm512_slli_epi32::<16>(bits)))
+        }
+    }
+    #[inline(always)]
+    unsafe fn store_i8(self, to: *mut i8) {
+        unsafe { _mm_storeu_si128(to.cast(), _mm512_cvtepi32_epi8(_mm512_cvtps_epi32(self.0))) }
+    }
+    #[inline(always)]
+    unsafe fn prefetch(at: *const u8) {
+        unsafe { _mm_prefetch::<_MM_HINT_T0>(at.cast()) }
     }
 }

@@ -11,7 +11,7 @@ pub(crate) mod avx2;
 #[cfg(target_arch = "x86_64")]
 pub(crate) mod avx512;
 
-use crate::math::{EXP_OVERFLOW, EXP_POLY, EXP_UNDERFLOW, LN2_HI, LN2_LO, LOG2_E};
+use crate::math::{EXP_OVERFLOW, EXP_POLY, EXP_UNDERFLOW, LN2_HI, LN2_LO, LOG2_E, TANH_POLY, TANH_SMALL};
 
 /// Sixteen lanes of f32.
 ///
@@ -35,6 +35,8 @@ pub(crate) trait Simd: Copy {
     unsafe fn load_bf16(from: *const u8) -> (Self, Self);
     /// 16 f16.
     unsafe fn load_f16(from: *const u8) -> Self;
+    /// 16 signed bytes.
+    unsafe fn load_i8_as_f32(from: *const u8) -> Self;
 
     unsafe fn add(self, other: Self) -> Self;
     unsafe fn sub(self, other: Self) -> Self;
@@ -83,4 +85,82 @@ pub(crate) unsafe fn exp<V: Simd>(x: V) -> V {
         let over = V::splat(EXP_OVERFLOW).if_less(x, V::splat(f32::INFINITY), p);
         x.if_less(V::splat(EXP_UNDERFLOW), V::splat(0.0), over)
     }
+}
+
+/// [`crate::math::tanh`], the same operations lane by lane.
+///
+/// # Safety
+/// As for [`Simd`].
+#[inline(always)]
+pub(crate) unsafe fn tanh<V: Simd>(x: V) -> V {
+    // SAFETY: the caller's promise covers every method.
+    unsafe {
+        let (one, two) = (V::splat(1.0), V::splat(2.0));
+        let magnitude = x.max(x.neg());
+        let square = x.mul(x);
+        let mut p = V::splat(TANH_POLY[0]);
+        for &coefficient in &TANH_POLY[1..] {
+            p = p.fma(square, V::splat(coefficient));
+        }
+        let small = p.mul(square).fma(x, x);
+        let large = one.sub(two.div(exp(magnitude.add(magnitude)).add(one)));
+        let large = x.if_less(V::splat(0.0), large.neg(), large);
+        magnitude.if_less(V::splat(TANH_SMALL), small, large)
+    }
+}
+
+/// What quantised products add: sixteen lanes of i32, and the 64 bytes that go with them, four a lane.
+///
+/// # Safety
+/// As for [`Simd`].
+pub(crate) trait Integers: Simd {
+    /// 64 bytes: bytes `4 l..4 l + 4` belong to lane `l`.
+    type Bytes: Copy;
+    /// 16 lanes of i32.
+    type Ints: Copy;
+
+    /// 64 zeros.
+    unsafe fn zero_bytes() -> Self::Bytes;
+    /// Four bytes, the same for every lane.
+    unsafe fn splat_bytes(from: *const i8) -> Self::Bytes;
+    /// 64 bytes.
+    unsafe fn load_bytes(from: *const u8) -> Self::Bytes;
+    /// The low four bits of every byte.
+    unsafe fn low_nibbles(bytes: Self::Bytes) -> Self::Bytes;
+    /// The high four bits of every byte, shifted down.
+    unsafe fn high_nibbles(bytes: Self::Bytes) -> Self::Bytes;
+    /// `to`, and the bits of `from` that are in `mask` once every byte is shifted up by `shift` (down if it
+    /// is negative). The mask has no bit that came from a neighbouring byte.
+    unsafe fn or_bits(to: Self::Bytes, from: Self::Bytes, shift: i32, mask: u8) -> Self::Bytes;
+    /// `table[nibble]` for every byte.
+    unsafe fn look_up(nibbles: Self::Bytes, table: &[u8; 16]) -> Self::Bytes;
+
+    /// Zeros.
+    unsafe fn zero() -> Self::Ints;
+    /// One value in all lanes.
+    unsafe fn splat_int(from: *const i32) -> Self::Ints;
+    /// What a sum of [`dot`](Self::dot)s begins with, `neg_sum` being minus the sum of all `x`.
+    unsafe fn start(neg_sum: *const i32, offset_bits: u32) -> Self::Ints;
+    /// Adds to every lane its four bytes of `codes`, each less `2^offset_bits` (0 for 0 bits), times its
+    /// four `x`, none of them -128. Codes are below 128 unless `offset_bits` is 7. The offset may be taken
+    /// off here or at the [`start`](Self::start).
+    unsafe fn dot(sum: Self::Ints, codes: Self::Bytes, x: Self::Bytes, offset_bits: u32) -> Self::Ints;
+    /// To f32, rounded to nearest.
+    unsafe fn to_f32(ints: Self::Ints) -> Self;
+
+    /// 16 bytes, widened.
+    unsafe fn load_u8(from: *const u8) -> Self::Ints;
+    /// 16 signed bytes, widened.
+    unsafe fn load_i8(from: *const u8) -> Self::Ints;
+    /// `ints >> shift & mask`
+    unsafe fn bits(ints: Self::Ints, shift: i32, mask: i32) -> Self::Ints;
+    /// `a | b`
+    unsafe fn or(a: Self::Ints, b: Self::Ints) -> Self::Ints;
+
+    /// 16 bf16, one after the other.
+    unsafe fn load_bf16s(from: *const u8) -> Self;
+    /// 16 whole numbers of -128 to 127 as bytes.
+    unsafe fn store_i8(self, to: *mut i8);
+    /// Asks for the line at `at`, which may be any address.
+    unsafe fn prefetch(at: *const u8);
 }

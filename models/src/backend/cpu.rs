@@ -1,18 +1,25 @@
-//! The CPU backend: packed weights in the element type of their file, f32 activations and keys and
-//! values, `tandem-kernels` for every operation. A pass neither allocates nor synchronises with
+//! The CPU backend: packed weights in the element type of their file, f32 activations, keys and values of
+//! any [`KvType`], `tandem-kernels` for every operation. A pass neither allocates nor synchronises with
 //! anything but the pool's own workers, and keeps the bit rule of [`crate::Model`] because every
 //! kernel does.
 
+use std::borrow::Cow;
+use std::ops::Range;
 use std::sync::Arc;
 
+use memmap2::MmapMut;
 use tandem_kernels::attention::{PagedAttention, paged_attention};
-use tandem_kernels::kv::{self, KvRows, write_kv};
+use tandem_kernels::kv::{self, KvRows, KvType, write_kv};
 use tandem_kernels::pack::Weights;
+use tandem_kernels::quant::BlockFormat;
 use tandem_kernels::rope::{Rope, rope};
-use tandem_kernels::{PackedMatrix, ThreadPool, activation, matmul, norm};
+use tandem_kernels::{
+    PackedMatrix, ThreadPool, activation, experts, gate, head_norm, layer_norm, matmul, norm, scaling,
+};
 
-use super::{Backend, Heads, Linear, Norm};
+use super::{Attention, Backend, ExpertLinear, Heads, Linear, Norm, QkNormWeights, Share};
 use crate::batch::ForwardBatch;
+use crate::config::{Activation, Experts, NormKind};
 use crate::error::ModelError;
 use crate::kv_cache::{KvLayout, try_zeros};
 use crate::rope::RopeTable;
@@ -21,12 +28,13 @@ use crate::weights::{Dtype, TensorView};
 /// See the module's documentation.
 pub struct CpuBackend {
     pool: Arc<ThreadPool>,
+    kv_type: KvType,
 }
 
 impl CpuBackend {
-    /// A backend whose operations run on `pool`.
-    pub fn new(pool: Arc<ThreadPool>) -> Self {
-        CpuBackend { pool }
+    /// A backend whose operations run on `pool` and whose keys and values are stored as `kv_type`.
+    pub fn new(pool: Arc<ThreadPool>, kv_type: KvType) -> Self {
+        CpuBackend { pool, kv_type }
     }
 }
 
@@ -34,8 +42,50 @@ impl CpuBackend {
 #[derive(Debug)]
 pub struct KvLayer {
     layout: kv::KvLayout,
-    keys: Vec<f32>,
-    values: Vec<f32>,
+    storage: MmapMut,
+}
+
+/// Which experts compute which rows, and room to bring an expert's rows together.
+#[derive(Debug)]
+pub struct Routing {
+    picks_per_row: usize,
+    /// `[picks]`
+    picks: Vec<u32>,
+    /// `[picks]`
+    weights: Vec<f32>,
+    /// Of [`experts::group`].
+    order: Vec<u32>,
+    groups: Vec<(u32, Range<usize>)>,
+    gathered: Vec<f32>,
+    projected: Vec<f32>,
+}
+
+/// A tensor's elements as the packer takes them: its own bytes, or an aligned copy.
+enum OwnedWeights<'a> {
+    F32(Vec<f32>),
+    Bf16(Cow<'a, [u16]>),
+    F16(Cow<'a, [u16]>),
+    Quantized(BlockFormat, &'a [u8]),
+}
+
+impl<'a> OwnedWeights<'a> {
+    fn of(view: &TensorView<'a>) -> Self {
+        match (view.dtype, view.bits16()) {
+            (Dtype::Quantized(format), _) => OwnedWeights::Quantized(format, view.data),
+            (Dtype::Bf16, Some(bits)) => OwnedWeights::Bf16(bits),
+            (Dtype::F16, Some(bits)) => OwnedWeights::F16(bits),
+            _ => OwnedWeights::F32(view.to_f32()),
+        }
+    }
+
+    fn weights(&self) -> Weights<'_> {
+        match self {
+            OwnedWeights::F32(elements) => Weights::F32(elements),
+            OwnedWeights::Bf16(bits) => Weights::Bf16(bits),
+            OwnedWeights::F16(bits) => Weights::F16(bits),
+            OwnedWeights::Quantized(format, blocks) => Weights::Quantized { format: *format, blocks },
+        }
+    }
 }
 
 impl Backend for CpuBackend {
@@ -45,27 +95,16 @@ impl Backend for CpuBackend {
     type KvLayer = KvLayer;
     type Rope = RopeTable;
     type Inputs = ForwardBatch;
+    type Routing = Routing;
 
     fn load_matrix(
         &mut self,
         parts: &[TensorView<'_>],
         in_features: usize,
     ) -> Result<PackedMatrix, ModelError> {
-        let dtype = parts[0].dtype;
-        if dtype == Dtype::F32 || parts.iter().any(|part| part.dtype != dtype) {
-            // f32 holds every value of the 16-bit types, so parts of several types lose nothing.
-            let parts: Vec<Vec<f32>> = parts.iter().map(TensorView::to_f32).collect();
-            let parts: Vec<Weights<'_>> = parts.iter().map(|part| Weights::F32(part)).collect();
-            return Ok(PackedMatrix::stack(&parts, in_features));
-        }
-        let parts: Vec<_> = parts.iter().filter_map(TensorView::bits16).collect();
-        let parts: Vec<Weights<'_>> = parts
-            .iter()
-            .map(|bits| match dtype {
-                Dtype::Bf16 => Weights::Bf16(bits),
-                _ => Weights::F16(bits),
-            })
-            .collect();
+        // Every part keeps its type: a stack of a Q4_K and a Q6_K tensor stays at that.
+        let parts: Vec<OwnedWeights<'_>> = parts.iter().map(OwnedWeights::of).collect();
+        let parts: Vec<Weights<'_>> = parts.iter().map(OwnedWeights::weights).collect();
         Ok(PackedMatrix::stack(&parts, in_features))
     }
 
@@ -77,17 +116,31 @@ impl Backend for CpuBackend {
         Ok(table)
     }
 
-    fn allocate_kv_layer(&mut self, layout: &KvLayout) -> Result<KvLayer, ModelError> {
-        let KvLayout { block_size, num_kv_heads, head_dim, .. } = *layout;
-        Ok(KvLayer {
-            layout: kv::KvLayout { block_size, num_kv_heads, head_dim },
-            keys: try_zeros(layout.layer_len())?,
-            values: try_zeros(layout.layer_len())?,
-        })
+    fn kv_type(&self) -> KvType {
+        self.kv_type
+    }
+
+    fn allocate_kv_layer(&mut self, shape: &KvLayout) -> Result<KvLayer, ModelError> {
+        let KvLayout { block_size, num_kv_heads, head_dim, kv_type, .. } = *shape;
+        let layout = kv::KvLayout { block_size, num_kv_heads, head_dim, kv_type };
+        Ok(KvLayer { layout, storage: try_zeros(shape.num_blocks * layout.block_bytes())? })
     }
 
     fn allocate_buffer(&mut self, len: usize) -> Result<Vec<f32>, ModelError> {
         Ok(vec![0.0; len])
+    }
+
+    fn allocate_routing(&mut self, max_rows: usize, experts: &Experts) -> Result<Routing, ModelError> {
+        let picks = max_rows * experts.num_experts_per_token;
+        Ok(Routing {
+            picks_per_row: experts.num_experts_per_token,
+            picks: Vec::with_capacity(picks),
+            weights: Vec::with_capacity(picks),
+            order: Vec::with_capacity(picks),
+            groups: Vec::with_capacity(picks.min(experts.num_experts)),
+            gathered: Vec::new(),
+            projected: Vec::new(),
+        })
     }
 
     fn allocate_inputs(&mut self, _layout: &KvLayout) -> Result<ForwardBatch, ModelError> {
@@ -126,7 +179,7 @@ impl Backend for CpuBackend {
         Ok(())
     }
 
-    fn rms_norm(
+    fn norm(
         &mut self,
         rows: usize,
         x: &Vec<f32>,
@@ -134,11 +187,18 @@ impl Backend for CpuBackend {
         out: &mut Vec<f32>,
     ) -> Result<(), ModelError> {
         let len = rows * norm.weight.len();
-        norm::rms_norm(&self.pool, &x[..len], norm.weight, norm.eps, &mut out[..len]);
+        let (x, out) = (&x[..len], &mut out[..len]);
+        match norm.kind {
+            NormKind::Rms => norm::rms_norm(&self.pool, x, norm.weight, norm.eps, out),
+            NormKind::Layer => {
+                let bias = norm.bias.expect("a layer norm has a bias: this is a bug");
+                layer_norm::layer_norm(&self.pool, x, norm.weight, bias, norm.eps, out);
+            }
+        }
         Ok(())
     }
 
-    fn add_rms_norm(
+    fn add_norm(
         &mut self,
         rows: usize,
         residual: &mut Vec<f32>,
@@ -147,8 +207,27 @@ impl Backend for CpuBackend {
         out: &mut Vec<f32>,
     ) -> Result<(), ModelError> {
         let len = rows * norm.weight.len();
+        if norm.kind == NormKind::Layer {
+            self.add(len, residual, x)?;
+            return self.norm(rows, residual, norm, out);
+        }
         let (residual, out) = (&mut residual[..len], &mut out[..len]);
         norm::add_rms_norm(&self.pool, residual, &x[..len], norm.weight, norm.eps, out);
+        Ok(())
+    }
+
+    fn add(&mut self, len: usize, sum: &mut Vec<f32>, x: &Vec<f32>) -> Result<(), ModelError> {
+        scaling::add(&self.pool, &mut sum[..len], &x[..len]);
+        Ok(())
+    }
+
+    fn scale(&mut self, len: usize, x: &mut Vec<f32>, factor: f32) -> Result<(), ModelError> {
+        scaling::scale(&self.pool, &mut x[..len], factor);
+        Ok(())
+    }
+
+    fn soft_cap(&mut self, len: usize, x: &mut Vec<f32>, cap: f32) -> Result<(), ModelError> {
+        scaling::soft_cap(&self.pool, &mut x[..len], cap);
         Ok(())
     }
 
@@ -165,28 +244,47 @@ impl Backend for CpuBackend {
         Ok(())
     }
 
+    fn qk_norm(
+        &mut self,
+        rows: usize,
+        heads: Heads,
+        norm: QkNormWeights<'_, Vec<f32>>,
+        qkv: &mut Vec<f32>,
+    ) -> Result<(), ModelError> {
+        let row_stride = heads.qkv_width();
+        let mut first = 0;
+        for (weight, width) in [(norm.q, heads.q_width()), (norm.k, heads.kv_width())] {
+            let parts = head_norm::Heads { rows, row_stride, num_heads: width / weight.len() };
+            head_norm::head_norm(&self.pool, &mut qkv[first..], weight, norm.eps, parts);
+            first += width;
+        }
+        Ok(())
+    }
+
     fn rope_and_store(
         &mut self,
         inputs: &ForwardBatch,
         heads: Heads,
-        table: &RopeTable,
+        table: Option<&RopeTable>,
         qkv: &mut Vec<f32>,
         kv: &mut KvLayer,
     ) -> Result<(), ModelError> {
         let row_stride = heads.qkv_width();
-        let rotation = Rope {
-            cos: &table.cos,
-            sin: &table.sin,
-            positions: &inputs.positions,
-            // Queries and keys stand side by side.
-            num_heads: heads.num_heads + heads.num_kv_heads,
-            head_dim: heads.head_dim,
-            row_stride,
-        };
-        rope(&self.pool, qkv, &rotation);
+        if let Some(table) = table {
+            let rotation = Rope {
+                cos: &table.cos,
+                sin: &table.sin,
+                positions: &inputs.positions,
+                // Queries and keys stand side by side.
+                num_heads: heads.num_heads + heads.num_kv_heads,
+                head_dim: heads.head_dim,
+                row_stride,
+            };
+            rope(&self.pool, qkv, &rotation);
+        }
         let k = &qkv[heads.q_width()..];
         let rows = KvRows { k, v: &k[heads.kv_width()..], row_stride, slot_mapping: &inputs.slot_mapping };
-        write_kv(&kv.layout, &rows, &mut kv.keys, &mut kv.values);
+        write_kv(&self.pool, &kv.layout, &rows, &mut kv.storage);
         Ok(())
     }
 
@@ -194,19 +292,21 @@ impl Backend for CpuBackend {
         &mut self,
         inputs: &ForwardBatch,
         heads: Heads,
+        attention: Attention<'_, Vec<f32>>,
         qkv: &Vec<f32>,
         kv: &KvLayer,
         out: &mut Vec<f32>,
     ) -> Result<(), ModelError> {
-        let scale = 1.0 / (heads.head_dim as f32).sqrt();
         let args = PagedAttention {
             q: qkv,
             q_row_stride: heads.qkv_width(),
-            k_cache: &kv.keys,
-            v_cache: &kv.values,
+            storage: &kv.storage,
             layout: kv.layout,
             num_heads: heads.num_heads,
-            scale,
+            scale: attention.scale,
+            window: attention.window,
+            soft_cap: attention.soft_cap,
+            sinks: attention.sinks.map(Vec::as_slice),
             block_tables: &inputs.block_tables,
             block_table_offsets: &inputs.block_table_offsets,
             cu_seqlens_q: &inputs.cu_seqlens_q,
@@ -217,15 +317,100 @@ impl Backend for CpuBackend {
         Ok(())
     }
 
-    fn silu_mul(
+    fn activate(
         &mut self,
         rows: usize,
         width: usize,
+        activation: Activation,
+        x: &Vec<f32>,
+        out: &mut Vec<f32>,
+    ) -> Result<(), ModelError> {
+        let (x, out) = (&x[..rows * width], &mut out[..rows * width]);
+        match activation {
+            Activation::GeluTanh => gate::gelu(&self.pool, x, out),
+            other => return Err(gated_only(other)),
+        }
+        Ok(())
+    }
+
+    fn gate(
+        &mut self,
+        rows: usize,
+        width: usize,
+        activation: Activation,
         gate_up: &Vec<f32>,
         out: &mut Vec<f32>,
     ) -> Result<(), ModelError> {
         let (gate_up, out) = (&gate_up[..rows * 2 * width], &mut out[..rows * width]);
-        activation::silu_mul_stacked(&self.pool, gate_up, width, out);
+        let gate = match activation {
+            Activation::Silu => {
+                activation::silu_mul_stacked(&self.pool, gate_up, width, out);
+                return Ok(());
+            }
+            Activation::GeluTanh => gate::Gate::Gelu,
+            Activation::ClampedSwiglu { alpha, limit } => gate::Gate::ClampedSwiglu { alpha, limit },
+        };
+        gate::gate_stacked(&self.pool, gate, gate_up, width, out);
+        Ok(())
+    }
+
+    fn route(
+        &mut self,
+        rows: usize,
+        config: &Experts,
+        logits: &Vec<f32>,
+        routing: &mut Routing,
+    ) -> Result<(), ModelError> {
+        let Experts { num_experts, num_experts_per_token: num_picks, renormalise, .. } = *config;
+        routing.picks.resize(rows * num_picks, 0);
+        routing.weights.resize(rows * num_picks, 0.0);
+        let Routing { picks, weights, order, groups, .. } = routing;
+        experts::route(&logits[..rows * num_experts], num_experts, num_picks, renormalise, picks, weights);
+        experts::group(picks, order, groups);
+        Ok(())
+    }
+
+    fn expert_matmul(
+        &mut self,
+        routing: &mut Routing,
+        x: &Vec<f32>,
+        share: Share,
+        linear: ExpertLinear<'_, PackedMatrix, Vec<f32>>,
+        out: &mut Vec<f32>,
+    ) -> Result<(), ModelError> {
+        let (inp, outp) = (linear.weights[0].in_features(), linear.weights[0].out_features());
+        let Routing { picks_per_row, order, groups, gathered, projected, .. } = routing;
+        for (expert, range) in groups.iter() {
+            let picks = &order[range.clone()];
+            gathered.clear();
+            for &pick in picks {
+                let row = match share {
+                    Share::Row => pick as usize / *picks_per_row,
+                    Share::Pick => pick as usize,
+                };
+                gathered.extend_from_slice(&x[row * inp..(row + 1) * inp]);
+            }
+            projected.resize(projected.len().max(picks.len() * outp), 0.0);
+            let projected = &mut projected[..picks.len() * outp];
+            let bias = linear.biases.map(|biases| biases[*expert as usize].as_slice());
+            matmul::matmul(&self.pool, gathered, &linear.weights[*expert as usize], bias, projected);
+            for (&pick, row) in picks.iter().zip(projected.chunks_exact(outp)) {
+                out[pick as usize * outp..(pick as usize + 1) * outp].copy_from_slice(row);
+            }
+        }
+        Ok(())
+    }
+
+    fn combine(
+        &mut self,
+        rows: usize,
+        width: usize,
+        routing: &Routing,
+        x: &Vec<f32>,
+        out: &mut Vec<f32>,
+    ) -> Result<(), ModelError> {
+        let x = &x[..routing.weights.len() * width];
+        experts::combine(&self.pool, x, &routing.weights, width, &mut out[..rows * width]);
         Ok(())
     }
 
@@ -241,6 +426,12 @@ impl Backend for CpuBackend {
         }
         Ok(())
     }
+}
+
+/// Families pair each nonlinearity with a gate or without, as they were trained; see `family/`.
+fn gated_only(activation: Activation) -> ModelError {
+    let reason = format!("{activation:?} without a gate; wanted GeluTanh");
+    ModelError::Backend { context: "feed-forward layer", reason }
 }
 
 impl std::fmt::Debug for CpuBackend {

@@ -1,5 +1,5 @@
-//! What a device must be able to do for [`crate::Decoder`]: a dozen operations on buffers that live on
-//! the device.
+//! What a device must be able to do for [`crate::Decoder`]: some twenty operations on buffers that live on
+//! the device. A plain Llama needs the first dozen; the rest are the options of other families.
 //!
 //! **Architecture invariant**: no operation here waits for the device or copies to the host. A pass is
 //! [`Backend::upload`], then any number of operations that are merely put in order, then
@@ -13,7 +13,10 @@
 pub mod cpu;
 pub mod reference;
 
+use tandem_kernels::kv::KvType;
+
 use crate::batch::ForwardBatch;
+use crate::config::{Activation, Experts, NormKind};
 use crate::error::ModelError;
 use crate::kv_cache::KvLayout;
 use crate::rope::RopeTable;
@@ -74,6 +77,8 @@ pub trait Backend: Send {
     type Rope: Send;
     /// What a pass needs to know of its [`ForwardBatch`].
     type Inputs: Send;
+    /// Which experts compute which rows.
+    type Routing: Send;
 
     /// Loads the matrix whose rows are the rows of `parts`, one part after the other. All parts are
     /// `[_, in_features]`.
@@ -89,11 +94,19 @@ pub trait Backend: Send {
     /// Loads rotary tables.
     fn load_rope(&mut self, table: RopeTable) -> Result<Self::Rope, ModelError>;
 
+    /// Element type of the KV caches that this backend allocates.
+    fn kv_type(&self) -> KvType {
+        KvType::F32
+    }
+
     /// Storage for one layer of a KV cache.
     fn allocate_kv_layer(&mut self, layout: &KvLayout) -> Result<Self::KvLayer, ModelError>;
 
     /// A buffer of `len` elements with any contents.
     fn allocate_buffer(&mut self, len: usize) -> Result<Self::Buffer, ModelError>;
+
+    /// Room for the routing of `max_rows` rows.
+    fn allocate_routing(&mut self, max_rows: usize, experts: &Experts) -> Result<Self::Routing, ModelError>;
 
     /// Inputs of no batch yet, for a KV cache of this layout.
     fn allocate_inputs(&mut self, layout: &KvLayout) -> Result<Self::Inputs, ModelError>;
@@ -113,8 +126,8 @@ pub trait Backend: Send {
         out: &mut Self::Buffer,
     ) -> Result<(), ModelError>;
 
-    /// `out = x / sqrt(mean(x^2) + eps) * weight`, row by row.
-    fn rms_norm(
+    /// `out` = the norm of `x`, row by row; see [`NormKind`].
+    fn norm(
         &mut self,
         rows: usize,
         x: &Self::Buffer,
@@ -123,7 +136,7 @@ pub trait Backend: Send {
     ) -> Result<(), ModelError>;
 
     /// `residual += x`, then `out` = the norm of `residual`.
-    fn add_rms_norm(
+    fn add_norm(
         &mut self,
         rows: usize,
         residual: &mut Self::Buffer,
@@ -131,6 +144,15 @@ pub trait Backend: Send {
         norm: Norm<'_, Self::Vector>,
         out: &mut Self::Buffer,
     ) -> Result<(), ModelError>;
+
+    /// `sum += x`, on the first `len` elements of either.
+    fn add(&mut self, len: usize, sum: &mut Self::Buffer, x: &Self::Buffer) -> Result<(), ModelError>;
+
+    /// `x *= factor`, on the first `len` elements.
+    fn scale(&mut self, len: usize, x: &mut Self::Buffer, factor: f32) -> Result<(), ModelError>;
+
+    /// `x = cap * tanh(x / cap)`, on the first `len` elements.
+    fn soft_cap(&mut self, len: usize, x: &mut Self::Buffer, cap: f32) -> Result<(), ModelError>;
 
     /// `out = x * weight^T + bias`: `[rows, in_features]` to `[rows, out_features]`.
     fn matmul(
@@ -141,34 +163,89 @@ pub trait Backend: Send {
         out: &mut Self::Buffer,
     ) -> Result<(), ModelError>;
 
-    /// Rotates the queries and keys of `qkv` (`[num_tokens, heads.qkv_width()]`) to their positions and
-    /// stores keys and values at their slots. Afterwards only the queries of `qkv` are defined.
+    /// RMS-normalises the queries and keys of `qkv` (`[rows, heads.qkv_width()]`) in place: head by head
+    /// where a weight is as wide as one, else all queries or all keys of a row together.
+    fn qk_norm(
+        &mut self,
+        rows: usize,
+        heads: Heads,
+        norm: QkNormWeights<'_, Self::Vector>,
+        qkv: &mut Self::Buffer,
+    ) -> Result<(), ModelError>;
+
+    /// Rotates the queries and keys of `qkv` (`[num_tokens, heads.qkv_width()]`) to their positions, if
+    /// there is a rotation, and stores keys and values at their slots. Afterwards only the queries of
+    /// `qkv` are defined.
     fn rope_and_store(
         &mut self,
         inputs: &Self::Inputs,
         heads: Heads,
-        rope: &Self::Rope,
+        rope: Option<&Self::Rope>,
         qkv: &mut Self::Buffer,
         kv: &mut Self::KvLayer,
     ) -> Result<(), ModelError>;
 
-    /// Causal attention of the queries in `qkv` over each sequence's blocks of `kv`, softmax scaled by
-    /// `1 / sqrt(head_dim)`: `out` is `[num_tokens, heads.q_width()]`.
+    /// Causal attention of the queries in `qkv` over each sequence's blocks of `kv`: `out` is
+    /// `[num_tokens, heads.q_width()]`.
     fn attention(
         &mut self,
         inputs: &Self::Inputs,
         heads: Heads,
+        attention: Attention<'_, Self::Vector>,
         qkv: &Self::Buffer,
         kv: &Self::KvLayer,
         out: &mut Self::Buffer,
     ) -> Result<(), ModelError>;
 
-    /// `out = silu(gate) * up`, where a row of `gate_up` is `width` gates, then `width` ups.
-    fn silu_mul(
+    /// `out = act(x)`, rows of `width`.
+    fn activate(
         &mut self,
         rows: usize,
         width: usize,
+        activation: Activation,
+        x: &Self::Buffer,
+        out: &mut Self::Buffer,
+    ) -> Result<(), ModelError>;
+
+    /// `out = act(gate) * up`, where a row of `gate_up` is `width` gates, then `width` ups.
+    fn gate(
+        &mut self,
+        rows: usize,
+        width: usize,
+        activation: Activation,
         gate_up: &Self::Buffer,
+        out: &mut Self::Buffer,
+    ) -> Result<(), ModelError>;
+
+    /// Chooses every row's experts from the router's `logits` (`[rows, num_experts]`): those with the
+    /// largest, the largest first, ties to the lower number. These are the row's *picks*.
+    fn route(
+        &mut self,
+        rows: usize,
+        experts: &Experts,
+        logits: &Self::Buffer,
+        routing: &mut Self::Routing,
+    ) -> Result<(), ModelError>;
+
+    /// The projection of every pick by its own expert: `out` is `[picks, out_features]`. `x` has a row
+    /// a pick, or one a row of the pass, which all its picks share. Reads the weights of chosen experts
+    /// only; which rows share an expert does not show in the result.
+    fn expert_matmul(
+        &mut self,
+        routing: &mut Self::Routing,
+        x: &Self::Buffer,
+        share: Share,
+        experts: ExpertLinear<'_, Self::Matrix, Self::Vector>,
+        out: &mut Self::Buffer,
+    ) -> Result<(), ModelError>;
+
+    /// `out[row]` = the sum, in their order, of the row's picks in `x` times their weights.
+    fn combine(
+        &mut self,
+        rows: usize,
+        width: usize,
+        routing: &Self::Routing,
+        x: &Self::Buffer,
         out: &mut Self::Buffer,
     ) -> Result<(), ModelError>;
 
@@ -182,13 +259,59 @@ pub trait Backend: Send {
     ) -> Result<(), ModelError>;
 }
 
-/// RMSNorm's parameters.
+/// A norm's parameters.
 #[derive(Debug)]
 pub struct Norm<'a, V> {
+    /// What is normalised.
+    pub kind: NormKind,
     /// One factor a channel.
     pub weight: &'a V,
+    /// One addend a channel; of a layer norm.
+    pub bias: Option<&'a V>,
+    /// Added to the mean square, or to the variance.
+    pub eps: f32,
+}
+
+/// The parameters of the norms on queries and keys.
+#[derive(Debug)]
+pub struct QkNormWeights<'a, V> {
+    /// `[head_dim]` or `[heads.q_width()]`
+    pub q: &'a V,
+    /// `[head_dim]` or `[heads.kv_width()]`
+    pub k: &'a V,
     /// Added to the mean square.
     pub eps: f32,
+}
+
+/// What a layer's attention is like.
+#[derive(Debug)]
+pub struct Attention<'a, V> {
+    /// Factor on the scores.
+    pub scale: f32,
+    /// Keys that a query sees, its own included; `None`: all before it.
+    pub window: Option<usize>,
+    /// Scores become `cap * tanh(score / cap)`.
+    pub soft_cap: Option<f32>,
+    /// `[num_heads]`: a logit that joins the softmax of a head and has no value.
+    pub sinks: Option<&'a V>,
+}
+
+/// Whose row of the input an expert computes for a pick.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub enum Share {
+    /// The row's, which all its picks share.
+    Row,
+    /// The pick's own.
+    Pick,
+}
+
+/// A projection's parameters in every expert of a layer.
+#[derive(Debug)]
+pub struct ExpertLinear<'a, M, V> {
+    /// `[num_experts]` of `[out_features, in_features]`
+    pub weights: &'a [M],
+    /// `[num_experts]` of `[out_features]`
+    pub biases: Option<&'a [V]>,
 }
 
 /// A projection's parameters.

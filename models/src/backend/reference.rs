@@ -7,8 +7,9 @@
 
 use candle_core::{D, Device, Error, Result as CandleResult, Tensor};
 
-use super::{Backend, Heads, Linear, Norm};
+use super::{Attention, Backend, ExpertLinear, Heads, Linear, Norm, QkNormWeights, Share};
 use crate::batch::ForwardBatch;
+use crate::config::{Activation, Experts, NormKind};
 use crate::error::ModelError;
 use crate::kv_cache::KvLayout;
 use crate::rope::RopeTable;
@@ -64,8 +65,18 @@ struct Sequence {
     num_rows: usize,
     /// `[context_len]`: where the context's keys and values lie.
     slots: Tensor,
-    /// `[num_rows, context_len]`: 0 where a row may look, -inf where it may not.
-    mask: Tensor,
+    /// Position of each row; it sees that one and those before.
+    positions: Vec<usize>,
+}
+
+/// Which experts compute which rows.
+#[derive(Debug)]
+pub struct Routing {
+    picks_per_row: usize,
+    /// `[picks]`
+    picks: Vec<usize>,
+    /// `[picks, 1]`; of no use before the first routing.
+    weights: Tensor,
 }
 
 impl Inputs {
@@ -81,6 +92,7 @@ impl Backend for ReferenceBackend {
     type KvLayer = KvTensors;
     type Rope = RopeTensors;
     type Inputs = Inputs;
+    type Routing = Routing;
 
     fn load_matrix(&mut self, parts: &[TensorView<'_>], in_features: usize) -> Result<Tensor, ModelError> {
         let flat = self.load_vector(parts)?;
@@ -104,7 +116,8 @@ impl Backend for ReferenceBackend {
     fn allocate_kv_layer(&mut self, layout: &KvLayout) -> Result<KvTensors, ModelError> {
         let shape = (layout.num_slots(), layout.row_len());
         let zeros = || {
-            let zeros = crate::kv_cache::try_zeros(layout.layer_len())?;
+            let zeros = bytemuck::allocation::try_zeroed_vec::<f32>(layout.layer_len());
+            let zeros = zeros.map_err(|()| failed(Error::Msg(format!("no memory for {layout:?}"))))?;
             Tensor::from_vec(zeros, shape, &self.device).map_err(failed)
         };
         Ok(KvTensors { keys: zeros()?, values: zeros()? })
@@ -113,6 +126,11 @@ impl Backend for ReferenceBackend {
     fn allocate_buffer(&mut self, _len: usize) -> Result<Tensor, ModelError> {
         // Every operation that writes a buffer replaces its tensor.
         Tensor::new(0.0f32, &self.device).map_err(failed)
+    }
+
+    fn allocate_routing(&mut self, _max_rows: usize, experts: &Experts) -> Result<Routing, ModelError> {
+        let weights = self.allocate_buffer(0)?;
+        Ok(Routing { picks_per_row: experts.num_experts_per_token, picks: Vec::new(), weights })
     }
 
     fn allocate_inputs(&mut self, layout: &KvLayout) -> Result<Inputs, ModelError> {
@@ -138,7 +156,7 @@ impl Backend for ReferenceBackend {
         replace(out, table.index_select(&inputs.pass().token_ids, 0))
     }
 
-    fn rms_norm(
+    fn norm(
         &mut self,
         rows: usize,
         x: &Tensor,
@@ -146,10 +164,10 @@ impl Backend for ReferenceBackend {
         out: &mut Tensor,
     ) -> Result<(), ModelError> {
         assert_eq!(x.dims()[0], rows);
-        replace(out, rms_norm(x, norm))
+        replace(out, normalise(x, norm))
     }
 
-    fn add_rms_norm(
+    fn add_norm(
         &mut self,
         rows: usize,
         residual: &mut Tensor,
@@ -158,7 +176,22 @@ impl Backend for ReferenceBackend {
         out: &mut Tensor,
     ) -> Result<(), ModelError> {
         replace(residual, &*residual + x)?;
-        self.rms_norm(rows, residual, norm, out)
+        self.norm(rows, residual, norm, out)
+    }
+
+    fn add(&mut self, len: usize, sum: &mut Tensor, x: &Tensor) -> Result<(), ModelError> {
+        assert_eq!((sum.elem_count(), x.elem_count()), (len, len));
+        replace(sum, &*sum + x)
+    }
+
+    fn scale(&mut self, len: usize, x: &mut Tensor, factor: f32) -> Result<(), ModelError> {
+        assert_eq!(x.elem_count(), len);
+        replace(x, x.affine(f64::from(factor), 0.0))
+    }
+
+    fn soft_cap(&mut self, len: usize, x: &mut Tensor, cap: f32) -> Result<(), ModelError> {
+        assert_eq!(x.elem_count(), len);
+        replace(x, soft_cap(x, cap))
     }
 
     fn matmul(
@@ -176,11 +209,23 @@ impl Backend for ReferenceBackend {
         }
     }
 
+    fn qk_norm(
+        &mut self,
+        rows: usize,
+        heads: Heads,
+        norm: QkNormWeights<'_, Tensor>,
+        qkv: &mut Tensor,
+    ) -> Result<(), ModelError> {
+        assert_eq!(qkv.dims(), [rows, heads.qkv_width()]);
+        let normed = norm_queries_and_keys(qkv, heads, norm);
+        replace(qkv, normed)
+    }
+
     fn rope_and_store(
         &mut self,
         inputs: &Inputs,
         heads: Heads,
-        rope: &RopeTensors,
+        rope: Option<&RopeTensors>,
         qkv: &mut Tensor,
         kv: &mut KvTensors,
     ) -> Result<(), ModelError> {
@@ -193,25 +238,104 @@ impl Backend for ReferenceBackend {
         &mut self,
         inputs: &Inputs,
         heads: Heads,
+        attention: Attention<'_, Tensor>,
         qkv: &Tensor,
         kv: &KvTensors,
         out: &mut Tensor,
     ) -> Result<(), ModelError> {
-        let rows: CandleResult<Vec<Tensor>> =
-            inputs.pass().sequences.iter().map(|sequence| attend(sequence, heads, qkv, kv)).collect();
+        let attend = |sequence| attend(sequence, heads, &attention, qkv, kv);
+        let rows: CandleResult<Vec<Tensor>> = inputs.pass().sequences.iter().map(attend).collect();
         replace(out, rows.and_then(|rows| Tensor::cat(&rows, 0)))
     }
 
-    fn silu_mul(
+    fn activate(
         &mut self,
         rows: usize,
         width: usize,
+        activation: Activation,
+        x: &Tensor,
+        out: &mut Tensor,
+    ) -> Result<(), ModelError> {
+        assert_eq!(x.dims(), [rows, width]);
+        replace(
+            out,
+            match activation {
+                Activation::Silu => x.silu(),
+                Activation::GeluTanh => x.gelu(),
+                Activation::ClampedSwiglu { .. } => Err(Error::Msg("a gate alone".to_owned())),
+            },
+        )
+    }
+
+    fn gate(
+        &mut self,
+        rows: usize,
+        width: usize,
+        activation: Activation,
         gate_up: &Tensor,
         out: &mut Tensor,
     ) -> Result<(), ModelError> {
         assert_eq!(gate_up.dims(), [rows, 2 * width]);
-        let gate = gate_up.narrow(1, 0, width).and_then(|gate| gate.silu());
-        replace(out, gate.and_then(|gate| gate * gate_up.narrow(1, width, width)))
+        let halves =
+            gate_up.narrow(1, 0, width).and_then(|gate| Ok((gate, gate_up.narrow(1, width, width)?)));
+        let gated = halves.and_then(|(gate, up)| match activation {
+            Activation::Silu => gate.silu()? * up,
+            Activation::GeluTanh => gate.contiguous()?.gelu()? * up,
+            Activation::ClampedSwiglu { alpha, limit } => {
+                let gate = gate.minimum(limit)?;
+                let up = up.clamp(-limit, limit)?;
+                let sigmoid = (gate.affine(-f64::from(alpha), 0.0)?.exp()? + 1.0)?.recip()?;
+                (up + 1.0)? * (gate * sigmoid)?
+            }
+        });
+        replace(out, gated)
+    }
+
+    fn route(
+        &mut self,
+        rows: usize,
+        experts: &Experts,
+        logits: &Tensor,
+        routing: &mut Routing,
+    ) -> Result<(), ModelError> {
+        assert_eq!(logits.dims(), [rows, experts.num_experts]);
+        route(experts, logits, routing).map_err(failed)
+    }
+
+    fn expert_matmul(
+        &mut self,
+        routing: &mut Routing,
+        x: &Tensor,
+        share: Share,
+        experts: ExpertLinear<'_, Tensor, Tensor>,
+        out: &mut Tensor,
+    ) -> Result<(), ModelError> {
+        let product = |(pick, &expert): (usize, &usize)| {
+            let row = match share {
+                Share::Row => pick / routing.picks_per_row,
+                Share::Pick => pick,
+            };
+            let product = x.narrow(0, row, 1)?.matmul(&experts.weights[expert].t()?)?;
+            match experts.biases {
+                None => Ok(product),
+                Some(biases) => product.broadcast_add(&biases[expert]),
+            }
+        };
+        let rows: CandleResult<Vec<Tensor>> = routing.picks.iter().enumerate().map(product).collect();
+        replace(out, rows.and_then(|rows| Tensor::cat(&rows, 0)))
+    }
+
+    fn combine(
+        &mut self,
+        rows: usize,
+        width: usize,
+        routing: &Routing,
+        x: &Tensor,
+        out: &mut Tensor,
+    ) -> Result<(), ModelError> {
+        let weighted = x.broadcast_mul(&routing.weights);
+        let weighted = weighted.and_then(|x| x.reshape((rows, routing.picks_per_row, width)));
+        replace(out, weighted.and_then(|x| x.sum(1)))
     }
 
     fn pick_logits_rows(&mut self, inputs: &Inputs, width: usize, x: &mut Tensor) -> Result<(), ModelError> {
@@ -258,40 +382,86 @@ impl Sequence {
                 blocks[position / block_size] * block_size as u32 + (position % block_size) as u32
             })
             .collect();
-        let mask: Vec<f32> = batch.positions[rows.clone()]
-            .iter()
-            .flat_map(|&row| {
-                (0..context_len).map(move |key| if key <= row as usize { 0.0 } else { f32::NEG_INFINITY })
-            })
-            .collect();
         Ok(Some(Sequence {
             first_row: rows.start,
             num_rows: rows.len(),
             slots: Tensor::new(slots, device)?,
-            mask: Tensor::from_vec(mask, (rows.len(), context_len), device)?,
+            positions: batch.positions[rows].iter().map(|&position| position as usize).collect(),
         }))
     }
 }
 
-fn rms_norm(x: &Tensor, norm: Norm<'_, Tensor>) -> CandleResult<Tensor> {
+fn normalise(x: &Tensor, norm: Norm<'_, Tensor>) -> CandleResult<Tensor> {
+    match norm.kind {
+        NormKind::Rms => rms_norm(x, norm.weight, norm.eps),
+        NormKind::Layer => {
+            let bias = norm.bias.expect("a layer norm has a bias: this is a bug");
+            let centred = x.broadcast_sub(&x.mean_keepdim(D::Minus1)?)?;
+            rms_norm(&centred, norm.weight, norm.eps)?.broadcast_add(bias)
+        }
+    }
+}
+
+fn rms_norm(x: &Tensor, weight: &Tensor, eps: f32) -> CandleResult<Tensor> {
     let mean_square = x.sqr()?.mean_keepdim(D::Minus1)?;
-    let root = (mean_square + f64::from(norm.eps))?.sqrt()?;
-    x.broadcast_div(&root)?.broadcast_mul(norm.weight)
+    let root = (mean_square + f64::from(eps))?.sqrt()?;
+    x.broadcast_div(&root)?.broadcast_mul(weight)
+}
+
+fn soft_cap(x: &Tensor, cap: f32) -> CandleResult<Tensor> {
+    let cap = f64::from(cap);
+    x.affine(1.0 / cap, 0.0)?.tanh()?.affine(cap, 0.0)
+}
+
+fn norm_queries_and_keys(
+    qkv: &Tensor,
+    heads: Heads,
+    norm: QkNormWeights<'_, Tensor>,
+) -> CandleResult<Tensor> {
+    let (num_tokens, (q, kv)) = (qkv.dims()[0], (heads.q_width(), heads.kv_width()));
+    let part = |start: usize, width: usize, weight: &Tensor| {
+        let parts = qkv.narrow(1, start, width)?.reshape((num_tokens, (), weight.elem_count()))?;
+        rms_norm(&parts, weight, norm.eps)?.reshape((num_tokens, width))
+    };
+    Tensor::cat(&[part(0, q, norm.q)?, part(q, kv, norm.k)?, qkv.narrow(1, q + kv, kv)?], 1)
+}
+
+/// Sorting on the host: the device's own sort has no rule for ties.
+fn route(experts: &Experts, logits: &Tensor, routing: &mut Routing) -> CandleResult<()> {
+    routing.picks.clear();
+    let mut weights = Vec::new();
+    for logits in logits.to_vec2::<f32>()? {
+        let mut order: Vec<usize> = (0..logits.len()).collect();
+        order.sort_by(|&a, &b| logits[b].total_cmp(&logits[a]));
+        let max = logits[order[0]];
+        let weight = |&expert: &usize| (logits[expert] - max).exp();
+        let all: f32 = order.iter().map(weight).sum();
+        order.truncate(experts.num_experts_per_token);
+        let chosen: f32 = order.iter().map(weight).sum();
+        let sum = if experts.renormalise { chosen } else { all };
+        weights.extend(order.iter().map(|expert| weight(expert) / sum));
+        routing.picks.extend(order);
+    }
+    routing.weights = Tensor::from_vec(weights, (routing.picks.len(), 1), logits.device())?;
+    Ok(())
 }
 
 /// Stores keys and values; returns the rotated queries, `[num_tokens, q_width]`.
 fn rotate_and_store(
     pass: &Pass,
     heads: Heads,
-    rope: &RopeTensors,
+    rope: Option<&RopeTensors>,
     qkv: &Tensor,
     kv: &mut KvTensors,
 ) -> CandleResult<Tensor> {
     let (q_width, kv_width) = (heads.q_width(), heads.kv_width());
-    let cos = rope.cos.index_select(&pass.positions, 0)?;
-    let sin = rope.sin.index_select(&pass.positions, 0)?;
-    let rotate =
-        |start: usize, width: usize| rotate(&qkv.narrow(1, start, width)?, heads.head_dim, &cos, &sin);
+    let rotate = |start: usize, width: usize| {
+        let part = qkv.narrow(1, start, width)?.contiguous()?;
+        let Some(rope) = rope else { return Ok(part) };
+        let cos = rope.cos.index_select(&pass.positions, 0)?;
+        let sin = rope.sin.index_select(&pass.positions, 0)?;
+        rotate(&part, heads.head_dim, &cos, &sin)
+    };
     let queries = rotate(0, q_width)?;
     let keys = rotate(q_width, kv_width)?;
     let values = qkv.narrow(1, q_width + kv_width, kv_width)?.contiguous()?;
@@ -314,8 +484,27 @@ fn rotate(x: &Tensor, head_dim: usize, cos: &Tensor, sin: &Tensor) -> CandleResu
     Tensor::cat(&[rotated_first, rotated_second], 2)?.reshape((num_tokens, width))
 }
 
+/// `[num_rows, context_len]`: 0 where a row may look, -inf where it may not.
+fn mask(sequence: &Sequence, window: Option<usize>) -> CandleResult<Tensor> {
+    let context_len = sequence.slots.dims1()?;
+    let visible = |row: usize, key: usize| key <= row && window.is_none_or(|window| key + window > row);
+    let mask: Vec<f32> = sequence
+        .positions
+        .iter()
+        .flat_map(|&row| (0..context_len).map(move |key| (row, key)))
+        .map(|(row, key)| if visible(row, key) { 0.0 } else { f32::NEG_INFINITY })
+        .collect();
+    Tensor::from_vec(mask, (sequence.num_rows, context_len), sequence.slots.device())
+}
+
 /// Attention of one sequence's rows: `[num_rows, q_width]`.
-fn attend(sequence: &Sequence, heads: Heads, queries: &Tensor, kv: &KvTensors) -> CandleResult<Tensor> {
+fn attend(
+    sequence: &Sequence,
+    heads: Heads,
+    attention: &Attention<'_, Tensor>,
+    queries: &Tensor,
+    kv: &KvTensors,
+) -> CandleResult<Tensor> {
     let Heads { num_heads, num_kv_heads, head_dim } = heads;
     let group = num_heads / num_kv_heads;
     let context_len = sequence.slots.dims1()?;
@@ -334,10 +523,19 @@ fn attend(sequence: &Sequence, heads: Heads, queries: &Tensor, kv: &KvTensors) -
         .reshape((sequence.num_rows, num_heads, head_dim))?
         .transpose(0, 1)?
         .contiguous()?;
-    let scores = (queries.matmul(&context(&kv.keys)?.t()?)? / (head_dim as f64).sqrt())?;
-    let scores = scores.broadcast_add(&sequence.mask)?;
+    let mut scores = queries.matmul(&context(&kv.keys)?.t()?)?.affine(f64::from(attention.scale), 0.0)?;
+    if let Some(cap) = attention.soft_cap {
+        scores = soft_cap(&scores, cap)?;
+    }
+    scores = scores.broadcast_add(&mask(sequence, attention.window)?)?;
+    // A sink is one more column, left out again after the softmax.
+    if let Some(sinks) = attention.sinks {
+        let column = sinks.reshape((num_heads, 1, 1))?.broadcast_as((num_heads, sequence.num_rows, 1))?;
+        scores = Tensor::cat(&[scores, column.contiguous()?], 2)?;
+    }
     let weights = scores.broadcast_sub(&scores.max_keepdim(D::Minus1)?)?.exp()?;
     let weights = weights.broadcast_div(&weights.sum_keepdim(D::Minus1)?)?;
+    let weights = weights.narrow(2, 0, context_len)?.contiguous()?;
     let mixed = weights.matmul(&context(&kv.values)?)?;
     mixed.transpose(0, 1)?.reshape((sequence.num_rows, num_heads * head_dim))
 }

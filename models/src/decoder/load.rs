@@ -5,18 +5,23 @@
 use std::sync::Arc;
 
 use tandem_kernels::ThreadPool;
+use tandem_kernels::kv::KvType;
 
-use super::{Decoder, LayerWeights, Pass, Projection, Weights};
+use super::tensors::Part;
+use super::weights::{
+    ExpertProjection, FeedForward, LayerWeights, NormWeights, Projection, QkNormVectors, Weights,
+};
+use super::{Decoder, Pass};
 use crate::backend::{Backend, BackendKind, CpuBackend, Heads, ReferenceBackend};
 use crate::checkpoint::Checkpoint;
-use crate::config::DecoderConfig;
+use crate::config::{DecoderConfig, Experts, NormKind, NormPlacement, QkNorm};
 use crate::error::ModelError;
-use crate::family::{LayerNames, WeightNames};
+use crate::family::{ExpertLayout, Role, WeightNames};
 use crate::model::Model;
-use crate::weights::TensorView;
+use crate::rope::row_order;
 
-/// Loads the weights of `checkpoint` onto a backend of the given kind. `pool` serves the CPU backend;
-/// models that never run at the same time may share it.
+/// Loads the weights of `checkpoint` onto a backend of the given kind, with keys and values in f32.
+/// `pool` serves the CPU backend; models that never run at the same time may share it.
 ///
 /// # Errors
 /// As [`Decoder::load`].
@@ -25,8 +30,22 @@ pub fn load(
     kind: BackendKind,
     pool: Arc<ThreadPool>,
 ) -> Result<Box<dyn Model>, ModelError> {
+    load_with(checkpoint, kind, KvType::F32, pool)
+}
+
+/// As [`load`], with keys and values of the CPU backend stored as `kv_type`; the reference backend has
+/// f32 only.
+///
+/// # Errors
+/// As [`Decoder::load`].
+pub fn load_with(
+    checkpoint: &Checkpoint,
+    kind: BackendKind,
+    kv_type: KvType,
+    pool: Arc<ThreadPool>,
+) -> Result<Box<dyn Model>, ModelError> {
     Ok(match kind {
-        BackendKind::Cpu => Box::new(Decoder::load(checkpoint, CpuBackend::new(pool))?),
+        BackendKind::Cpu => Box::new(Decoder::load(checkpoint, CpuBackend::new(pool, kv_type))?),
         BackendKind::Reference => {
             Box::new(Decoder::load(checkpoint, ReferenceBackend::new(candle_core::Device::Cpu))?)
         }
@@ -46,7 +65,8 @@ impl<B: Backend> Decoder<B> {
             num_kv_heads: config.num_kv_heads,
             head_dim: config.head_dim,
         };
-        let mut loader = Loader { checkpoint, config: &config, heads, backend };
+        let row_order = row_order(&config.rope, config.head_dim);
+        let mut loader = Loader { checkpoint, config: &config, heads, row_order, backend };
         let weights = loader.weights()?;
         let backend = loader.backend;
         Ok(Decoder { config, heads, weights, cache: None, workspace: None, pass: Pass::default(), backend })
@@ -57,85 +77,264 @@ struct Loader<'a, B> {
     checkpoint: &'a Checkpoint,
     config: &'a DecoderConfig,
     heads: Heads,
+    /// Of the rows of each query and key head; see [`row_order`].
+    row_order: Option<Vec<usize>>,
     backend: B,
 }
 
-impl<B: Backend> Loader<'_, B> {
+impl<'a, B: Backend> Loader<'a, B> {
     fn weights(&mut self) -> Result<Weights<B>, ModelError> {
         let (config, names) = (self.config, &self.checkpoint.names);
-        let embed = self.matrix(&[(&names.embed, config.vocab_size)], config.hidden_size)?;
+        let (vocab, hidden) = (config.vocab_size, config.hidden_size);
+        let embed = self.rows(&names.global(Role::Embed), vocab, hidden)?;
+        let embed = self.matrix(&[embed], hidden)?;
         // Not with_capacity: the number of layers is the file's claim until the tensors are found.
         let mut layers = Vec::new();
         for index in 0..config.num_layers {
-            layers.push(self.layer(&names.layer(index))?);
+            layers.push(self.layer(index)?);
         }
-        let final_norm = self.norm(&names.final_norm)?;
+        let final_norm = self.norm(&names.global(Role::FinalNorm))?;
         let lm_head = match config.tie_word_embeddings {
             true => None,
-            false => Some(self.matrix(&[(&names.lm_head, config.vocab_size)], config.hidden_size)?),
+            false => {
+                let head = self.rows(&names.global(Role::LmHead), vocab, hidden)?;
+                Some(self.matrix(&[head], hidden)?)
+            }
         };
         Ok(Weights { embed, layers, final_norm, lm_head })
     }
 
-    fn layer(&mut self, names: &LayerNames) -> Result<LayerWeights<B>, ModelError> {
-        let config = self.config;
-        let (hidden, ffn) = (config.hidden_size, config.intermediate_size);
-        let (q, kv) = (self.heads.q_width(), self.heads.kv_width());
-        let qkv = [(names.q.as_str(), q), (&names.k, kv), (&names.v, kv)];
-        let gate_up = [(names.gate.as_str(), ffn), (&names.up, ffn)];
+    fn layer(&mut self, index: usize) -> Result<LayerWeights<B>, ModelError> {
+        let (config, names) = (self.config, &self.checkpoint.names);
+        let placement: NormPlacement = config.norm_placement;
+        let name = |role: Role| names.layer(role, index);
+        let is_dense = config.layer(index).dense;
+        let experts = config.experts.filter(|_| !is_dense);
+        // In the order of the pass, so that the first tensor missing is the first one needed.
         Ok(LayerWeights {
-            attn_norm: self.norm(&names.attn_norm)?,
-            qkv: self.projection(&qkv, hidden, config.qkv_bias)?,
-            o: self.projection(&[(&names.o, hidden)], q, config.o_bias)?,
-            ffn_norm: self.norm(&names.ffn_norm)?,
-            gate_up: self.projection(&gate_up, hidden, config.mlp_bias)?,
-            down: self.projection(&[(&names.down, hidden)], ffn, config.mlp_bias)?,
+            attn_norm: self.norm_if(placement.has_pre(), || name(Role::AttnNorm))?,
+            qkv: self.qkv(index)?,
+            qk_norm: self.qk_norm(index)?,
+            sinks: match config.attn_sinks {
+                false => None,
+                true => {
+                    let sinks = self.part(&name(Role::Sinks), &[config.num_heads])?;
+                    Some(self.vector(&[sinks])?)
+                }
+            },
+            o: {
+                let part = self.rows(&name(Role::O), config.hidden_size, self.heads.q_width())?;
+                let bias = self.bias_if(config.o_bias, &name(Role::O), config.hidden_size)?;
+                self.projection(vec![part], bias, self.heads.q_width())?
+            },
+            attn_post_norm: self.norm_if(placement.has_post(), || name(Role::AttnPostNorm))?,
+            ffn_norm: self.norm_if(placement.has_pre(), || name(Role::FfnNorm))?,
+            ffn: match experts {
+                None => self.dense(index)?,
+                Some(experts) => self.experts(index, &experts)?,
+            },
+            ffn_post_norm: self.norm_if(placement.has_post(), || name(Role::FfnPostNorm))?,
         })
     }
 
-    /// The projection whose outputs are those of `parts` (name, out_features), side by side.
-    fn projection(
-        &mut self,
-        parts: &[(&str, usize)],
-        in_features: usize,
-        has_bias: bool,
-    ) -> Result<Projection<B>, ModelError> {
-        let weight = self.matrix(parts, in_features)?;
-        let bias = match has_bias {
-            true => Some(self.biases(parts)?),
-            false => None,
-        };
+    /// Query, key and value projections as one, rows of queries and keys in the rotation's order.
+    fn qkv(&mut self, layer: usize) -> Result<Projection<B>, ModelError> {
+        let (hidden, names) = (self.config.hidden_size, &self.checkpoint.names);
+        let (q, kv) = (self.heads.q_width(), self.heads.kv_width());
+        let sizes = [q, kv, kv];
+        let (mut parts, mut biases) = (Vec::new(), Vec::new());
+        if names.has(Role::Qkv) {
+            let name = names.layer(Role::Qkv, layer);
+            parts.extend(self.part(&name, &[q + 2 * kv, hidden])?.split(&sizes));
+            if let Some(bias) = self.bias_if(self.config.qkv_bias, &name, q + 2 * kv)? {
+                biases.extend(bias.split(&sizes));
+            }
+        } else {
+            for (role, size) in [Role::Q, Role::K, Role::V].into_iter().zip(sizes) {
+                let name = names.layer(role, layer);
+                parts.push(self.rows(&name, size, hidden)?);
+                biases.extend(self.bias_if(self.config.qkv_bias, &name, size)?);
+            }
+        }
+        if let Some(order) = &self.row_order {
+            for part in parts[..2].iter_mut().chain(biases.iter_mut().take(2)) {
+                part.reorder_rows(order);
+            }
+        }
+        let weight = self.matrix(&parts, hidden)?;
+        let bias = if biases.is_empty() { None } else { Some(self.vector(&biases)?) };
         Ok(Projection { weight, bias })
     }
 
-    fn matrix(&mut self, parts: &[(&str, usize)], in_features: usize) -> Result<B::Matrix, ModelError> {
-        let views = parts
-            .iter()
-            .map(|&(name, out_features)| self.tensor(name, &[out_features, in_features]))
-            .collect::<Result<Vec<_>, _>>()?;
+    fn qk_norm(&mut self, layer: usize) -> Result<Option<QkNormVectors<B>>, ModelError> {
+        let Heads { head_dim, .. } = self.heads;
+        let (q, k) = match self.config.qk_norm {
+            QkNorm::None => return Ok(None),
+            QkNorm::PerHead => (head_dim, head_dim),
+            QkNorm::AllHeads => (self.heads.q_width(), self.heads.kv_width()),
+        };
+        let mut load = |role: Role, width: usize| {
+            let mut part = self.part(&self.checkpoint.names.layer(role, layer), &[width])?;
+            if let Some(order) = &self.row_order {
+                part.reorder_rows(order);
+            }
+            part.add(self.config.norm_weight_offset);
+            self.vector(&[part])
+        };
+        Ok(Some(QkNormVectors { q: load(Role::QNorm, q)?, k: load(Role::KNorm, k)? }))
+    }
+
+    fn dense(&mut self, layer: usize) -> Result<FeedForward<B>, ModelError> {
+        let (config, names) = (self.config, &self.checkpoint.names);
+        let (hidden, ffn, bias) = (config.hidden_size, config.intermediate_size, config.mlp_bias);
+        let (mut parts, mut biases) = (Vec::new(), Vec::new());
+        let roles: &[(Role, usize)] = match config.gated {
+            true if names.has(Role::GateUp) => &[(Role::GateUp, 2 * ffn)],
+            true => &[(Role::Gate, ffn), (Role::Up, ffn)],
+            false => &[(Role::Up, ffn)],
+        };
+        for &(role, size) in roles {
+            let name = names.layer(role, layer);
+            parts.push(self.rows(&name, size, hidden)?);
+            biases.extend(self.bias_if(bias, &name, size)?);
+        }
+        let up = self.matrix(&parts, hidden)?;
+        let up_bias = if biases.is_empty() { None } else { Some(self.vector(&biases)?) };
+        let name = names.layer(Role::Down, layer);
+        let down = self.rows(&name, hidden, ffn)?;
+        let down_bias = self.bias_if(bias, &name, hidden)?;
+        Ok(FeedForward::Dense {
+            up: Projection { weight: up, bias: up_bias },
+            down: self.projection(vec![down], down_bias, ffn)?,
+        })
+    }
+
+    fn experts(&mut self, layer: usize, experts: &Experts) -> Result<FeedForward<B>, ModelError> {
+        let (hidden, ffn, names) =
+            (self.config.hidden_size, experts.intermediate_size, &self.checkpoint.names);
+        let router_name = names.layer(Role::Router, layer);
+        let router = self.rows(&router_name, experts.num_experts, hidden)?;
+        let router_bias = self.bias_if(experts.bias, &router_name, experts.num_experts)?;
+        let router = self.projection(vec![router], router_bias, hidden)?;
+        let up_roles: &[(Role, usize)] = match names.has(Role::ExpertGateUp) {
+            true => &[(Role::ExpertGateUp, 2 * ffn)],
+            false => &[(Role::ExpertGate, ffn), (Role::ExpertUp, ffn)],
+        };
+        Ok(FeedForward::Experts {
+            router,
+            up: self.expert_projection(layer, experts, up_roles, hidden)?,
+            down: self.expert_projection(layer, experts, &[(Role::ExpertDown, hidden)], ffn)?,
+        })
+    }
+
+    /// One projection of every expert; its outputs are those of `roles`, side by side.
+    fn expert_projection(
+        &mut self,
+        layer: usize,
+        experts: &Experts,
+        roles: &[(Role, usize)],
+        in_features: usize,
+    ) -> Result<ExpertProjection<B>, ModelError> {
+        let (mut weights, mut biases) = (Vec::new(), Vec::new());
+        for expert in 0..experts.num_experts {
+            let (mut parts, mut bias_parts) = (Vec::new(), Vec::new());
+            for &(role, size) in roles {
+                let (part, bias) = self.expert_part(layer, experts, expert, (role, size), in_features)?;
+                parts.push(part);
+                bias_parts.extend(bias);
+            }
+            weights.push(self.matrix(&parts, in_features)?);
+            if experts.bias {
+                biases.push(self.vector(&bias_parts)?);
+            }
+        }
+        Ok(ExpertProjection { weights, biases: experts.bias.then_some(biases) })
+    }
+
+    /// One expert's part of a projection and of its bias, whichever way the checkpoint has them.
+    fn expert_part(
+        &self,
+        layer: usize,
+        experts: &Experts,
+        expert: usize,
+        (role, size): (Role, usize),
+        in_features: usize,
+    ) -> Result<(Part<'a>, Option<Part<'a>>), ModelError> {
+        let names = &self.checkpoint.names;
+        let (name, count) = (names.expert(role, layer, expert), experts.num_experts);
+        if names.is_per_expert(role) {
+            return Ok((self.rows(&name, size, in_features)?, self.bias_if(experts.bias, &name, size)?));
+        }
+        let columns = names.expert_layout == ExpertLayout::Columns;
+        let shape = if columns { [count, in_features, size] } else { [count, size, in_features] };
+        let mut part = self.part(&name, &shape)?.item(expert);
+        let mut bias = match experts.bias {
+            true => Some(self.part(&WeightNames::bias(&name), &[count, size])?.item(expert)),
+            false => None,
+        };
+        if columns {
+            part.transpose();
+            if role == Role::ExpertGateUp {
+                // Gate and up of a channel are neighbours: the even ones first.
+                let order: Vec<usize> = (0..size).step_by(2).chain((1..size).step_by(2)).collect();
+                part.reorder_rows(&order);
+                bias.iter_mut().for_each(|bias| bias.reorder_rows(&order));
+            }
+        }
+        Ok((part, bias))
+    }
+
+    fn projection(
+        &mut self,
+        parts: Vec<Part<'_>>,
+        bias: Option<Part<'_>>,
+        in_features: usize,
+    ) -> Result<Projection<B>, ModelError> {
+        let weight = self.matrix(&parts, in_features)?;
+        let bias = bias.map(|bias| self.vector(&[bias])).transpose()?;
+        Ok(Projection { weight, bias })
+    }
+
+    fn matrix(&mut self, parts: &[Part<'_>], in_features: usize) -> Result<B::Matrix, ModelError> {
+        let views: Vec<_> = parts.iter().map(Part::view).collect();
         self.backend.load_matrix(&views, in_features)
     }
 
-    fn biases(&mut self, parts: &[(&str, usize)]) -> Result<B::Vector, ModelError> {
-        let names: Vec<String> = parts.iter().map(|(name, _)| WeightNames::bias(name)).collect();
-        let views = names
-            .iter()
-            .zip(parts)
-            .map(|(name, &(_, out_features))| self.tensor(name, &[out_features]))
-            .collect::<Result<Vec<_>, _>>()?;
+    fn vector(&mut self, parts: &[Part<'_>]) -> Result<B::Vector, ModelError> {
+        let views: Vec<_> = parts.iter().map(Part::view).collect();
         self.backend.load_vector(&views)
     }
 
-    fn norm(&mut self, name: &str) -> Result<B::Vector, ModelError> {
-        let view = self.tensor(name, &[self.config.hidden_size])?;
-        self.backend.load_vector(&[view])
+    fn norm_if(
+        &mut self,
+        wanted: bool,
+        name: impl FnOnce() -> String,
+    ) -> Result<Option<NormWeights<B>>, ModelError> {
+        if wanted { self.norm(&name()).map(Some) } else { Ok(None) }
     }
 
-    fn tensor<'s>(&self, name: &str, wanted: &[usize]) -> Result<TensorView<'s>, ModelError>
-    where
-        Self: 's,
-    {
-        let checkpoint: &'s Checkpoint = self.checkpoint;
+    fn norm(&mut self, name: &str) -> Result<NormWeights<B>, ModelError> {
+        let width = self.config.hidden_size;
+        let mut weight = self.part(name, &[width])?;
+        weight.add(self.config.norm_weight_offset);
+        let bias = self.bias_if(self.config.norm == NormKind::Layer, name, width)?;
+        Ok(NormWeights {
+            weight: self.vector(&[weight])?,
+            bias: bias.map(|bias| self.vector(&[bias])).transpose()?,
+        })
+    }
+
+    fn rows(&self, name: &str, rows: usize, in_features: usize) -> Result<Part<'a>, ModelError> {
+        self.part(name, &[rows, in_features])
+    }
+
+    /// The bias that belongs to weight `name`, if it is wanted.
+    fn bias_if(&self, wanted: bool, name: &str, size: usize) -> Result<Option<Part<'a>>, ModelError> {
+        if wanted { self.part(&WeightNames::bias(name), &[size]).map(Some) } else { Ok(None) }
+    }
+
+    fn part(&self, name: &str, wanted: &[usize]) -> Result<Part<'a>, ModelError> {
+        let checkpoint: &'a Checkpoint = self.checkpoint;
         let view = checkpoint.weights.tensor(name)?;
         if view.shape != wanted {
             return Err(ModelError::TensorShape {
@@ -144,6 +343,6 @@ impl<B: Backend> Loader<'_, B> {
                 wanted: wanted.to_vec(),
             });
         }
-        Ok(view)
+        Ok(Part::of(view))
     }
 }

@@ -1,9 +1,21 @@
 //! Model families: how each writes its `config.json` and names its tensors. A family is a short file
 //! and a line in `FAMILIES`; the maths is `decoder.rs`, once, for all of them.
 
+mod gemma;
+pub(crate) mod gguf;
+mod glm4;
+mod gpt_oss;
+mod granite;
 mod llama;
+mod mistral;
+pub mod names;
+mod olmo2;
 mod options;
-mod qwen2;
+mod phi3;
+mod qwen;
+mod rope;
+mod smollm3;
+mod starcoder2;
 
 use std::path::Path;
 
@@ -11,6 +23,7 @@ use serde_json::{Map, Value};
 
 use crate::files::read_json;
 use crate::{DecoderConfig, ModelError};
+pub use names::{ExpertLayout, NameTable, Role, WeightNames};
 use options::Options;
 pub(crate) use options::describe;
 
@@ -25,9 +38,30 @@ struct Family {
     /// The one of `architectures` that we run.
     architecture: &'static str,
     config: fn(&Options<'_>) -> Result<DecoderConfig, ModelError>,
+    names: fn() -> WeightNames,
+    /// Where the file has its text model's options in an object of their own: what the object may leave
+    /// out, and it takes for granted.
+    text_config: Option<fn() -> Value>,
 }
 
-const FAMILIES: &[Family] = &[llama::FAMILY, qwen2::FAMILY];
+const FAMILIES: &[Family] = &[
+    llama::FAMILY,
+    qwen::QWEN2,
+    qwen::QWEN3,
+    qwen::QWEN3_MOE,
+    mistral::MISTRAL,
+    mistral::MISTRAL3,
+    starcoder2::FAMILY,
+    granite::FAMILY,
+    phi3::FAMILY,
+    gemma::GEMMA2,
+    gemma::GEMMA3_TEXT,
+    gemma::GEMMA3,
+    olmo2::FAMILY,
+    smollm3::FAMILY,
+    glm4::FAMILY,
+    gpt_oss::FAMILY,
+];
 
 /// What `config.json` says.
 pub(crate) struct ModelDescription {
@@ -41,11 +75,42 @@ pub(crate) struct ModelDescription {
 pub(crate) fn read_config(dir: &Path) -> Result<ModelDescription, ModelError> {
     let path = dir.join(CONFIG_FILE);
     let json: Map<String, Value> = read_json(&path, MAX_CONFIG_BYTES)?;
-    let options = Options::new(&path, &json);
+    let (config, names) = read_options(&path, &json)?;
+    Ok(ModelDescription { config, names, json })
+}
+
+/// The decoder that `json`, in the words of a `config.json`, describes, and what Hugging Face
+/// checkpoints of its family call their tensors. `path` is for messages only.
+pub(crate) fn read_options(
+    path: &Path,
+    json: &Map<String, Value>,
+) -> Result<(DecoderConfig, WeightNames), ModelError> {
+    let options = Options::new(path, json);
     let family = find_family(&options)?;
-    options.refuse_unsupported()?;
-    let config = (family.config)(&options)?;
-    Ok(ModelDescription { config, names: WeightNames::hugging_face(), json })
+    let config = match family.text_config {
+        None => {
+            let config = (family.config)(&options)?;
+            options.refuse_unread()?;
+            config
+        }
+        // What stands around the object is about images.
+        Some(defaults) => {
+            let Value::Object(mut text) = defaults() else {
+                unreachable!("defaults are an object: this is a bug")
+            };
+            let stated = json.get("text_config").and_then(Value::as_object);
+            let stated = stated.ok_or_else(|| options.error("text_config", "an object"))?;
+            // Some are in both places, some in one.
+            let shared = ["tie_word_embeddings", "quantization_config"];
+            text.extend(shared.into_iter().filter_map(|key| Some((key.to_owned(), json.get(key)?.clone()))));
+            text.extend(stated.clone());
+            let text = Options::with_prefix(path, "text_config.", &text);
+            let config = (family.config)(&text)?;
+            text.refuse_unread()?;
+            config
+        }
+    };
+    Ok((config, (family.names)()))
 }
 
 fn find_family(options: &Options<'_>) -> Result<&'static Family, ModelError> {
@@ -69,72 +134,4 @@ fn find_family(options: &Options<'_>) -> Result<&'static Family, ModelError> {
         return Err(options.error("architectures", family.architecture));
     }
     Ok(family)
-}
-
-/// What a checkpoint calls its tensors.
-#[derive(Clone, Debug, PartialEq, Eq)]
-pub struct WeightNames {
-    /// `[vocab_size, hidden_size]`
-    pub embed: String,
-    /// `[hidden_size]`
-    pub final_norm: String,
-    /// `[vocab_size, hidden_size]`; absent from the checkpoint where the head is the embedding.
-    pub lm_head: String,
-    layer_prefix: &'static str,
-}
-
-/// The names of one layer's tensors. Projections are `[out_features, in_features]`.
-#[derive(Clone, Debug, PartialEq, Eq)]
-pub struct LayerNames {
-    /// `[hidden_size]`: the norm before attention.
-    pub attn_norm: String,
-    /// Query projection.
-    pub q: String,
-    /// Key projection.
-    pub k: String,
-    /// Value projection.
-    pub v: String,
-    /// Attention output projection.
-    pub o: String,
-    /// `[hidden_size]`: the norm before the feed-forward layer.
-    pub ffn_norm: String,
-    /// Gate projection of the feed-forward layer.
-    pub gate: String,
-    /// Up projection of the feed-forward layer.
-    pub up: String,
-    /// Down projection of the feed-forward layer.
-    pub down: String,
-}
-
-impl WeightNames {
-    /// The names that Hugging Face transformers gives to Llama and all that copied it.
-    pub fn hugging_face() -> Self {
-        WeightNames {
-            embed: "model.embed_tokens.weight".to_owned(),
-            final_norm: "model.norm.weight".to_owned(),
-            lm_head: "lm_head.weight".to_owned(),
-            layer_prefix: "model.layers",
-        }
-    }
-
-    /// The names of layer `index`.
-    pub fn layer(&self, index: usize) -> LayerNames {
-        let name = |role: &str| format!("{}.{index}.{role}.weight", self.layer_prefix);
-        LayerNames {
-            attn_norm: name("input_layernorm"),
-            q: name("self_attn.q_proj"),
-            k: name("self_attn.k_proj"),
-            v: name("self_attn.v_proj"),
-            o: name("self_attn.o_proj"),
-            ffn_norm: name("post_attention_layernorm"),
-            gate: name("mlp.gate_proj"),
-            up: name("mlp.up_proj"),
-            down: name("mlp.down_proj"),
-        }
-    }
-
-    /// The name of the bias that belongs to `weight`: "x.q_proj.weight" to "x.q_proj.bias".
-    pub fn bias(weight: &str) -> String {
-        format!("{}.bias", weight.strip_suffix(".weight").unwrap_or(weight))
-    }
 }

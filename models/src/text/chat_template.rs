@@ -17,7 +17,7 @@ use serde_json::{Map, Value as Json};
 use super::bytecode::{Program, without_constant_products};
 use super::environment::{Refusal, environment};
 use super::meter::Meter;
-use super::tokenizer::{TOKENIZER_CONFIG_FILE, Tokenizer, read_tokenizer_config};
+use super::tokenizer::{TOKENIZER_CONFIG_FILE, Tokenizer, model_dir, read_tokenizer_config};
 use crate::ModelError;
 use crate::files::{read_json, read_text};
 
@@ -62,13 +62,14 @@ pub enum TemplateError {
 
 impl ChatTemplate {
     /// The template of the checkpoint folder `dir`: `chat_template.jinja`, else `chat_template.json`,
-    /// else `chat_template` in `tokenizer_config.json`. `None` if there is none.
+    /// else `chat_template` in `tokenizer_config.json`. Of a GGUF file it is the one in these files beside
+    /// it, else its own. `None` if there is none.
     ///
     /// # Errors
     /// If a file is damaged or a template does not compile.
     pub fn from_dir(dir: &Path, tokenizer: &Tokenizer) -> Result<Option<Self>, ModelError> {
-        let jinja = dir.join(TEMPLATE_FILE);
-        let json = dir.join(TEMPLATE_JSON_FILE);
+        let jinja = model_dir(dir).join(TEMPLATE_FILE);
+        let json = model_dir(dir).join(TEMPLATE_JSON_FILE);
         let (path, value) = if jinja.exists() {
             let source = read_text(&jinja, MAX_TEMPLATE_BYTES)?;
             (jinja, Json::String(source))

@@ -25,6 +25,30 @@ pub struct FimTokens {
     /// Of prefix, suffix and middle.
     ids: [u32; 3],
     spelling: Spelling,
+    /// Stands before each file of a repository, if the model was trained on whole ones.
+    file_separator: Option<u32>,
+}
+
+/// A file that a prompt shows beside the one with the gap.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct FimFile<'a> {
+    /// Its path, as the model is to know it.
+    pub name: &'a str,
+    /// Its text, or a part of it.
+    pub text: &'a str,
+}
+
+/// A gap with all that is known around it.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct FimContext<'a> {
+    /// Other files, the least important first.
+    pub files: &'a [FimFile<'a>],
+    /// The text before the gap.
+    pub prefix: &'a str,
+    /// Where that ends and the answer is to go on, such as the line that is being typed.
+    pub begun: &'a str,
+    /// The text after the gap.
+    pub suffix: &'a str,
 }
 
 /// In which order a prompt gives the texts around the gap.
@@ -78,6 +102,12 @@ const SPELLINGS: &[(&str, &str, &str, Spelling)] = &[
     ("<｜fim▁begin｜>", "<｜fim▁hole｜>", "<｜fim▁end｜>", Spelling::Hole),
 ];
 
+/// What stands before each file: Qwen2.5-Coder; StarCoder2; Granite and the first StarCoder.
+const FILE_SEPARATORS: &[&str] = &["<|file_sep|>", "<file_sep>", "<filename>"];
+
+/// Stands between other files and the text before the gap where a model knows no separator.
+const SNIPPET: &str = "\n\n--- snippet ---\n\n";
+
 impl FimTokens {
     /// Finds the tokens in `tokenizer`; `None` if the model was not trained to fill in. The order is
     /// prefix, suffix, middle.
@@ -91,6 +121,7 @@ impl FimTokens {
                 middle: middle.to_owned(),
                 order: FimOrder::default(),
                 spelling,
+                file_separator: FILE_SEPARATORS.iter().find_map(|token| id(token)),
             })
         })
     }
@@ -158,5 +189,69 @@ impl FimTokens {
     /// If the text cannot be encoded.
     pub fn encode(&self, tokenizer: &Tokenizer, prefix: &str, suffix: &str) -> Result<Vec<u32>, ModelError> {
         self.frame(tokenizer, suffix)?.around(tokenizer, prefix)
+    }
+
+    /// The prompt for a gap with its context, in at most `max_tokens` tokens. What does not fit is left
+    /// out: other files from the first on, then the text farthest from the gap, three quarters of
+    /// the room being the prefix's. Nothing in the text becomes a control token.
+    ///
+    /// # Errors
+    /// If the text cannot be encoded.
+    pub fn encode_context(
+        &self,
+        tokenizer: &Tokenizer,
+        context: &FimContext<'_>,
+        max_tokens: usize,
+    ) -> Result<Vec<u32>, ModelError> {
+        let text = |text: &str| tokenizer.encode_text(text, false);
+        let [prefix_id, suffix_id, middle_id] = self.ids;
+        let begin = tokenizer.encode_text("", true)?;
+        let (mut prefix, begun, mut suffix) =
+            (text(context.prefix)?, text(context.begun)?, text(context.suffix)?);
+        let room = max_tokens.saturating_sub(begin.len() + self.ids.len() + begun.len());
+        if prefix.len() + suffix.len() > room {
+            // What one of them leaves of its share is the other's.
+            let for_suffix = (room / 4).max(room.saturating_sub(prefix.len()));
+            suffix.truncate(for_suffix);
+            prefix.drain(..prefix.len().saturating_sub(room - suffix.len()));
+        }
+        let files = self.files(tokenizer, context.files, room - prefix.len() - suffix.len())?;
+        let after = [&[suffix_id][..], &suffix, &[middle_id]].concat();
+        Ok(match self.order {
+            FimOrder::PrefixSuffixMiddle => [begin, files, vec![prefix_id], prefix, after, begun].concat(),
+            FimOrder::SuffixPrefixMiddle => [begin, files, vec![prefix_id], after, prefix, begun].concat(),
+        })
+    }
+
+    /// The last of the files that fit into `room` tokens together.
+    fn files(
+        &self,
+        tokenizer: &Tokenizer,
+        files: &[FimFile<'_>],
+        room: usize,
+    ) -> Result<Vec<u32>, ModelError> {
+        let mut parts: Vec<Vec<u32>> = Vec::new();
+        let mut left = room;
+        for file in files.iter().rev() {
+            let part = match self.file_separator {
+                Some(separator) => {
+                    let text = tokenizer.encode_text(&format!("{}\n{}\n", file.name, file.text), false)?;
+                    [vec![separator], text].concat()
+                }
+                None => tokenizer.encode_text(&format!("{SNIPPET}{}", file.text), false)?,
+            };
+            let Some(rest) = left.checked_sub(part.len()) else { break };
+            left = rest;
+            parts.push(part);
+        }
+        parts.reverse();
+        // The file with the gap is one, too.
+        if let Some(separator) = self.file_separator
+            && !parts.is_empty()
+            && left > 0
+        {
+            parts.push(vec![separator]);
+        }
+        Ok(parts.concat())
     }
 }

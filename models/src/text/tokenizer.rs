@@ -13,8 +13,10 @@ use tokenizers::tokenizer::{
     Model, NormalizedString, Normalizer, OffsetType, PreTokenizedString, PreTokenizer,
 };
 
+use super::gguf_tokenizer;
 use crate::ModelError;
 use crate::files::{read_json, read_text};
+use crate::weights::gguf::{is_gguf, open_first_part};
 
 /// The tokenizer's file name in a checkpoint folder.
 pub(crate) const TOKENIZER_FILE: &str = "tokenizer.json";
@@ -49,13 +51,19 @@ pub struct Tokenizer {
 }
 
 impl Tokenizer {
-    /// Reads `tokenizer.json`, and `tokenizer_config.json` if there is one, of the folder `dir`.
+    /// Reads `tokenizer.json`, and `tokenizer_config.json` if there is one, of the folder `dir`. Of a
+    /// GGUF file it is the files beside it if they are there, and else what is in it.
     ///
     /// # Errors
-    /// If `tokenizer.json` is missing or either file is damaged.
+    /// If there is no tokenizer, or a file is damaged.
     pub fn from_dir(dir: &Path) -> Result<Self, ModelError> {
-        let path = dir.join(TOKENIZER_FILE);
+        let path = model_dir(dir).join(TOKENIZER_FILE);
         if !path.exists() {
+            if is_gguf(dir) {
+                let file = open_first_part(dir)?;
+                let config = read_tokenizer_config(dir)?;
+                return Self::new(file.path(), gguf_tokenizer::build(&file)?, &config);
+            }
             return Err(ModelError::Tokenizer {
                 path,
                 reason: "no such file; a SentencePiece tokenizer.model must be converted first".to_owned(),
@@ -75,6 +83,14 @@ impl Tokenizer {
         // A file saved during training may cut or pad every prompt. Prompts are the server's business.
         inner.with_truncation(None).map_err(error)?;
         inner.with_padding(None);
+        Self::new(path, inner, config)
+    }
+
+    fn new(
+        path: &Path,
+        inner: tokenizers::Tokenizer,
+        config: &Map<String, Value>,
+    ) -> Result<Self, ModelError> {
         let vocab_size = inner.get_vocab(true).into_values().max().map_or(0, |id| id as usize + 1);
         let added = inner.get_added_vocabulary().get_added_tokens_decoder();
         let special_ids = added.iter().filter(|(_, token)| token.special).map(|(&id, _)| id).collect();
@@ -215,10 +231,22 @@ impl std::fmt::Debug for Tokenizer {
     }
 }
 
-/// The content of `tokenizer_config.json` in `dir`; empty if there is none.
+/// The content of `tokenizer_config.json` in `dir`; empty if there is none. Of a GGUF file it is the one
+/// beside it, and else what the file itself says.
 pub(crate) fn read_tokenizer_config(dir: &Path) -> Result<Map<String, Value>, ModelError> {
-    let path = dir.join(TOKENIZER_CONFIG_FILE);
-    if path.exists() { read_json(&path, MAX_TOKENIZER_CONFIG_BYTES) } else { Ok(Map::new()) }
+    let path = model_dir(dir).join(TOKENIZER_CONFIG_FILE);
+    if path.exists() {
+        read_json(&path, MAX_TOKENIZER_CONFIG_BYTES)
+    } else if is_gguf(dir) {
+        gguf_tokenizer::tokenizer_config(&open_first_part(dir)?)
+    } else {
+        Ok(Map::new())
+    }
+}
+
+/// The folder of a model that is named by its folder or by its GGUF file.
+pub(super) fn model_dir(model: &Path) -> &Path {
+    if is_gguf(model) { model.parent().unwrap_or(model) } else { model }
 }
 
 /// A token is written as its text, or as an object that holds it.

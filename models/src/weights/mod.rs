@@ -1,13 +1,19 @@
 //! Named tensors of a checkpoint, wherever they lie. A store hands out views into memory it keeps
 //! mapped; nothing is copied or widened until somebody packs the weights.
 
+pub mod gguf;
+mod map;
+pub mod quantize;
 mod safetensors;
 
 use std::borrow::Cow;
 use std::path::Path;
 
+use tandem_kernels::quant::{BlockFormat, dequantize};
+
 use crate::ModelError;
 
+pub use gguf::{GgufFile, GgufStore};
 pub use safetensors::SafetensorsStore;
 pub(crate) use safetensors::{INDEX_FILE, SINGLE_FILE, read_index};
 
@@ -20,21 +26,42 @@ pub enum Dtype {
     F16,
     /// The upper half of an IEEE single.
     Bf16,
+    /// Blocks of several elements that share scales, as GGUF has them.
+    Quantized(BlockFormat),
 }
 
 impl Dtype {
-    /// Bytes of one element.
-    pub const fn size_bytes(self) -> usize {
+    /// Elements that are stored together: 1, or a block's. Rows are whole blocks.
+    pub fn block_len(self) -> usize {
         match self {
-            Dtype::F32 => 4,
-            Dtype::F16 | Dtype::Bf16 => 2,
+            Dtype::F32 | Dtype::F16 | Dtype::Bf16 => 1,
+            Dtype::Quantized(format) => format.block_len(),
+        }
+    }
+
+    /// Bytes of `num_elements` elements; `None` if they are not whole blocks or too many to count.
+    pub fn bytes_for(self, num_elements: usize) -> Option<usize> {
+        match self {
+            Dtype::F32 => num_elements.checked_mul(4),
+            Dtype::F16 | Dtype::Bf16 => num_elements.checked_mul(2),
+            Dtype::Quantized(format) => format.bytes_for(num_elements),
+        }
+    }
+
+    /// The usual name: "F32", "BF16", "Q4_K".
+    pub fn name(self) -> &'static str {
+        match self {
+            Dtype::F32 => "F32",
+            Dtype::F16 => "F16",
+            Dtype::Bf16 => "BF16",
+            Dtype::Quantized(format) => format.name(),
         }
     }
 }
 
 /// One tensor: row-major, little-endian, not necessarily aligned to its element type.
 ///
-/// Invariant: `data.len() == num_elements * dtype.size_bytes()`, checked by the store.
+/// Invariant: `Some(data.len()) == dtype.bytes_for(num_elements)`, checked by the store.
 #[derive(Clone, Copy, Debug)]
 pub struct TensorView<'a> {
     /// Element type.
@@ -48,22 +75,28 @@ pub struct TensorView<'a> {
 impl<'a> TensorView<'a> {
     /// Elements in the tensor.
     pub fn num_elements(&self) -> usize {
-        self.data.len() / self.dtype.size_bytes()
+        self.shape.iter().product()
     }
 
-    /// A copy of all elements, widened to f32 (exactly: both 16-bit types are subsets of f32).
+    /// A copy of all elements as f32: exact for the 16-bit types, which are subsets of f32; of blocks,
+    /// what their format's specification says they stand for.
     pub fn to_f32(&self) -> Vec<f32> {
         match self.dtype {
             Dtype::F32 => self.data.as_chunks().0.iter().map(|&bytes| f32::from_le_bytes(bytes)).collect(),
             Dtype::F16 => self.halves().map(|bits| half::f16::from_bits(bits).to_f32()).collect(),
             Dtype::Bf16 => self.halves().map(|bits| half::bf16::from_bits(bits).to_f32()).collect(),
+            Dtype::Quantized(format) => {
+                let mut elements = vec![0.0; self.num_elements()];
+                dequantize(format, self.data, &mut elements);
+                elements
+            }
         }
     }
 
-    /// The bit patterns of a 16-bit tensor; borrowed if the mapping happens to be aligned.
-    /// `None` for f32.
+    /// The bit patterns of a 16-bit tensor; borrowed if the mapping happens to be aligned. `None` for
+    /// other types.
     pub fn bits16(&self) -> Option<Cow<'a, [u16]>> {
-        if self.dtype.size_bytes() != 2 {
+        if !matches!(self.dtype, Dtype::F16 | Dtype::Bf16) {
             return None;
         }
         match bytemuck::try_cast_slice(self.data) {

@@ -6,7 +6,6 @@
 //! mapping and cannot fail. Opening costs the header's parse; weights are paged in when first read.
 
 use std::collections::{BTreeMap, BTreeSet, HashMap};
-use std::fs::File;
 use std::path::{Component, Path, PathBuf};
 
 use memmap2::Mmap;
@@ -14,6 +13,7 @@ use safetensors::tensor::TensorInfo;
 use serde::Deserialize;
 use serde::de::IgnoredAny;
 
+use super::map::map_file;
 use super::{Dtype, TensorView, WeightStore};
 use crate::ModelError;
 use crate::files::read_json;
@@ -107,7 +107,7 @@ impl SafetensorsStore {
     }
 
     fn add_shard(&mut self, path: &Path) -> Result<(), ModelError> {
-        let map = map_file(path)?;
+        let map = map_file(path, LENGTH_BYTES as u64 + 1, "safetensors")?;
         let (data_start, tensors) = read_header(path, &map)?;
         let shard = self.shards.len();
         for (name, info) in tensors {
@@ -163,28 +163,6 @@ fn supported_dtype(dtype: safetensors::Dtype) -> Result<Dtype, String> {
         safetensors::Dtype::BF16 => Ok(Dtype::Bf16),
         other => Err(other.to_string()),
     }
-}
-
-#[allow(unsafe_code)]
-fn map_file(path: &Path) -> Result<Mmap, ModelError> {
-    let file = File::open(path).map_err(|source| ModelError::io(path, source))?;
-    let metadata = file.metadata().map_err(|source| ModelError::io(path, source))?;
-    if !metadata.is_file() {
-        return Err(ModelError::weights(path, "is not a regular file"));
-    }
-    if metadata.len() <= LENGTH_BYTES as u64 {
-        return Err(ModelError::weights(
-            path,
-            format!("is {} bytes long, too short for a safetensors header; is it truncated?", metadata.len()),
-        ));
-    }
-    // SAFETY: the mapping is private and read-only, it is read only as bytes (or as integers and
-    // floats of which every bit pattern is valid), and all lengths are taken from the mapping itself,
-    // never again from the file. What no reader of a mapped file can rule out is another process that
-    // writes to or truncates the file meanwhile: then values change or the process is killed by
-    // SIGBUS. As with every mapped-weights server, the documented rule is to replace a checkpoint by
-    // renaming a new file over it (which leaves this mapping on the old one), never in place.
-    unsafe { Mmap::map(&file) }.map_err(|source| ModelError::io(path, source))
 }
 
 #[derive(Deserialize)]

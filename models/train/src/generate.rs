@@ -94,13 +94,13 @@ impl Generation<'_> {
         self.cached += new;
         let last: Vec<u32> = (1..=self.rows).map(|row| (row * new - 1) as u32).collect();
         let last = x.index_select(&Tensor::new(last, &Device::Cpu)?, 0)?;
-        let hidden = rms_norm(&last, &decoder.final_norm, decoder.config.rms_norm_eps)?;
+        let hidden = rms_norm(&last, &decoder.final_norm, decoder.config.norm_eps)?;
         Ok(linear(&hidden, &decoder.head, None)?.flatten_all()?.to_vec1()?)
     }
 
     fn attend(&mut self, index: usize, layer: &Layer, x: &Tensor, new: usize) -> Result<Tensor, TrainError> {
         let config = &self.decoder.config;
-        let normed = rms_norm(x, &layer.attn_norm, config.rms_norm_eps)?;
+        let normed = rms_norm(x, &layer.attn_norm, config.norm_eps)?;
         let flat = |tensor: Tensor| tensor.flatten_all()?.to_vec1::<f32>();
         let mut q = flat(layer.q.apply(&normed)?)?;
         let mut k = flat(layer.k.apply(&normed)?)?;

@@ -8,9 +8,9 @@ use std::sync::Arc;
 use candle_core::{Device, Result as TensorResult, Tensor, Var};
 use rand::SeedableRng;
 use rand_chacha::ChaCha8Rng;
-use tandem_models::family::WeightNames;
+use tandem_models::family::{self, WeightNames};
 use tandem_models::rope::RopeTable;
-use tandem_models::{Checkpoint, DecoderConfig, RopeScaling};
+use tandem_models::{Checkpoint, DecoderConfig, Rope};
 
 use crate::ops::{AttentionShape, causal_attention, linear, rms_norm, rope, silu_mul};
 use crate::random::normal;
@@ -127,33 +127,35 @@ impl Decoder {
     ) -> Result<Self, TrainError> {
         let hidden = config.hidden_size;
         let (q_width, kv_width) = (config.num_heads * config.head_dim, config.num_kv_heads * config.head_dim);
-        let embed = source(&names.embed, &[config.vocab_size, hidden])?;
+        let embed = source(&names.global(family::Role::Embed), &[config.vocab_size, hidden])?;
         let mut layers = Vec::with_capacity(config.num_layers);
         for index in 0..config.num_layers {
-            let names = names.layer(index);
+            let name = |role: family::Role| names.layer(role, index);
             let mut projection = |name: &str, outputs: usize, inputs: usize, bias: bool| {
                 let weight = source(name, &[outputs, inputs])?;
                 let bias = if bias { Some(source(&WeightNames::bias(name), &[outputs])?) } else { None };
                 Ok::<_, TrainError>(Projection { weight, bias })
             };
-            let q = projection(&names.q, q_width, hidden, config.qkv_bias)?;
-            let k = projection(&names.k, kv_width, hidden, config.qkv_bias)?;
-            let v = projection(&names.v, kv_width, hidden, config.qkv_bias)?;
-            let o = projection(&names.o, hidden, q_width, config.o_bias)?;
-            let gate = projection(&names.gate, config.intermediate_size, hidden, config.mlp_bias)?;
-            let up = projection(&names.up, config.intermediate_size, hidden, config.mlp_bias)?;
-            let down = projection(&names.down, hidden, config.intermediate_size, config.mlp_bias)?;
-            let attn_norm = source(&names.attn_norm, &[hidden])?;
-            let ffn_norm = source(&names.ffn_norm, &[hidden])?;
+            let q = projection(&name(family::Role::Q), q_width, hidden, config.qkv_bias)?;
+            let k = projection(&name(family::Role::K), kv_width, hidden, config.qkv_bias)?;
+            let v = projection(&name(family::Role::V), kv_width, hidden, config.qkv_bias)?;
+            let o = projection(&name(family::Role::O), hidden, q_width, config.o_bias)?;
+            let gate =
+                projection(&name(family::Role::Gate), config.intermediate_size, hidden, config.mlp_bias)?;
+            let up = projection(&name(family::Role::Up), config.intermediate_size, hidden, config.mlp_bias)?;
+            let down =
+                projection(&name(family::Role::Down), hidden, config.intermediate_size, config.mlp_bias)?;
+            let attn_norm = source(&name(family::Role::AttnNorm), &[hidden])?;
+            let ffn_norm = source(&name(family::Role::FfnNorm), &[hidden])?;
             layers.push(Layer { attn_norm, q, k, v, o, ffn_norm, gate, up, down });
         }
-        let final_norm = source(&names.final_norm, &[hidden])?;
+        let final_norm = source(&names.global(family::Role::FinalNorm), &[hidden])?;
         let head = if config.tie_word_embeddings {
             embed.clone()
         } else {
-            source(&names.lm_head, &[config.vocab_size, hidden])?
+            source(&names.global(family::Role::LmHead), &[config.vocab_size, hidden])?
         };
-        let rope = Arc::new(RopeTable::new(&config, positions));
+        let rope = Arc::new(RopeTable::new(&config.rope, config.head_dim, positions));
         Ok(Self { config, embed, layers, final_norm, head, rope, parameters: Vec::new() })
     }
 
@@ -174,18 +176,18 @@ impl Decoder {
         let ids = Tensor::new(ids, &Device::Cpu)?;
         let mut x = self.embed.index_select(&ids, 0)?;
         for layer in &self.layers {
-            let normed = rms_norm(&x, &layer.attn_norm, config.rms_norm_eps)?;
+            let normed = rms_norm(&x, &layer.attn_norm, config.norm_eps)?;
             let q = rope(&layer.q.apply(&normed)?, &self.rope, config.head_dim, seq_len)?;
             let k = rope(&layer.k.apply(&normed)?, &self.rope, config.head_dim, seq_len)?;
             let attended = causal_attention(&q, &k, &layer.v.apply(&normed)?, shape)?;
             x = (x + layer.o.apply(&attended)?)?;
             x = (&x + self.feed_forward(layer, &x)?)?;
         }
-        rms_norm(&x, &self.final_norm, config.rms_norm_eps)
+        rms_norm(&x, &self.final_norm, config.norm_eps)
     }
 
     pub(crate) fn feed_forward(&self, layer: &Layer, x: &Tensor) -> TensorResult<Tensor> {
-        let normed = rms_norm(x, &layer.ffn_norm, self.config.rms_norm_eps)?;
+        let normed = rms_norm(x, &layer.ffn_norm, self.config.norm_eps)?;
         layer.down.apply(&silu_mul(&layer.gate.apply(&normed)?, &layer.up.apply(&normed)?)?)
     }
 }
@@ -200,14 +202,12 @@ pub(crate) fn decoder_config(shape: &ModelShape) -> DecoderConfig {
         num_heads: shape.heads,
         num_kv_heads: shape.kv_heads,
         head_dim: shape.head_dim,
-        rms_norm_eps: shape.rms_norm_eps,
-        rope_theta: shape.rope_theta,
-        rope_scaling: RopeScaling::None,
+        norm_eps: shape.rms_norm_eps,
+        rope: Rope::plain(shape.head_dim, shape.rope_theta),
         max_position_embeddings: shape.max_position_embeddings,
         qkv_bias: shape.qkv_bias,
-        o_bias: false,
-        mlp_bias: false,
         tie_word_embeddings: true,
+        ..DecoderConfig::default()
     }
 }
 

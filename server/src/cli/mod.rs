@@ -3,8 +3,10 @@
 mod bench;
 mod distill;
 mod generate;
+mod quantize;
 mod serve;
 mod settings;
+mod synth;
 mod terminal;
 mod train;
 mod training;
@@ -72,6 +74,10 @@ enum Command {
     Distill(distill::DistillArgs),
     /// Compare the fast backend with the reference backend on a model's own weights
     Verify(verify::VerifyArgs),
+    /// Write a GGUF model with smaller weights
+    Quantize(quantize::QuantizeArgs),
+    /// Write a model of a real one's shape with random weights, to size hardware with
+    Synth(synth::SynthArgs),
     /// Measure this machine
     #[command(subcommand)]
     Bench(bench::BenchCommand),
@@ -86,6 +92,8 @@ pub(crate) fn run() -> ExitCode {
         Command::Train(args) => train::run(&args),
         Command::Distill(args) => distill::run(&args),
         Command::Verify(args) => verify::run(&args),
+        Command::Quantize(args) => quantize::run(&args),
+        Command::Synth(args) => synth::run(&args),
         Command::Bench(command) => bench::run(&command),
     };
     match outcome {

@@ -18,17 +18,19 @@ use crate::config::{Config, Loaded};
 use crate::runtime::{self, ModelInfo, Runtime};
 
 pub(super) const LONG_ABOUT: &str = "\
-Serve a pair of models over HTTP (OpenAI-compatible).
+Serve a pair of models over HTTP, as OpenAI's, Anthropic's, llama.cpp's and Mistral's clients speak it.
 
 Prints the address, the pair and a request to try, and serves until Ctrl-C, which lets running answers \
-finish. Paths: /v1/completions (with `suffix` for fill-in-the-middle), /v1/chat/completions, /v1/models, \
-/health, /metrics.";
+finish. OpenAI: /v1/completions (with `suffix` for fill-in-the-middle), /v1/chat/completions, /v1/responses, \
+/v1/models. Anthropic: /v1/messages. llama.cpp: /infill, /completion, /tokenize, /detokenize, \
+/apply-template, /props, /slots. Mistral: /v1/fim/completions. And /health and /metrics.";
 
 pub(super) const EXAMPLES: &str = "\
 Examples:
   tandem serve                                                   the demo pair
   tandem serve --target ./big --draft ./small --kv-memory 4GiB
   tandem serve --target ./big                                    no fast lane, no speculation
+  tandem serve --target big-q4_k_m.gguf --draft small-q8_0.gguf
   TANDEM_API_KEY=KEY1,KEY2 tandem serve --host 0.0.0.0
   tandem serve --config tandem.toml
 
@@ -121,9 +123,10 @@ fn greeting(config: &Config, runtime: &Runtime, address: SocketAddr, ready: Dura
     line(
         "context",
         format!(
-            "{} tokens a sequence; KV cache {} = {} blocks of {} tokens ({} tokens)",
+            "{} tokens a sequence; KV cache {} in {} = {} blocks of {} tokens ({} tokens)",
             runtime.max_model_len,
             terminal::bytes(runtime.kv.size_bytes),
+            runtime.kv.kv_type.name(),
             runtime.kv.num_blocks,
             runtime.kv.block_size,
             runtime.kv.num_tokens()
@@ -144,7 +147,7 @@ fn describe(info: &ModelInfo) -> String {
         info.name,
         terminal::count(info.num_parameters),
         terminal::bytes(info.size_bytes),
-        format!("{:?}", info.dtype).to_lowercase(),
+        info.dtype.name().to_lowercase(),
         info.dir.display()
     )
 }

@@ -10,8 +10,8 @@ use crate::config::{self, ConfigError, Loaded, RawValue};
 /// Settings of every command that runs models.
 #[derive(Args, Clone, Debug, Default)]
 pub(crate) struct ModelSettings {
-    /// The large model: a folder (config.json, *.safetensors, tokenizer.json) or a hub id such as
-    /// Qwen/Qwen2.5-Coder-7B-Instruct, looked for in the local hub cache first. Without --target and
+    /// The large model: a folder (config.json, *.safetensors, tokenizer.json), a GGUF file, or a hub id
+    /// such as Qwen/Qwen2.5-Coder-7B-Instruct, looked for in the local hub cache first. Without --target and
     /// --draft the demo pair is used; with --target alone there is no fast lane and no speculation
     #[arg(long, value_name = "MODEL", help_heading = "Models")]
     target: Option<String>,
@@ -43,6 +43,11 @@ pub(crate) struct ModelSettings {
     /// [default: what --max-num-seqs full contexts need, at most a quarter of the free memory]
     #[arg(long, value_name = "SIZE", help_heading = "Machine")]
     kv_memory: Option<String>,
+
+    /// Element type of keys and values: f16, q8 (half the memory of f16, a little less exact) or f32 (as
+    /// computed, twice the memory) [default: f16]
+    #[arg(long, value_name = "f32|f16|q8", help_heading = "Machine")]
+    kv_dtype: Option<String>,
 
     /// Do not keep the keys and values of finished sequences for prompts that begin alike. Changes speed,
     /// never the output [default: false]
@@ -141,6 +146,7 @@ impl ModelSettings {
             ("backend", &self.backend),
             ("threads", &self.threads),
             ("kv-memory", &self.kv_memory),
+            ("kv-dtype", &self.kv_dtype),
             ("no-prefix-cache", &self.no_prefix_cache),
             ("no-lane-isolation", &self.no_lane_isolation),
             ("log", &self.log),

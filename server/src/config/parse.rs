@@ -3,7 +3,7 @@
 use std::str::FromStr;
 
 use tandem_engine::DraftTokens;
-use tandem_models::BackendKind;
+use tandem_models::{BackendKind, KvType};
 
 use super::RawValue;
 
@@ -45,6 +45,10 @@ pub(super) fn backend(value: &RawValue) -> Option<BackendKind> {
         "reference" => Some(BackendKind::Reference),
         _ => None,
     }
+}
+
+pub(super) fn kv_dtype(value: &RawValue) -> Option<KvType> {
+    only(value)?.parse().ok()
 }
 
 /// `512MiB`, `2GiB`, `1.5GB`, `4g`, or a plain number of bytes; at least one byte.

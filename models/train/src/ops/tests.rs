@@ -4,8 +4,8 @@ use std::sync::Arc;
 
 use candle_core::{D, DType, Device, Result, Tensor, Var};
 use candle_nn::ops::{log_softmax, softmax};
+use tandem_models::Rope;
 use tandem_models::rope::RopeTable;
-use tandem_models::{DecoderConfig, RopeScaling};
 
 use super::*;
 
@@ -93,24 +93,7 @@ fn silu_mul_matches_autograd() {
 }
 
 fn table(head_dim: usize, positions: usize) -> Arc<RopeTable> {
-    let config = DecoderConfig {
-        vocab_size: 8,
-        hidden_size: head_dim,
-        intermediate_size: 8,
-        num_layers: 1,
-        num_heads: 1,
-        num_kv_heads: 1,
-        head_dim,
-        rms_norm_eps: 1e-5,
-        rope_theta: 100.0,
-        rope_scaling: RopeScaling::None,
-        max_position_embeddings: positions,
-        qkv_bias: false,
-        o_bias: false,
-        mlp_bias: false,
-        tie_word_embeddings: true,
-    };
-    Arc::new(RopeTable::new(&config, positions))
+    Arc::new(RopeTable::new(&Rope::plain(head_dim, 100.0), head_dim, positions))
 }
 
 #[test]

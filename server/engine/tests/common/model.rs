@@ -7,7 +7,7 @@
 //! reads all of it. A pass that ends between two layers leaves its cache half written.
 
 use tandem_engine::TokenId;
-use tandem_models::{DecoderConfig, ForwardBatch, Model, ModelError, RopeScaling};
+use tandem_models::{DecoderConfig, ForwardBatch, Model, ModelError};
 
 pub(crate) const VOCAB_SIZE: usize = 48;
 pub(crate) const STOP: TokenId = 7;
@@ -106,14 +106,9 @@ impl HashModel {
             num_heads: 1,
             num_kv_heads: 1,
             head_dim: 8,
-            rms_norm_eps: 1e-6,
-            rope_theta: 1e4,
-            rope_scaling: RopeScaling::None,
             max_position_embeddings: 4096,
-            qkv_bias: false,
-            o_bias: false,
-            mlp_bias: false,
             tie_word_embeddings: true,
+            ..DecoderConfig::default()
         };
         HashModel {
             config,

@@ -217,7 +217,12 @@ impl Bench {
         };
         let pool = runtime::thread_pool(runtime.threads)?;
         let load = |dir: &Path| -> anyhow::Result<Box<dyn Model>> {
-            Ok(tandem_models::load(&Checkpoint::open(dir)?, config.backend, Arc::clone(&pool))?)
+            Ok(tandem_models::load_with(
+                &Checkpoint::open(dir)?,
+                config.backend,
+                config.kv_dtype,
+                Arc::clone(&pool),
+            )?)
         };
         let (target, draft) = (load(&target_info.dir)?, load(&draft_info.dir)?);
         let rows = [&target, &draft].map(|model| model.config().vocab_size);

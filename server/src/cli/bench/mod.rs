@@ -9,6 +9,7 @@ mod client;
 mod edits;
 mod isolation;
 mod pair;
+mod peer;
 mod policy;
 mod prompts;
 mod random_draft;
@@ -33,6 +34,8 @@ pub(super) enum BenchCommand {
     Edits(edits::EditsArgs),
     /// Whether the speculation policy is ever slower than the best fixed setting
     Policy(policy::PolicyArgs),
+    /// Passes of Tandem and of llama.cpp over the same GGUF file, in turns
+    Peer(peer::PeerArgs),
     /// Load any OpenAI-compatible server with streams and cancels, and look for faults and leaks
     Soak(soak::SoakArgs),
 }
@@ -43,6 +46,7 @@ pub(super) fn run(command: &BenchCommand) -> anyhow::Result<ExitCode> {
         BenchCommand::Isolation(args) => isolation::run(args),
         BenchCommand::Edits(args) => edits::run(args),
         BenchCommand::Policy(args) => policy::run(args),
+        BenchCommand::Peer(args) => peer::run(args),
         BenchCommand::Soak(args) => soak::run(args),
     }
 }

@@ -1,6 +1,7 @@
 //! What every benchmark prints and writes alike: where it ran, a Markdown table, a progress bar, a
 //! JSON file.
 
+use std::fmt;
 use std::path::Path;
 
 use anyhow::Context as _;
@@ -33,6 +34,13 @@ impl Machine {
     }
 }
 
+impl fmt::Display for Machine {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let Machine { cpu, threads, kernels, tandem } = self;
+        write!(f, "{cpu}, {threads} threads, {kernels} kernels, tandem {tandem}")
+    }
+}
+
 /// The first lines of a report: which benchmark, of what, and where.
 #[derive(Clone, Debug, Serialize)]
 pub(super) struct Header {
@@ -45,10 +53,7 @@ pub(super) struct Header {
 impl Header {
     pub(super) fn print(&self) {
         println!("{} with draft {}", self.target, self.draft);
-        println!(
-            "{}, {} threads, {} kernels, tandem {}",
-            self.machine.cpu, self.machine.threads, self.machine.kernels, self.machine.tandem
-        );
+        println!("{}", self.machine);
     }
 }
 

@@ -1,0 +1,302 @@
+//! Quantised products over 16 lanes.
+//!
+//! A block is `R` rows against `P` panels. Each line of codes is unpacked once for all rows; one dot product
+//! instruction takes a quad of all 16 outputs with four activations of a row. Sums start anew at every
+//! block of inputs, so even a single row has enough independent work: the processor runs several blocks
+//! at once, and one panel is one stream from memory. From three rows on two panels go together, because
+//! then the activations' loads, one for two instructions, are what limits. The offset of the codes is
+//! folded into what a sum starts from.
+
+#![allow(
+    clippy::needless_range_loop,
+    reason = "indices name rows, quads and blocks of several arrays at once"
+)]
+
+use super::RowMut;
+use super::formats::{self, Codes, Format, Scales, Shape};
+use super::scalar::scale_of;
+use crate::LANES;
+use crate::matmul::Tile;
+use crate::pack::WeightType;
+use crate::pack::quantized::{CHUNK, GROUP};
+use crate::quant::BlockFormat;
+use crate::simd::Integers;
+
+/// How far ahead of use weights are asked for: what memory delivers in its own latency, about.
+const PREFETCH_BYTES: usize = 4096;
+
+/// `R` rows by `P` panels.
+pub(crate) struct Block {
+    /// First row's codes, and elements from row to row.
+    codes: *const i8,
+    codes_stride: usize,
+    /// First row's scales, `inputs / 32` a row; sums likewise.
+    scales: *const f32,
+    neg_sums16: *const i32,
+    neg_sums32: *const i32,
+    inputs: usize,
+    /// First panel, and bytes from panel to panel.
+    panel: *const u8,
+    panel_bytes: usize,
+    /// First output of the first panel, and elements from row to row.
+    out: *mut f32,
+    out_stride: usize,
+    /// First output's bias, if there is one.
+    bias: Option<*const f32>,
+    /// Outputs from the block's first to the part's last; those past it are padding.
+    outputs: usize,
+}
+
+/// An instruction set's compiled blocks.
+pub(crate) trait Target {
+    /// Rows of the largest block, 6 at most.
+    const MAX_ROWS: usize;
+    /// True if blocks of two panels fit its registers.
+    const TWO_PANELS: bool;
+    /// [`block`] in a function that enables the instruction set.
+    ///
+    /// # Safety
+    /// As for [`block`].
+    unsafe fn block<F: Format, const R: usize, const P: usize>(block: &Block);
+}
+
+/// # Safety
+/// The processor has the target's instruction set; the tile's lengths are checked, its part is quantised
+/// and no other task holds its outputs.
+pub(crate) unsafe fn matmul<T: Target>(tile: &Tile<'_>) {
+    let WeightType::Quantized(format) = tile.part.weight_type else {
+        unreachable!("a dense part in a quantised product: this is a bug")
+    };
+    // SAFETY: the caller's promise.
+    unsafe {
+        match format {
+            BlockFormat::Q4_0 => panels::<T, formats::Q4_0>(tile),
+            BlockFormat::Q4_1 => panels::<T, formats::Q4_1>(tile),
+            BlockFormat::Q5_0 => panels::<T, formats::Q5_0>(tile),
+            BlockFormat::Q5_1 => panels::<T, formats::Q5_1>(tile),
+            BlockFormat::Q8_0 => panels::<T, formats::Q8_0>(tile),
+            BlockFormat::Q2K => panels::<T, formats::Q2K>(tile),
+            BlockFormat::Q3K => panels::<T, formats::Q3K>(tile),
+            BlockFormat::Q4K => panels::<T, formats::Q4K>(tile),
+            BlockFormat::Q5K => panels::<T, formats::Q5K>(tile),
+            BlockFormat::Q6K => panels::<T, formats::Q6K>(tile),
+            BlockFormat::Iq4Nl => panels::<T, formats::Iq4Nl>(tile),
+            BlockFormat::Iq4Xs => panels::<T, formats::Iq4Xs>(tile),
+            BlockFormat::Mxfp4 => panels::<T, formats::Mxfp4>(tile),
+        }
+    }
+}
+
+/// Panels two at a time, or one by one.
+///
+/// # Safety
+/// As for [`matmul`].
+unsafe fn panels<T: Target, F: Format>(tile: &Tile<'_>) {
+    let mut panel = tile.panels.start;
+    // SAFETY: the caller's promise; `panel + P` never passes the tile's end.
+    unsafe {
+        if T::TWO_PANELS && tile.rows.len() > 2 {
+            while panel + 2 <= tile.panels.end {
+                row_blocks::<T, F, 2>(tile, panel);
+                panel += 2;
+            }
+        }
+        while panel < tile.panels.end {
+            row_blocks::<T, F, 1>(tile, panel);
+            panel += 1;
+        }
+    }
+}
+
+/// The tile's rows in blocks of nearly equal height, against `P` panels.
+///
+/// # Safety
+/// As for [`matmul`]; panels `panel..panel + P` are the tile's.
+unsafe fn row_blocks<T: Target, F: Format, const P: usize>(tile: &Tile<'_>, panel: usize) {
+    let x = tile.quantized;
+    let out_stride = tile.weights.out_features();
+    let first_output = tile.part.first_output + panel * LANES;
+    let num_rows = tile.rows.len();
+    let num_blocks = num_rows.div_ceil(T::MAX_ROWS);
+    for i in 0..num_blocks {
+        let begin = tile.rows.start + i * num_rows / num_blocks;
+        let end = tile.rows.start + (i + 1) * num_rows / num_blocks;
+        let row = x.row(begin);
+        // SAFETY: rows and panels are within what the wrapper has checked, and the outputs are this
+        // task's. Row counts passed on are those of the const argument.
+        unsafe {
+            let block = Block {
+                codes: row.codes.as_ptr(),
+                codes_stride: x.stride(),
+                scales: row.scales.as_ptr(),
+                neg_sums16: row.neg_sums16.as_ptr(),
+                neg_sums32: row.neg_sums32.as_ptr(),
+                inputs: x.inputs(),
+                panel: tile.weights.panels(tile.part).add(panel * tile.part.panel_bytes()),
+                panel_bytes: tile.part.panel_bytes(),
+                out: tile.out.start().add(begin * out_stride + first_output),
+                out_stride,
+                bias: tile.bias.map(|bias| bias.as_ptr().add(first_output)),
+                outputs: tile.part.outputs - panel * LANES,
+            };
+            match end - begin {
+                1 => T::block::<F, 1, P>(&block),
+                2 => T::block::<F, 2, P>(&block),
+                3 => T::block::<F, 3, P>(&block),
+                4 => T::block::<F, 4, P>(&block),
+                5 => T::block::<F, 5, P>(&block),
+                _ => T::block::<F, 6, P>(&block),
+            }
+        }
+    }
+}
+
+/// Computes and stores `R` rows by `P` panels.
+///
+/// # Safety
+/// The processor has `V`'s instruction set; the block's pointers are valid for `R` rows of `inputs` and `P`
+/// panels of the format, and no other thread holds its outputs.
+#[inline(always)]
+pub(crate) unsafe fn block<V: Integers, F: Format, const R: usize, const P: usize>(block: &Block) {
+    let groups = block.inputs.div_ceil(GROUP);
+    // SAFETY: the caller's promise; groups, chunks and blocks are counted from `inputs`.
+    unsafe {
+        let mut sums = [[V::splat(0.0); P]; R];
+        let mut scales = block.panel;
+        for group in 0..groups {
+            let chunks = scales.add(Shape::<F>::SCALE_BYTES);
+            let num_chunks = (GROUP / CHUNK).min(block.inputs / CHUNK - group * (GROUP / CHUNK));
+            prefetch::<V, P>(block, scales, Shape::<F>::SCALE_BYTES);
+            for i in 0..num_chunks {
+                let chunk = chunks.add(i * Shape::<F>::CHUNK_BYTES);
+                prefetch::<V, P>(block, chunk, Shape::<F>::CHUNK_BYTES);
+                for part in 0..CHUNK / Shape::<F>::BLOCK {
+                    let place = Place { scales, chunk, input: group * GROUP + i * CHUNK, part };
+                    dot_block::<V, F, R, P>(block, &place, &mut sums);
+                }
+            }
+            scales = chunks.add(num_chunks * Shape::<F>::CHUNK_BYTES);
+        }
+        for p in 0..P {
+            let count = LANES.min(block.outputs - p * LANES);
+            for r in 0..R {
+                let mut sum = sums[r][p];
+                if let Some(bias) = block.bias {
+                    sum = sum.add(V::load_part(bias.add(p * LANES), count));
+                }
+                sum.store_part(block.out.add(r * block.out_stride + p * LANES), count);
+            }
+        }
+    }
+}
+
+/// Where a block of inputs lies: in the first panel the group's scales and the chunk, the chunk's first
+/// input, and which of the chunk's blocks it is.
+struct Place {
+    scales: *const u8,
+    chunk: *const u8,
+    input: usize,
+    part: usize,
+}
+
+/// Adds the 16 or 32 inputs that share a scale to `sums`.
+///
+/// # Safety
+/// As for [`block`].
+#[inline(always)]
+unsafe fn dot_block<V: Integers, F: Format, const R: usize, const P: usize>(
+    block: &Block,
+    place: &Place,
+    sums: &mut [[V; P]; R],
+) {
+    let block_len = Shape::<F>::BLOCK;
+    let quads = block_len / 4;
+    let (neg_sums, sums_stride) = match block_len {
+        16 => (block.neg_sums16, block.inputs / 16),
+        _ => (block.neg_sums32, block.inputs / 32),
+    };
+    // SAFETY: the caller's promise.
+    unsafe {
+        let neg_sums = neg_sums.add(place.input / block_len + place.part);
+        let mut dots = [[V::zero(); P]; R];
+        if F::Codes::OFFSET_BITS > 0 {
+            for r in 0..R {
+                dots[r] = [V::start(neg_sums.add(r * sums_stride), F::Codes::OFFSET_BITS); P];
+            }
+        }
+        for quad in place.part * quads..(place.part + 1) * quads {
+            let mut codes = [V::zero_bytes(); P];
+            for p in 0..P {
+                codes[p] = F::Codes::quad::<V>(place.chunk.add(p * block.panel_bytes), quad);
+            }
+            let x = block.codes.add(place.input + quad * 4);
+            for r in 0..R {
+                let x = V::splat_bytes(x.add(r * block.codes_stride));
+                for p in 0..P {
+                    dots[r][p] = V::dot(dots[r][p], codes[p], x, F::Codes::OFFSET_BITS);
+                }
+            }
+        }
+        let in_group = place.input % GROUP / block_len + place.part;
+        let mut scales = [(V::splat(0.0), V::splat(0.0)); P];
+        for p in 0..P {
+            scales[p] = F::Scales::load::<V>(place.scales.add(p * block.panel_bytes), in_group);
+        }
+        let x_scales = block.scales.add(place.input / CHUNK);
+        for r in 0..R {
+            let x_scale = V::splat(*x_scales.add(r * (block.inputs / CHUNK)));
+            let neg_sum = V::to_f32(V::splat_int(neg_sums.add(r * sums_stride))).mul(x_scale);
+            for p in 0..P {
+                let (scale, neg_min) = scales[p];
+                sums[r][p] = V::to_f32(dots[r][p]).fma(scale.mul(x_scale), sums[r][p]);
+                if Shape::<F>::HAS_MIN {
+                    sums[r][p] = neg_min.fma(neg_sum, sums[r][p]);
+                }
+            }
+        }
+    }
+}
+
+/// Asks for what lies [`PREFETCH_BYTES`] after the `bytes` bytes at `at` in the first panel, and in the
+/// others.
+///
+/// # Safety
+/// The processor has `V`'s instruction set. Any address will do.
+#[inline(always)]
+unsafe fn prefetch<V: Integers, const P: usize>(block: &Block, at: *const u8, bytes: usize) {
+    for p in 0..P {
+        for line in 0..bytes / 64 {
+            let at = at.wrapping_add(p * block.panel_bytes + PREFETCH_BYTES + line * 64);
+            // SAFETY: the caller's promise.
+            unsafe { V::prefetch(at) };
+        }
+    }
+}
+
+/// Quantises part of a row.
+///
+/// # Safety
+/// The processor has `V`'s instruction set; lengths are those of [`RowMut`], `x` a multiple of 32.
+#[inline(always)]
+pub(crate) unsafe fn quantize<V: Integers>(x: &[f32], to: RowMut<'_>) {
+    for block in 0..x.len() / CHUNK {
+        // SAFETY: the caller's promise; a block is two vectors of `x` and of the codes.
+        unsafe {
+            let at = block * CHUNK;
+            let x = [V::load(x.as_ptr().add(at)), V::load(x.as_ptr().add(at + LANES))];
+            let finite = x[0].is_finite() && x[1].is_finite();
+            let largest = x[0].max(x[0].neg()).max(x[1].max(x[1].neg())).largest();
+            let (scale, inverse) = if finite { scale_of(largest) } else { (f32::NAN, 0.0) };
+            to.scales[block] = scale;
+            for (half, x) in x.into_iter().enumerate() {
+                // Where something is not finite, zeros: nothing of it may reach the conversion.
+                let x = if finite { x } else { V::splat(0.0) };
+                let codes = x.mul(V::splat(inverse)).round();
+                codes.store_i8(to.codes.as_mut_ptr().add(at + half * LANES));
+                // Exact in any order: whole numbers far below 2^24.
+                to.neg_sums16[2 * block + half] = -(codes.sum() as i32);
+            }
+            to.neg_sums32[block] = to.neg_sums16[2 * block] + to.neg_sums16[2 * block + 1];
+        }
+    }
+}

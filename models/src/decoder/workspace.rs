@@ -1,0 +1,75 @@
+//! The activations of a pass: allocated for the largest pass so far, used by all.
+
+use crate::backend::{Backend, Heads};
+use crate::config::DecoderConfig;
+use crate::error::ModelError;
+
+/// Activations of one pass, `[rows, _]`.
+pub(super) struct Workspace<B: Backend> {
+    pub(super) max_tokens: usize,
+    pub(super) max_logits_rows: usize,
+    /// `hidden_size`: the residual stream.
+    pub(super) residual: B::Buffer,
+    /// `hidden_size`: the norm of the residual stream.
+    pub(super) normed: B::Buffer,
+    /// `hidden_size`: what a sublayer adds to the residual stream.
+    pub(super) update: B::Buffer,
+    /// `heads.qkv_width()`
+    pub(super) qkv: B::Buffer,
+    /// `heads.q_width()`
+    pub(super) attn: B::Buffer,
+    /// Gates and ups of the feed-forward layer, or of every pick of a row.
+    pub(super) gate_up: B::Buffer,
+    /// The same after the nonlinearity.
+    pub(super) activated: B::Buffer,
+    /// `vocab_size`, for logits rows only.
+    pub(super) logits: B::Buffer,
+    pub(super) experts: Option<ExpertWorkspace<B>>,
+}
+
+/// What layers of experts need besides.
+pub(super) struct ExpertWorkspace<B: Backend> {
+    /// `num_experts`
+    pub(super) router: B::Buffer,
+    pub(super) routing: B::Routing,
+    /// `picks * hidden_size`: what the experts answer.
+    pub(super) answers: B::Buffer,
+}
+
+impl<B: Backend> Workspace<B> {
+    pub(super) fn new(
+        backend: &mut B,
+        config: &DecoderConfig,
+        heads: Heads,
+        max_tokens: usize,
+        max_logits_rows: usize,
+    ) -> Result<Self, ModelError> {
+        let projections = if config.gated { 2 } else { 1 };
+        let has_dense = config.experts.is_none() || config.layers.iter().any(|layer| layer.dense);
+        let dense = if has_dense { config.intermediate_size } else { 0 };
+        let picked = config.experts.map_or(0, |e| e.num_experts_per_token * e.intermediate_size);
+        let ffn_width = dense.max(picked);
+        let mut rows_of = |width: usize| backend.allocate_buffer(max_tokens * width);
+        let buffers = Workspace {
+            max_tokens,
+            max_logits_rows,
+            residual: rows_of(config.hidden_size)?,
+            normed: rows_of(config.hidden_size)?,
+            update: rows_of(config.hidden_size)?,
+            qkv: rows_of(heads.qkv_width())?,
+            attn: rows_of(heads.q_width())?,
+            gate_up: rows_of(projections * ffn_width)?,
+            activated: rows_of(ffn_width)?,
+            logits: backend.allocate_buffer(max_logits_rows * config.vocab_size)?,
+            experts: None,
+        };
+        let Some(experts) = &config.experts else { return Ok(buffers) };
+        let experts = ExpertWorkspace {
+            router: backend.allocate_buffer(max_tokens * experts.num_experts)?,
+            routing: backend.allocate_routing(max_tokens, experts)?,
+            answers: backend
+                .allocate_buffer(max_tokens * experts.num_experts_per_token * config.hidden_size)?,
+        };
+        Ok(Workspace { experts: Some(experts), ..buffers })
+    }
+}

@@ -1,0 +1,216 @@
+//! Hostile GGUF files: whatever bytes they hold, opening one, building its tokenizer and reading its
+//! tensors gives a model or an error, never a panic, and allocates in proportion to the file, not to what
+//! it claims.
+
+#![allow(unsafe_code, reason = "a global allocator is unsafe to implement; this one only counts")]
+
+use std::alloc::{GlobalAlloc, Layout, System};
+use std::cell::Cell;
+use std::path::Path;
+
+use tandem_models::weights::gguf::{ArrayValues, GgufBuilder, GgufFile};
+use tandem_models::weights::quantize::encode;
+use tandem_models::{Checkpoint, Dtype, Tokenizer};
+
+/// Counts what the current thread holds at most.
+struct Counting;
+
+thread_local! {
+    static HELD: Cell<isize> = const { Cell::new(0) };
+    static PEAK: Cell<isize> = const { Cell::new(0) };
+}
+
+fn count(change: isize) {
+    // While a thread ends its locals are gone; what it then frees counts for nobody.
+    let _ = HELD.try_with(|held| {
+        held.set(held.get() + change);
+        let _ = PEAK.try_with(|peak| peak.set(peak.get().max(held.get())));
+    });
+}
+
+// SAFETY: every call goes to the system's allocator with its arguments unchanged; counting touches only
+// thread-local cells, which neither allocate (they are const-initialised and need no drop) nor unwind.
+unsafe impl GlobalAlloc for Counting {
+    unsafe fn alloc(&self, layout: Layout) -> *mut u8 {
+        count(layout.size() as isize);
+        // SAFETY: as the caller promises.
+        unsafe { System.alloc(layout) }
+    }
+
+    unsafe fn dealloc(&self, pointer: *mut u8, layout: Layout) {
+        count(-(layout.size() as isize));
+        // SAFETY: as the caller promises.
+        unsafe { System.dealloc(pointer, layout) }
+    }
+}
+
+#[global_allocator]
+static ALLOCATOR: Counting = Counting;
+
+/// The most that `work` held at once beyond what was held before.
+fn peak_of(work: impl FnOnce()) -> isize {
+    let before = HELD.get();
+    PEAK.set(before);
+    work();
+    PEAK.get() - before
+}
+
+/// A small model file with every part that readers look at.
+fn good_file() -> Vec<u8> {
+    let tokens: Vec<String> =
+        ["<unk>", "<s>", "</s>", "a", "b", "ab", "▁", "▁a", "<0x0A>"].map(str::to_owned).into();
+    let q8 = Dtype::Quantized(tandem_kernels::quant::BlockFormat::Q8_0);
+    let mut file = GgufBuilder::new();
+    file.string("general.architecture", "llama")
+        .u32("general.alignment", 32)
+        .u32("llama.block_count", 1)
+        .u32("llama.context_length", 64)
+        .u32("llama.embedding_length", 32)
+        .u32("llama.feed_forward_length", 32)
+        .u32("llama.attention.head_count", 2)
+        .f32("llama.attention.layer_norm_rms_epsilon", 1e-5)
+        .bool("tokenizer.ggml.add_bos_token", true)
+        .string("tokenizer.ggml.model", "llama")
+        .array("tokenizer.ggml.tokens", ArrayValues::Strings(&tokens))
+        .array("tokenizer.ggml.scores", ArrayValues::F32(&[0.0, 0.0, 0.0, -3.0, -3.0, -1.0, -3.0, -2.0, 0.0]))
+        .array("tokenizer.ggml.token_type", ArrayValues::I32(&[2, 3, 3, 1, 1, 1, 1, 1, 6]))
+        .u32("tokenizer.ggml.bos_token_id", 1)
+        .u32("tokenizer.ggml.eos_token_id", 2)
+        .string("tokenizer.chat_template", "{{ messages[0].content }}")
+        .tensor("token_embd.weight", q8, &[9, 32])
+        .tensor("output_norm.weight", Dtype::F32, &[32]);
+    let mut writer = file.begin(Vec::new()).unwrap();
+    for (dtype, len) in [(q8, 9 * 32), (Dtype::F32, 32)] {
+        let mut bytes = Vec::new();
+        assert!(encode(dtype, &vec![0.5; len], &mut bytes));
+        writer.write(&bytes).unwrap();
+    }
+    writer.finish().unwrap()
+}
+
+/// Reads all that can be read of `path`.
+fn read_all(path: &Path) -> Result<(), String> {
+    let file = GgufFile::open(path).map_err(|error| error.to_string())?;
+    for key in file.keys() {
+        let _ = format!("{:?}", file.get(key)).len();
+    }
+    for name in file.tensor_names() {
+        if let Ok(Some(view)) = file.tensor(name) {
+            assert_eq!(Some(view.data.len()), view.dtype.bytes_for(view.num_elements()));
+            assert_eq!(view.to_f32().len(), view.num_elements());
+        }
+    }
+    drop(file);
+    Checkpoint::open(path).map_err(|error| error.to_string())?;
+    let tokenizer = Tokenizer::from_dir(path).map_err(|error| error.to_string())?;
+    let ids = tokenizer.encode_text("ab a\n", true).map_err(|error| error.to_string())?;
+    tokenizer.decode(&ids, false).map_err(|error| error.to_string())?;
+    Ok(())
+}
+
+/// What a file of this size may cost. The fixed part is what the tokenizer's crate keeps for itself.
+fn allowed(file_len: usize) -> isize {
+    (64 * file_len + (4 << 20)) as isize
+}
+
+fn check(path: &Path, bytes: &[u8], what: &str) -> bool {
+    std::fs::write(path, bytes).unwrap();
+    let peak = peak_of(|| drop(GgufFile::open(path)));
+    assert!(peak <= (2 * bytes.len() + (16 << 10)) as isize, "{what}: {peak} bytes to open {}", bytes.len());
+    let mut good = false;
+    let peak = peak_of(|| good = read_all(path).is_ok());
+    assert!(peak <= allowed(bytes.len()), "{what}: {peak} bytes for a file of {}", bytes.len());
+    good
+}
+
+#[test]
+fn the_untouched_file_is_good() {
+    let folder = tempfile::tempdir().unwrap();
+    let path = folder.path().join("good.gguf");
+    std::fs::write(&path, good_file()).unwrap();
+    read_all(&path).unwrap();
+}
+
+#[test]
+fn every_truncation_is_an_error() {
+    let folder = tempfile::tempdir().unwrap();
+    let path = folder.path().join("cut.gguf");
+    let file = good_file();
+    for len in 0..file.len() {
+        assert!(!check(&path, &file[..len], "truncated"), "{len} of {} bytes pass for a model", file.len());
+    }
+}
+
+#[test]
+fn changed_bytes_never_panic() {
+    let folder = tempfile::tempdir().unwrap();
+    let path = folder.path().join("changed.gguf");
+    let file = good_file();
+    let mut state = 1u64;
+    let mut random = |below: usize| {
+        state = state.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1_442_695_040_888_963_407);
+        ((state >> 33) % below as u64) as usize
+    };
+    for round in 0..6000 {
+        let mut bytes = file.clone();
+        for _ in 0..=random(4) {
+            let at = random(bytes.len());
+            bytes[at] = match random(4) {
+                0 => 0,
+                1 => 0xFF,
+                2 => bytes[at] ^ 1 << random(8),
+                _ => random(256) as u8,
+            };
+        }
+        check(&path, &bytes, &format!("round {round}"));
+    }
+}
+
+#[test]
+fn giant_numbers_anywhere_never_panic() {
+    let folder = tempfile::tempdir().unwrap();
+    let path = folder.path().join("giant.gguf");
+    let file = good_file();
+    for number in [u64::MAX, 1 << 63, 1 << 40, u64::from(u32::MAX), 1 << 31] {
+        for at in 4..file.len() - 8 {
+            let mut bytes = file.clone();
+            bytes[at..at + 8].copy_from_slice(&number.to_le_bytes());
+            check(&path, &bytes, &format!("{number} at {at}"));
+        }
+    }
+}
+
+#[test]
+fn errors_name_the_file_what_is_wrong_and_what_is_wanted() {
+    let folder = tempfile::tempdir().unwrap();
+    let path = folder.path().join("bad.gguf");
+    let file = good_file();
+    let message = |bytes: &[u8]| {
+        std::fs::write(&path, bytes).unwrap();
+        GgufFile::open(&path).unwrap_err().to_string()
+    };
+    let with = |at: usize, new: &[u8]| {
+        let mut bytes = file.clone();
+        bytes[at..at + new.len()].copy_from_slice(new);
+        bytes
+    };
+    let place = |text: &str| file.windows(text.len()).position(|window| window == text.as_bytes()).unwrap();
+    let norm = place("output_norm.weight") + "output_norm.weight".len();
+    let cases = [
+        (with(0, b"GGML"), "no GGUF file"),
+        (with(4, &1u32.to_le_bytes()), "version 1; wanted 2 or 3"),
+        (with(4, &3u32.to_be_bytes()), "big-endian"),
+        (with(8, &u64::MAX.to_le_bytes()), "tensors; wanted at most"),
+        (with(16, &(1u64 << 40).to_le_bytes()), "metadata keys; wanted at most"),
+        (with(norm, &9u32.to_le_bytes()), "tensor `output_norm.weight` 9 dimensions; wanted at most 4"),
+        (with(norm + 4, &(1u64 << 62).to_le_bytes()), "whose size overflows"),
+        (with(norm + 4, &0u64.to_le_bytes()), "wanted no extent of 0"),
+        (with(norm + 16, &7u64.to_le_bytes()), "multiple of the alignment 32"),
+        (file[..file.len() - 4].to_vec(), "truncated or damaged"),
+        (file[..60].to_vec(), "bytes are wanted at byte"),
+    ];
+    for (bytes, wanted) in cases {
+        let message = message(&bytes);
+        assert!(message.contains(wanted) && message.contains("bad.gguf"), "{message} lacks {wanted}");
+    }
+}

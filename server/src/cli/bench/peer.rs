@@ -1,0 +1,281 @@
+//! `tandem bench peer`: passes of Tandem and of llama.cpp over the same GGUF file, in turns.
+//!
+//! A pass computes `rows` tokens of one sequence behind a context and the logits of the last, which is what
+//! `llama-bench -p ROWS -d CONTEXT` times. One row is a decode step, a few are a verification, many a
+//! prefill. In each round llama.cpp runs all passes in a process of its own, then Tandem in this one; a
+//! ratio compares the two of one round, and the median over the rounds is shown with its ends.
+
+use std::path::{Path, PathBuf};
+use std::process::{Command, ExitCode};
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+use anyhow::{Context as _, bail};
+use clap::Args;
+use serde::{Deserialize, Serialize};
+use tandem_kernels::ThreadPool;
+use tandem_kernels::kv::KvType;
+use tandem_models::{BackendKind, Checkpoint, ForwardBatch, HubOptions, Model};
+
+use super::report::{self, Machine};
+use super::stats::{Spread, median};
+
+const LONG_ABOUT: &str = "\
+Compare passes of Tandem with those of llama.cpp over the same GGUF file on this machine.
+
+Runs llama-bench, built outside this repository (or ik_llama.cpp's), and Tandem's own passes in turns: the \
+milliseconds of a pass over so many tokens behind a context, keys and values in f16 on both sides. The \
+ratios are llama.cpp's time over Tandem's within one round, so above 1 Tandem is faster; `to 1` is a pass's \
+time over that of a pass of one row. Other work on the machine disturbs both sides: see the spread.";
+
+const EXAMPLES: &str = "\
+Examples:
+  tandem synth --like qwen2.5-coder-1.5b --format q4_k_m --out model.gguf
+  tandem bench peer --llama-bin ~/llama.cpp/build/bin --model model.gguf
+  tandem bench peer --llama-bin ~/llama.cpp/build/bin --model model.gguf --context 16384 --rows 1,4";
+
+const BLOCK_SIZE: usize = 16;
+
+/// Tandem repeats a pass within a round for this long, and at least [`LEAST_PASSES`] times.
+const TIME_A_PASS: Duration = Duration::from_millis(300);
+const LEAST_PASSES: usize = 3;
+
+/// Prompts are computed in pieces of this many tokens, as llama.cpp's default is.
+const PREFILL_CHUNK: usize = 512;
+
+/// Arguments of `tandem bench peer`.
+#[derive(Args, Debug)]
+#[command(long_about = LONG_ABOUT, after_long_help = EXAMPLES)]
+pub(in crate::cli) struct PeerArgs {
+    /// Folder that holds llama-bench
+    #[arg(long, value_name = "DIR")]
+    llama_bin: PathBuf,
+
+    /// The GGUF file
+    #[arg(long, value_name = "FILE")]
+    model: PathBuf,
+
+    /// Tokens of a pass, comma-separated
+    #[arg(long, value_name = "N,...", value_delimiter = ',', default_value = "1,2,4,5,8,16,512", value_parser = clap::value_parser!(u16).range(1..=4096))]
+    rows: Vec<u16>,
+
+    /// Tokens of context before a pass
+    #[arg(long, value_name = "N", default_value_t = 128, value_parser = clap::value_parser!(u32).range(0..=1_048_576))]
+    context: u32,
+
+    /// Times that both sides take their turn
+    #[arg(long, value_name = "N", default_value_t = 5, value_parser = clap::value_parser!(u32).range(1..=1000))]
+    rounds: u32,
+
+    /// Threads of both sides [default: the CPUs of this machine]
+    #[arg(long, value_name = "N", value_parser = clap::value_parser!(u16).range(1..=512))]
+    threads: Option<u16>,
+
+    /// Write the report to this file
+    #[arg(long, value_name = "FILE")]
+    json: Option<PathBuf>,
+}
+
+/// What llama-bench says of a test.
+#[derive(Deserialize)]
+struct LlamaTest {
+    n_prompt: u32,
+    samples_ns: Vec<f64>,
+}
+
+#[derive(Debug, Serialize)]
+struct Row {
+    rows: u16,
+    tandem_ms: Spread,
+    peer_ms: Spread,
+    /// The peer's time over Tandem's.
+    ratio: Spread,
+    tandem_to_one_row: Option<f64>,
+    peer_to_one_row: Option<f64>,
+}
+
+#[derive(Debug, Serialize)]
+struct Report {
+    machine: Machine,
+    model: String,
+    context: u32,
+    rounds: u32,
+    rows: Vec<Row>,
+}
+
+pub(super) fn run(args: &PeerArgs) -> anyhow::Result<ExitCode> {
+    let threads = args
+        .threads
+        .map_or_else(|| std::thread::available_parallelism().map_or(1, std::num::NonZero::get), usize::from);
+    let mut passes = Passes::load(args, threads)?;
+    let llama_bench = args.llama_bin.join("llama-bench");
+    let bar = report::progress_bar(args.rounds as usize, "rounds");
+    let mut times: Vec<Vec<[f64; 2]>> = vec![Vec::new(); args.rows.len()];
+    for _ in 0..args.rounds {
+        let peer = peer_times(&llama_bench, args, threads)?;
+        for ((&rows, times), peer) in args.rows.iter().zip(&mut times).zip(peer) {
+            times.push([passes.time_ms(usize::from(rows))?, peer]);
+        }
+        bar.inc(1);
+    }
+    bar.finish_and_clear();
+    let report = Report {
+        machine: Machine::this(threads),
+        model: args.model.display().to_string(),
+        context: args.context,
+        rounds: args.rounds,
+        rows: summarise(&args.rows, &times),
+    };
+    report.print();
+    if let Some(path) = &args.json {
+        report::write_json(path, &report)?;
+    }
+    Ok(ExitCode::SUCCESS)
+}
+
+/// Milliseconds of the peer's passes, in the order of `args.rows`.
+fn peer_times(llama_bench: &Path, args: &PeerArgs, threads: usize) -> anyhow::Result<Vec<f64>> {
+    let rows: Vec<String> = args.rows.iter().map(u16::to_string).collect();
+    let output = Command::new(llama_bench)
+        .arg("-m")
+        .arg(&args.model)
+        .args(["-p", &rows.join(","), "-n", "0", "-d", &args.context.to_string()])
+        .args(["-t", &threads.to_string(), "-r", &LEAST_PASSES.to_string(), "-o", "json"])
+        .output()
+        .with_context(|| {
+            format!("cannot run {}; --llama-bin names the folder that holds it", llama_bench.display())
+        })?;
+    if !output.status.success() {
+        let errors = String::from_utf8_lossy(&output.stderr);
+        let last = errors.lines().last().unwrap_or("and said nothing");
+        bail!("{} ended with {}: {last}", llama_bench.display(), output.status);
+    }
+    let tests: Vec<LlamaTest> = serde_json::from_slice(&output.stdout)
+        .with_context(|| format!("{} wrote no JSON that this knows", llama_bench.display()))?;
+    args.rows
+        .iter()
+        .map(|&rows| {
+            let test = tests.iter().find(|test| test.n_prompt == u32::from(rows));
+            let samples = test.map(|test| test.samples_ns.clone()).filter(|samples| !samples.is_empty());
+            let samples = samples.with_context(|| format!("llama-bench gave no time for {rows} rows"))?;
+            Ok(median(samples) / 1e6)
+        })
+        .collect()
+}
+
+/// Tandem's side: a model and one sequence whose context is computed.
+struct Passes {
+    model: Box<dyn Model>,
+    context: usize,
+    table: Vec<u32>,
+    batch: ForwardBatch,
+    logits: Vec<f32>,
+}
+
+impl Passes {
+    fn load(args: &PeerArgs, threads: usize) -> anyhow::Result<Self> {
+        let spec = args.model.to_str().context("the file's name is no Unicode text")?;
+        let checkpoint = Checkpoint::open(&tandem_models::resolve(spec, &HubOptions::from_env())?)?;
+        let pool = Arc::new(ThreadPool::new(threads));
+        let mut model = tandem_models::decoder::load_with(&checkpoint, BackendKind::Cpu, KvType::F16, pool)?;
+        let context = args.context as usize;
+        let most = args.rows.iter().copied().max().map_or(1, usize::from);
+        let most_positions = model.config().max_position_embeddings;
+        if context + most > most_positions {
+            bail!(
+                "a context of {context} and a pass of {most} tokens are more than the model's {most_positions} \
+                 positions; choose --context and --rows within them"
+            );
+        }
+        let num_blocks = (context + most).div_ceil(BLOCK_SIZE);
+        model.allocate_kv_cache(num_blocks, BLOCK_SIZE)?;
+        let table = (0..num_blocks).map(|block| block as u32).collect();
+        let mut passes = Passes { model, context, table, batch: ForwardBatch::new(), logits: Vec::new() };
+        for start in (0..context).step_by(PREFILL_CHUNK) {
+            passes.pass(start, PREFILL_CHUNK.min(context - start), 0)?;
+        }
+        Ok(passes)
+    }
+
+    fn pass(&mut self, start: usize, rows: usize, num_logits: usize) -> anyhow::Result<()> {
+        let vocab_size = self.model.config().vocab_size;
+        // Any tokens will do; neighbours differ, so that experts do.
+        let tokens: Vec<u32> = (start..start + rows).map(|i| ((i * 7919 + 13) % vocab_size) as u32).collect();
+        self.batch.clear();
+        self.batch.push_sequence(&tokens, start, &self.table, BLOCK_SIZE, num_logits);
+        Ok(self.model.forward(&self.batch, &mut self.logits)?)
+    }
+
+    /// The median of some passes, in milliseconds.
+    fn time_ms(&mut self, rows: usize) -> anyhow::Result<f64> {
+        self.pass(self.context, rows, 1)?;
+        let begin = Instant::now();
+        let mut times = Vec::new();
+        while begin.elapsed() < TIME_A_PASS || times.len() < LEAST_PASSES {
+            let pass = Instant::now();
+            self.pass(self.context, rows, 1)?;
+            times.push(pass.elapsed().as_secs_f64() * 1e3);
+        }
+        Ok(median(times))
+    }
+}
+
+fn summarise(rows: &[u16], times: &[Vec<[f64; 2]>]) -> Vec<Row> {
+    let spread = |values: &[[f64; 2]], of: &dyn Fn(&[f64; 2]) -> f64| {
+        Spread::of(values.iter().map(of)).expect("there is at least one round: this is a bug")
+    };
+    let one_row = rows.iter().position(|&rows| rows == 1);
+    // A round's pass over that round's pass of one row.
+    let to_one = |index: usize, side: usize| {
+        let ones = &times[one_row?];
+        Some(median(times[index].iter().zip(ones).map(|(time, one)| time[side] / one[side]).collect()))
+    };
+    rows.iter()
+        .enumerate()
+        .map(|(index, &rows)| Row {
+            rows,
+            tandem_ms: spread(&times[index], &|t| t[0]),
+            peer_ms: spread(&times[index], &|t| t[1]),
+            ratio: spread(&times[index], &|t| t[1] / t[0]),
+            tandem_to_one_row: to_one(index, 0),
+            peer_to_one_row: to_one(index, 1),
+        })
+        .collect()
+}
+
+impl Report {
+    fn print(&self) {
+        println!("{}, context {}, {} rounds; medians", self.model, self.context, self.rounds);
+        println!("{}", self.machine);
+        let header =
+            ["tokens", "tandem ms", "to 1", "llama.cpp ms", "to 1", "llama.cpp / tandem", "min..max"];
+        let rows = self.rows.iter().map(|row| {
+            vec![
+                row.rows.to_string(),
+                format!("{:.2}", row.tandem_ms.median),
+                report::number(row.tandem_to_one_row, 2),
+                format!("{:.2}", row.peer_ms.median),
+                report::number(row.peer_to_one_row, 2),
+                format!("{:.2}", row.ratio.median),
+                format!("{:.2}..{:.2}", row.ratio.min, row.ratio.max),
+            ]
+        });
+        println!("{}", report::table(&header, 1, rows));
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn ratios_compare_passes_of_one_round() {
+        let times = [vec![[1.0, 2.0], [10.0, 40.0], [2.0, 6.0]], vec![[2.0, 8.0], [10.0, 20.0], [3.0, 6.0]]];
+        let rows = summarise(&[1, 4], &times);
+        assert_eq!((rows[0].ratio.median, rows[0].ratio.max), (3.0, 4.0));
+        assert_eq!((rows[1].ratio.median, rows[1].ratio.min), (2.0, 2.0));
+        assert_eq!(rows[1].tandem_to_one_row, Some(1.5));
+        assert_eq!(rows[1].peer_to_one_row, Some(1.0));
+        assert_eq!(summarise(&[4], &times[1..])[0].tandem_to_one_row, None);
+    }
+}

@@ -18,7 +18,7 @@ use super::state::AppState;
 /// endpoint's own. (`#[serde(flatten)]` would lose the place of a fault and the width of integers.)
 /// Faults name the field, the line and the column.
 pub(super) struct JsonBody<A, B> {
-    pub(super) shared: A,
+    pub(super) common: A,
     pub(super) fields: B,
     /// Length of the body: nothing that was read from it is longer.
     pub(super) size_bytes: usize,
@@ -42,7 +42,7 @@ where
         let limits = &state.limits;
         let bytes = read_body(request, limits.max_body_bytes, limits.body_timeout).await?;
         let size_bytes = bytes.len();
-        let parse = move || Ok(JsonBody { shared: parse(&bytes)?, fields: parse(&bytes)?, size_bytes });
+        let parse = move || Ok(JsonBody { common: parse(&bytes)?, fields: parse(&bytes)?, size_bytes });
         state.heavy.run_if(size_bytes > INLINE_BODY_BYTES, parse).await
     }
 }

@@ -1,5 +1,5 @@
-//! The one error that handlers answer with, in OpenAI's shape:
-//! `{"error":{"message","type","param","code"}}`.
+//! The one error that handlers answer with. Written in OpenAI's shape,
+//! `{"error":{"message","type","param","code"}}`; `error_shape` turns it to other protocols' own.
 
 use std::time::Duration;
 
@@ -37,7 +37,7 @@ pub enum ErrorKind {
 }
 
 impl ErrorKind {
-    fn status(self) -> StatusCode {
+    pub(super) fn status(self) -> StatusCode {
         match self {
             ErrorKind::InvalidRequest => StatusCode::BAD_REQUEST,
             ErrorKind::Unauthorized => StatusCode::UNAUTHORIZED,
@@ -53,7 +53,7 @@ impl ErrorKind {
         }
     }
 
-    fn name(self) -> &'static str {
+    pub(super) fn name(self) -> &'static str {
         match self {
             ErrorKind::Unauthorized => "authentication_error",
             ErrorKind::Forbidden => "permission_error",
@@ -174,6 +174,7 @@ impl IntoResponse for ApiError {
         if self.kind == ErrorKind::Unauthorized {
             headers.insert(WWW_AUTHENTICATE, HeaderValue::from_static("Bearer"));
         }
+        response.extensions_mut().insert(self);
         response
     }
 }

@@ -22,6 +22,8 @@ pub enum Work {
         /// The request's own bound or the endpoint's default.
         max_tokens: u64,
     },
+    /// A gap that an editor wants filled.
+    Gap,
     /// A conversation.
     Chat,
 }
@@ -34,10 +36,12 @@ pub fn lane_name(lane: Lane) -> &'static str {
     }
 }
 
-/// The policy behind `auto`: short completions are interactive and go to `fast`, all else to `deep`.
+/// The policy behind `auto`: short completions and editors' gaps are interactive and go to `fast`, all
+/// else to `deep`.
 pub fn choose_lane(work: Work) -> Lane {
     match work {
         Work::Completion { max_tokens } if max_tokens <= INTERACTIVE_TOKENS => Lane::Fast,
+        Work::Gap => Lane::Fast,
         Work::Completion { .. } | Work::Chat => Lane::Deep,
     }
 }
@@ -96,6 +100,7 @@ mod tests {
     fn auto_sends_short_completions_to_the_draft_and_all_else_to_the_target() {
         assert_eq!(choose_lane(Work::Completion { max_tokens: 64 }), Lane::Fast);
         assert_eq!(choose_lane(Work::Completion { max_tokens: 65 }), Lane::Deep);
+        assert_eq!(choose_lane(Work::Gap), Lane::Fast);
         assert_eq!(choose_lane(Work::Chat), Lane::Deep);
     }
 }

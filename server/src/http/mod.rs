@@ -1,25 +1,34 @@
 //! HTTP: the accept loop, the shared state, and one folder a protocol.
 //!
-//! A protocol turns its wire types into one [`generation::GenerationRequest`] and the
-//! [`generation::Generation`]'s events back into its wire types. Nothing below this module knows
-//! text or JSON; nothing in a protocol's folder knows sequences or channels.
+//! A protocol turns its wire types into one [`generation::GenerationRequest`], by way of `intake`,
+//! and the [`generation::Generation`]'s events back into its wire types, behind `wire::Wire`. Nothing
+//! below this module knows text or JSON; nothing in a protocol's folder knows sequences or channels.
 
+mod anthropic;
 mod auth;
 mod body;
+mod chat;
 mod error;
+mod error_shape;
+mod fields;
 pub mod generation;
 mod health;
 mod heavy;
+mod intake;
 mod io;
 pub mod lanes;
+mod llamacpp;
 pub mod metrics;
 pub mod openai;
 mod origin;
+mod prompt;
+mod responses;
 mod router;
 mod server;
 mod sse;
 pub mod state;
 mod tenant;
+mod wire;
 
 pub use error::{ApiError, ErrorKind};
 pub use router::router;

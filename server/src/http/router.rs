@@ -3,7 +3,7 @@
 use std::sync::Arc;
 
 use axum::Router;
-use axum::middleware::{from_fn_with_state, map_response};
+use axum::middleware::{from_fn, from_fn_with_state, map_response};
 use axum::response::{IntoResponse, Response};
 use axum::routing::get;
 use http::{Method, Uri};
@@ -11,13 +11,17 @@ use tower_http::cors::CorsLayer;
 
 use super::error::{ApiError, ErrorKind};
 use super::state::AppState;
-use super::{auth, health, metrics, openai, origin};
+use super::{anthropic, auth, error_shape, health, llamacpp, metrics, openai, origin, responses};
 
 /// All of the server's routes over `state`.
 pub fn router(state: Arc<AppState>) -> Router {
     let cors = state.cors;
     let app = Router::new()
         .merge(openai::routes())
+        .merge(anthropic::routes())
+        .merge(llamacpp::routes())
+        .merge(responses::routes())
+        .route("/", get(root))
         .route("/health", get(health::health))
         .route("/metrics", get(metrics::metrics))
         .fallback(no_such_path)
@@ -25,10 +29,16 @@ pub fn router(state: Arc<AppState>) -> Router {
         .layer(from_fn_with_state(state.clone(), auth::require_key))
         .layer(from_fn_with_state(state.clone(), origin::refuse_others))
         .layer(from_fn_with_state(state.clone(), metrics::measure))
+        .layer(from_fn(error_shape::as_the_protocol_has_it))
         .layer(map_response(no_sniffing))
         .with_state(state);
     // Outermost: a preflight request carries no key.
     if cors { app.layer(CorsLayer::very_permissive().allow_credentials(false)) } else { app }
+}
+
+/// Clients look here whether anybody is at home.
+async fn root() -> &'static str {
+    "Tandem is running\n"
 }
 
 async fn no_such_path(method: Method, uri: Uri) -> Response {

@@ -1,41 +1,40 @@
-//! Server-sent events: a response body that writes a [`Generation`] through a protocol's encoder.
+//! Server-sent events: a response body that writes a [`Generation`] through a protocol's
+//! [`Wire`].
 //!
 //! All events that are ready go out in one body frame, so a client that reads slowly, or a step that
 //! yields several tokens, costs one write. The scratch buffer is reused; a frame costs one copy.
 
 use std::pin::Pin;
 use std::task::{Context, Poll};
+use std::time::Duration;
 
 use axum::body::{Body, Bytes};
 use axum::response::{IntoResponse, Response};
 use http::HeaderValue;
 use http::header::{CACHE_CONTROL, CONTENT_TYPE};
 use http_body::Frame;
+use tokio::time::{Instant, Sleep};
 
-use super::error::ApiError;
-use super::generation::{Generation, Progress};
-
-/// Turns a generation's progress into a protocol's events.
-pub(super) trait EventEncoder: Send + Unpin + 'static {
-    /// Appends the events for one step of one choice.
-    fn progress(&mut self, generation: &Generation, progress: Progress, out: &mut Vec<u8>);
-    /// Appends what follows the last choice's end.
-    fn end(&mut self, generation: &Generation, out: &mut Vec<u8>);
-    /// Appends the event for a failure after the response began; nothing follows.
-    fn error(&mut self, error: &ApiError, out: &mut Vec<u8>);
-}
+use super::generation::Generation;
+use super::wire::Wire;
 
 /// A frame is sent once it has this much, even if more is ready.
 const FRAME_BYTES: usize = 32 << 10;
 
-struct SseBody<E> {
+/// Silence, as in a long prefill, that proxies and clients still bear with.
+const KEEP_ALIVE: Duration = Duration::from_secs(15);
+
+struct SseBody<W> {
     /// `None` after the end: the sequences are freed before the client has read the last byte.
     generation: Option<Generation>,
-    encoder: E,
+    wire: W,
     scratch: Vec<u8>,
+    has_begun: bool,
+    /// Ends when something must be said.
+    silence: Pin<Box<Sleep>>,
 }
 
-impl<E: EventEncoder> http_body::Body for SseBody<E> {
+impl<W: Wire> http_body::Body for SseBody<W> {
     type Data = Bytes;
     type Error = std::convert::Infallible;
 
@@ -48,29 +47,39 @@ impl<E: EventEncoder> http_body::Body for SseBody<E> {
             return Poll::Ready(None);
         };
         this.scratch.clear();
+        if !std::mem::replace(&mut this.has_begun, true) {
+            this.wire.begin(generation, &mut this.scratch);
+        }
         let has_ended = loop {
             if this.scratch.len() >= FRAME_BYTES {
                 break false;
             }
             match generation.poll_next(cx) {
                 Poll::Ready(Some(Ok(progress))) => {
-                    this.encoder.progress(generation, progress, &mut this.scratch);
+                    this.wire.progress(generation, progress, &mut this.scratch);
                 }
                 Poll::Ready(Some(Err(error))) => {
-                    this.encoder.error(&error, &mut this.scratch);
+                    this.wire.error(&error, &mut this.scratch);
                     break true;
                 }
                 Poll::Ready(None) => {
-                    this.encoder.end(generation, &mut this.scratch);
+                    this.wire.end(generation, &mut this.scratch);
                     break true;
                 }
-                Poll::Pending if this.scratch.is_empty() => return Poll::Pending,
+                Poll::Pending if this.scratch.is_empty() => {
+                    if this.silence.as_mut().poll(cx).is_pending() {
+                        return Poll::Pending;
+                    }
+                    this.wire.keep_alive(&mut this.scratch);
+                    break false;
+                }
                 Poll::Pending => break false,
             }
         };
         if has_ended {
             this.generation = None;
         }
+        this.silence.as_mut().reset(Instant::now() + KEEP_ALIVE);
         Poll::Ready(Some(Ok(Frame::data(Bytes::copy_from_slice(&this.scratch)))))
     }
 
@@ -80,8 +89,14 @@ impl<E: EventEncoder> http_body::Body for SseBody<E> {
 }
 
 /// The response that streams `generation`.
-pub(super) fn respond<E: EventEncoder>(generation: Generation, encoder: E) -> Response {
-    let body = SseBody { generation: Some(generation), encoder, scratch: Vec::with_capacity(1024) };
+pub(super) fn respond<W: Wire>(generation: Generation, wire: W) -> Response {
+    let body = SseBody {
+        generation: Some(generation),
+        wire,
+        scratch: Vec::with_capacity(1024),
+        has_begun: false,
+        silence: Box::pin(tokio::time::sleep(KEEP_ALIVE)),
+    };
     let mut response = Body::new(body).into_response();
     let headers = response.headers_mut();
     headers.insert(CONTENT_TYPE, HeaderValue::from_static("text/event-stream"));

@@ -13,7 +13,9 @@ use super::auth::offered_key;
 use super::generation::Flights;
 use super::heavy::HeavyWork;
 use super::metrics::Metrics;
+use super::responses::ResponseStore;
 use super::tenant::Tenants;
+use crate::text::answer::{Dialect, ToolFormat};
 
 /// One of the pair's models, as far as text is concerned.
 pub struct LaneModel {
@@ -91,14 +93,24 @@ pub struct ServedModel {
     pub stop_token_ids: Vec<u32>,
     /// Tokens that end a fill-in-the-middle answer besides: another file or another gap begins.
     pub fim_stop_token_ids: Vec<u32>,
+    /// How its answers show reasoning and tool calls.
+    pub dialect: Arc<Dialect>,
     /// Bytes of the longest token's spelling. A spelling is not shorter than the text it stands for
     /// (an unknown word's aside), so it bounds the text that a number of tokens can hold.
     pub max_token_bytes: usize,
 }
 
 /// Ends of text and of turn that models' own `eos_token_id` often leaves out.
-const END_TOKENS: &[&str] =
-    &["<|endoftext|>", "<|im_end|>", "<|eot_id|>", "<|end_of_text|>", "<end_of_turn>", "<|end|>", "</s>"];
+const END_TOKENS: &[&str] = &[
+    "<|endoftext|>",
+    "<|im_end|>",
+    "<|eot_id|>",
+    "<|eom_id|>",
+    "<|end_of_text|>",
+    "<end_of_turn>",
+    "<|end|>",
+    "</s>",
+];
 
 /// Tokens that start something else after the gap is filled.
 const FIM_END_TOKENS: &[&str] = &[
@@ -121,15 +133,29 @@ impl ServedModel {
         let ids = |names: &[&str]| -> Vec<u32> {
             names.iter().filter_map(|name| model.tokenizer.token_to_id(name)).collect()
         };
+        let dialect = Dialect::detect(model.chat_template.as_deref(), &model.tokenizer);
         let mut stop_token_ids = model.generation.eos_token_ids.clone();
         stop_token_ids.extend(ids(END_TOKENS));
+        if dialect.format() == Some(ToolFormat::Harmony) {
+            // There, an answer has several messages, and `<|end|>` ends each of them.
+            let between = model.tokenizer.token_to_id("<|end|>");
+            stop_token_ids.retain(|id| Some(*id) != between);
+            stop_token_ids.extend(ids(&["<|return|>", "<|call|>"]));
+        }
         stop_token_ids.sort_unstable();
         stop_token_ids.dedup();
         let fim_stop_token_ids = ids(FIM_END_TOKENS);
         let spellings =
             (0..model.tokenizer.vocab_size() as u32).filter_map(|id| model.tokenizer.id_to_token(id));
         let max_token_bytes = spellings.map(|token| token.len()).max().unwrap_or(1);
-        ServedModel { lane, model, stop_token_ids, fim_stop_token_ids, max_token_bytes }
+        ServedModel {
+            lane,
+            model,
+            stop_token_ids,
+            fim_stop_token_ids,
+            dialect: Arc::new(dialect),
+            max_token_bytes,
+        }
     }
 }
 
@@ -153,6 +179,7 @@ pub struct AppState {
     pub started_at: u64,
     pub(super) heavy: HeavyWork,
     pub(super) flights: Flights,
+    pub(super) responses: ResponseStore,
     tenants: Tenants,
     draining: AtomicBool,
 }
@@ -175,6 +202,7 @@ impl AppState {
             started_at: unix_seconds(),
             heavy: HeavyWork::new(),
             flights: Flights::new(config.sharing),
+            responses: ResponseStore::default(),
             tenants: Tenants::new(),
             draining: AtomicBool::new(false),
         }

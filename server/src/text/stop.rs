@@ -15,6 +15,8 @@ pub struct StopMatcher {
     /// Text that was pushed and not yet released.
     held: String,
     stopped: bool,
+    /// The pattern that was completed.
+    stopped_by: Option<usize>,
 }
 
 #[derive(Clone, Debug)]
@@ -60,7 +62,7 @@ impl StopMatcher {
     pub fn new<S: AsRef<str>>(stops: &[S]) -> Self {
         let patterns =
             stops.iter().map(AsRef::as_ref).filter(|stop| !stop.is_empty()).map(Pattern::new).collect();
-        StopMatcher { patterns, held: String::new(), stopped: false }
+        StopMatcher { patterns, held: String::new(), stopped: false, stopped_by: None }
     }
 
     /// Takes the next piece of text and appends to `out` what is now certain to stand before any
@@ -77,12 +79,13 @@ impl StopMatcher {
         self.held.push_str(text);
         for (i, byte) in text.bytes().enumerate() {
             let mut longest = None;
-            for pattern in &mut self.patterns {
+            for (i, pattern) in self.patterns.iter_mut().enumerate() {
                 if pattern.step(byte) {
-                    longest = longest.max(Some(pattern.bytes.len()));
+                    longest = longest.max(Some((pattern.bytes.len(), i)));
                 }
             }
-            if let Some(length) = longest {
+            if let Some((length, by)) = longest {
+                self.stopped_by = Some(by);
                 self.held.truncate(held_before + i + 1 - length);
                 out.push_str(&self.held);
                 self.held.clear();
@@ -101,6 +104,12 @@ impl StopMatcher {
     pub fn finish(&mut self, out: &mut String) {
         out.push_str(&self.held);
         self.held.clear();
+    }
+
+    /// The stop string that was completed.
+    pub fn stopped_by(&self) -> Option<&str> {
+        let pattern = &self.patterns[self.stopped_by?];
+        Some(std::str::from_utf8(&pattern.bytes).expect("it was made of a string: this is a bug"))
     }
 
     /// True once a stop string was completed.

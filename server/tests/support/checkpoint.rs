@@ -29,6 +29,10 @@ pub(crate) struct CheckpointSpec {
     pub(crate) with_fim: bool,
     pub(crate) fim_order: Option<&'static str>,
     pub(crate) with_chat_template: bool,
+    /// In the place of the usual one.
+    pub(crate) chat_template: Option<&'static str>,
+    /// Further tokens of the vocabulary, marked as special.
+    pub(crate) tokens: &'static [&'static str],
     pub(crate) generation_config: Value,
 }
 
@@ -38,6 +42,8 @@ impl Default for CheckpointSpec {
             with_fim: true,
             fim_order: None,
             with_chat_template: true,
+            chat_template: None,
+            tokens: &[],
             generation_config: json!({}),
         }
     }
@@ -72,7 +78,7 @@ impl CheckpointSpec {
         let mut tokenizer_config =
             json!({ "tokenizer_class": "PreTrainedTokenizerFast", "eos_token": "<|endoftext|>" });
         if self.with_chat_template {
-            tokenizer_config["chat_template"] = json!(CHAT_TEMPLATE);
+            tokenizer_config["chat_template"] = json!(self.chat_template.unwrap_or(CHAT_TEMPLATE));
         }
         if let Some(order) = self.fim_order {
             tokenizer_config["fim_order"] = json!(order);
@@ -86,6 +92,7 @@ impl CheckpointSpec {
         if self.with_fim {
             names.extend(["<|fim_prefix|>", "<|fim_middle|>", "<|fim_suffix|>", "<|fim_pad|>"]);
         }
+        names.extend(self.tokens);
         let special = names.into_iter().map(|name| AddedToken::from(name, true)).collect();
         let trainer = BpeTrainer::builder()
             .vocab_size(320)

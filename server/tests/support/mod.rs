@@ -4,6 +4,7 @@
 #![allow(dead_code, reason = "each test file uses its part")]
 
 mod checkpoint;
+mod scripted;
 
 use std::net::SocketAddr;
 use std::sync::Arc;
@@ -25,6 +26,7 @@ use tokio::sync::oneshot;
 use tokio::task::JoinHandle;
 
 pub(crate) use checkpoint::CheckpointSpec;
+use scripted::{Script, ScriptedModel};
 
 /// How the server under test is made.
 pub(crate) struct TestOptions {
@@ -38,6 +40,8 @@ pub(crate) struct TestOptions {
     pub(crate) max_model_len: usize,
     pub(crate) with_draft: bool,
     pub(crate) checkpoint: CheckpointSpec,
+    /// The target says what [`TestServer::say`] asks for.
+    pub(crate) scripted: bool,
 }
 
 impl Default for TestOptions {
@@ -53,6 +57,7 @@ impl Default for TestOptions {
             max_model_len: 256,
             with_draft: true,
             checkpoint: CheckpointSpec::default(),
+            scripted: false,
         }
     }
 }
@@ -61,6 +66,7 @@ pub(crate) struct TestServer {
     pub(crate) address: SocketAddr,
     pub(crate) engine: EngineHandle,
     pub(crate) tokenizer: Arc<Tokenizer>,
+    script: Script,
     stop: Option<oneshot::Sender<()>>,
     serving: JoinHandle<std::io::Result<()>>,
     engine_thread: std::thread::JoinHandle<()>,
@@ -121,7 +127,11 @@ impl TestServer {
         options.checkpoint.write(&target_dir, 2, 7);
         options.checkpoint.write(&draft_dir, 1, 8);
         let pool = Arc::new(ThreadPool::new(1));
-        let (target_model, target) = load(&target_dir, &pool);
+        let (mut target_model, target) = load(&target_dir, &pool);
+        let script = Script::default();
+        if options.scripted {
+            target_model = Box::new(ScriptedModel::new(target_model, script.clone()));
+        }
         let (draft_model, draft) = options.with_draft.then(|| load(&draft_dir, &pool)).unzip();
         let tokenizer = target.tokenizer.clone();
         let config = EngineConfig {
@@ -156,7 +166,16 @@ impl TestServer {
             let _ = stopped.await;
         };
         let serving = tokio::spawn(serve(listener, state, options.serve, shutdown));
-        TestServer { address, engine, tokenizer, stop: Some(stop), serving, engine_thread, _folder: folder }
+        TestServer {
+            address,
+            engine,
+            tokenizer,
+            script,
+            stop: Some(stop),
+            serving,
+            engine_thread,
+            _folder: folder,
+        }
     }
 
     /// The server as most tests need it.
@@ -167,6 +186,28 @@ impl TestServer {
     /// The same without a prefix cache, so that equal requests have equal accounts.
     pub(crate) async fn uncached() -> TestServer {
         TestServer::start(TestOptions { prefix_cache: false, ..TestOptions::default() }).await
+    }
+
+    /// A server whose only model says what [`TestServer::say`] asks for.
+    pub(crate) async fn scripted(chat_template: &'static str, tokens: &'static [&'static str]) -> TestServer {
+        let checkpoint =
+            CheckpointSpec { chat_template: Some(chat_template), tokens, ..CheckpointSpec::default() };
+        let options = TestOptions {
+            checkpoint,
+            scripted: true,
+            with_draft: false,
+            max_model_len: 4096,
+            ..TestOptions::default()
+        };
+        TestServer::start(options).await
+    }
+
+    /// What a scripted model answers from now on.
+    pub(crate) fn say(&self, answer: &str) {
+        let end = self.tokenizer.token_to_id("<|endoftext|>").expect("a special token");
+        let mut tokens = self.tokenizer.encode(answer, false).expect("text has tokens");
+        tokens.push(end);
+        self.script.set(tokens);
     }
 
     /// Asks the server to stop; returns at once.

@@ -23,6 +23,13 @@ use crate::http::error::{ApiError, ErrorKind};
 use crate::http::metrics::TokenClock;
 use crate::text::StopMatcher;
 
+/// How tokens become text.
+pub(super) struct TextRules<'a> {
+    pub(super) tokenizer: &'a Arc<Tokenizer>,
+    pub(super) stop: &'a [String],
+    pub(super) markers: &'a Arc<[u32]>,
+}
+
 pub(super) struct Choice {
     engine: EngineHandle,
     /// What this answer's own sequence is asked, or would be.
@@ -35,7 +42,10 @@ pub(super) struct Choice {
     tokens: Vec<OutputToken>,
     logprobs: Vec<TokenLogprobs>,
     detokenizer: Detokenizer,
+    tokenizer: Arc<Tokenizer>,
     stop: StopMatcher,
+    /// Control tokens that show in the text.
+    markers: Arc<[u32]>,
     clock: TokenClock,
     pub(super) delta: Delta,
     /// Scored tokens whose text is held back, with the place in the output where it begins.
@@ -57,22 +67,23 @@ impl Choice {
         engine: &EngineHandle,
         boarding: Boarding,
         plan: FlightPlan,
-        tokenizer: &Arc<Tokenizer>,
-        stop: &[String],
+        text: TextRules<'_>,
         clock: TokenClock,
     ) -> Self {
         let Boarding { reader, shared, num_typed_bytes } = boarding;
         let prompt = &reader.flight().plan.prompt;
         Choice {
             engine: engine.clone(),
-            detokenizer: Detokenizer::continuing(tokenizer.clone(), prompt, true),
+            detokenizer: Detokenizer::continuing(text.tokenizer.clone(), prompt, true),
             plan,
             reader: Some(reader),
             shared,
             num_typed_bytes,
             tokens: Vec::new(),
             logprobs: Vec::new(),
-            stop: StopMatcher::new(stop),
+            stop: StopMatcher::new(text.stop),
+            markers: text.markers.clone(),
+            tokenizer: text.tokenizer.clone(),
             clock,
             delta: Delta::default(),
             held_tokens: VecDeque::new(),
@@ -220,10 +231,7 @@ impl Choice {
                         .push_back((self.num_decoded_bytes, ScoredToken { id: token.id, logprobs }));
                 }
             }
-            let text = self.detokenizer.push(token.id).map_err(|error| {
-                ApiError::new(ErrorKind::Internal, format!("token {} has no text: {error}", token.id))
-            })?;
-            let Some(text) = text else { continue };
+            let Some(text) = self.text_of(token.id)? else { continue };
             let num_typed = self.num_typed_bytes.min(text.len());
             self.num_typed_bytes -= num_typed;
             // The token that ends the typed text counts if the answer begins with its rest.
@@ -234,6 +242,21 @@ impl Choice {
             }
         }
         Ok(())
+    }
+
+    fn text_of(&mut self, id: u32) -> Result<Option<String>, ApiError> {
+        if self.markers.contains(&id) {
+            let mut text = self.detokenizer.flush().unwrap_or_default();
+            text.push_str(&self.tokenizer.id_to_token(id).unwrap_or_default());
+            return Ok(Some(text));
+        }
+        self.detokenizer
+            .push(id)
+            .map_err(|error| ApiError::new(ErrorKind::Internal, format!("token {id} has no text: {error}")))
+    }
+
+    pub(super) fn stop_string(&self) -> Option<&str> {
+        self.stop.stopped_by()
     }
 
     fn release(&mut self, text: &str) {
@@ -255,7 +278,7 @@ impl Choice {
         }
         if self.stop.stopped() {
             self.held_tokens.clear();
-            return Ok(EndReason::Stop);
+            return Ok(EndReason::StopString);
         }
         self.stop.finish(&mut self.delta.text);
         self.delta.tokens.extend(self.held_tokens.drain(..).map(|(_, token)| token));

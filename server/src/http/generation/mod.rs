@@ -18,7 +18,7 @@ use tandem_engine::{CacheSalt, Priority, SamplingParams, SpeculationParams, Toke
 use super::error::ApiError;
 use super::metrics::TokenClock;
 use super::state::{AppState, ServedModel};
-use choice::Choice;
+use choice::{Choice, TextRules};
 use flight::FlightPlan;
 pub(super) use sharing::Flights;
 pub use sharing::Shared;
@@ -43,6 +43,8 @@ pub struct GenerationRequest {
     pub max_predict_time: Option<Duration>,
     /// How to speculate; never changes the output.
     pub speculation: SpeculationParams,
+    /// Control tokens that show in the text; all others do not.
+    pub markers: Arc<[u32]>,
 }
 
 /// One prompt of a request.
@@ -87,8 +89,10 @@ pub struct ScoredToken {
 /// Why an answer ended, for clients.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum EndReason {
-    /// A stop token or a stop string.
+    /// A stop token.
     Stop,
+    /// A stop string.
+    StopString,
     /// `max_tokens` are there, the context is full, or the time that the client gave is over.
     Length,
 }
@@ -186,7 +190,8 @@ impl Generation {
                 if let Some(shared) = boarding.shared {
                     state.metrics.sequence_shared(shared);
                 }
-                choices.push(Choice::new(&state.engine, boarding, plan, tokenizer, &request.stop, clock));
+                let text = TextRules { tokenizer, stop: &request.stop, markers: &request.markers };
+                choices.push(Choice::new(&state.engine, boarding, plan, text, clock));
             }
         }
         Ok(Generation { choices, num_choices_per_prompt: request.num_choices, num_running, next: 0 })
@@ -237,6 +242,11 @@ impl Generation {
     /// The seed of a running sequence whose output a request that named none goes on with.
     pub fn joined_seed(&self) -> Option<u64> {
         self.choices.iter().find_map(Choice::joined_seed)
+    }
+
+    /// The stop string that ended this choice, if one did.
+    pub fn stop_string(&self, index: usize) -> Option<&str> {
+        self.choices[index].stop_string()
     }
 
     /// True after the last choice has ended.

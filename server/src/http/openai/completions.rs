@@ -2,28 +2,28 @@
 
 use std::sync::Arc;
 
-use axum::Json;
 use axum::extract::State;
-use axum::response::{IntoResponse, Response};
+use axum::response::Response;
 use http::HeaderMap;
 use serde::{Deserialize, Serialize};
 use tandem_engine::MAX_LOGPROBS;
 use tandem_models::Tokenizer;
 
 use super::logprobs::CompletionLogprobs;
-use super::params::{SharedFields, in_range, integer};
-use super::prompt::{PreparedPrompt, PromptField, PromptInput, PromptOptions, check_sequences, prepare};
-use super::types::{Timings, Usage, finish_reason};
-use super::write::{ChunkWriter, Identity, Reply, json, response_id, with_headers};
+use super::types::finish_reason;
+use super::write::{ChunkWriter, Identity};
 use crate::http::body::JsonBody;
 use crate::http::error::ApiError;
-use crate::http::generation::{Delta, Generation, Progress};
-use crate::http::lanes::{Work, lane_name, resolve};
-use crate::http::sse::{self, EventEncoder};
+use crate::http::fields::{CommonFields, in_range, integer};
+use crate::http::generation::{CompletedChoice, Delta, Generation, Progress};
+use crate::http::intake::Intake;
+use crate::http::lanes::Work;
+use crate::http::prompt::{PreparedPrompt, PromptField, PromptInput, PromptOptions, prepare};
 use crate::http::state::AppState;
+use crate::http::wire::{Wire, json, respond};
 
 /// OpenAI's default.
-pub(super) const DEFAULT_MAX_TOKENS: u32 = 16;
+const DEFAULT_MAX_TOKENS: u32 = 16;
 
 /// The fields that only completions have.
 #[derive(Deserialize)]
@@ -38,18 +38,6 @@ pub(super) struct CompletionFields {
 }
 
 #[derive(Serialize)]
-struct CompletionResponse {
-    id: String,
-    object: &'static str,
-    created: u64,
-    model: String,
-    choices: Vec<CompletionChoice>,
-    usage: Usage,
-    seed: i128,
-    timings: Timings,
-}
-
-#[derive(Serialize)]
 struct CompletionChoice {
     index: usize,
     text: String,
@@ -60,25 +48,24 @@ struct CompletionChoice {
 pub(super) async fn completions(
     State(state): State<Arc<AppState>>,
     headers: HeaderMap,
-    JsonBody { mut shared, fields, .. }: JsonBody<SharedFields, CompletionFields>,
+    JsonBody { common, fields, .. }: JsonBody<CommonFields, CompletionFields>,
 ) -> Result<Response, ApiError> {
     let echo = fields.echo.unwrap_or(false);
-    let max_tokens = max_tokens(&state, &shared, echo)?;
+    let max_tokens = max_tokens(&state, &common, echo)?;
     let work = Work::Completion {
         max_tokens: max_tokens.map_or(DEFAULT_MAX_TOKENS.into(), |max_tokens| max_tokens as u64),
     };
-    let served = resolve(&state, shared.model.as_deref(), work)?;
     // An empty suffix is how some clients say that there is none.
     let suffix = fields.suffix.filter(|suffix| !suffix.is_empty());
-    let fim_stops = if suffix.is_some() { served.fim_stop_token_ids.as_slice() } else { &[] };
-    let mut common = shared.resolve(served, &state.limits, fim_stops)?;
+    let mut intake = Intake::new(&state, &headers, common, work, suffix.is_some())?;
     let logprobs = fields
         .logprobs
         .map(|count| in_range("logprobs", count, 0, MAX_LOGPROBS.into()).map(|count| count as u8))
         .transpose()?;
-    common.params.logprobs = logprobs;
-    common.params.prompt_logprobs = if echo { logprobs } else { None };
-    check_best_of(fields.best_of, common.num_choices)?;
+    let num_choices = intake.common.num_choices;
+    intake.common.params.logprobs = logprobs;
+    intake.common.params.prompt_logprobs = if echo { logprobs } else { None };
+    check_best_of(fields.best_of, num_choices)?;
 
     let inputs: Vec<PromptInput> = fields.prompt.map(|PromptField(inputs)| inputs).unwrap_or_default();
     if inputs.is_empty() || inputs.len() > state.limits.max_prompts {
@@ -89,67 +76,32 @@ pub(super) async fn completions(
         );
         return Err(ApiError::invalid("prompt", message));
     }
-    check_sequences(&state, inputs.len(), common.num_choices)?;
-    let options = PromptOptions { echo, max_tokens, max_model_len: state.engine.max_model_len() };
-    let cache_salt = state.cache_salt(&headers, shared.cache_salt()?);
-    if let Some(prediction) = shared.take_prediction() {
-        common.speculation.prediction = prediction.encode(&state, served).await?;
-    }
-    let prompts = prepare(&state, served, inputs, suffix, options).await?;
-    let reply = Reply {
-        model: shared.model,
-        lane: lane_name(served.lane),
-        seed: common.seed,
-        stream: common.stream,
-        include_usage: common.include_usage,
+    intake.check_sequences(inputs.len())?;
+    let options = PromptOptions {
+        echo,
+        max_tokens,
+        default_max_tokens: Some(DEFAULT_MAX_TOKENS),
+        max_model_len: intake.max_model_len(),
     };
-    let num_choices = common.num_choices;
-    let to_run = prompts.iter().map(PreparedPrompt::to_run).collect();
-    let generation = Generation::start(&state, served, &common.into_request(to_run, cache_salt))?;
-    let tokenizer = served.model.tokenizer.clone();
+    let prompts = prepare(&state, intake.served, inputs, suffix, options).await?;
+    let tokenizer = intake.served.model.tokenizer.clone();
+    let (generation, reply) = intake.start(prompts.iter().map(PreparedPrompt::to_run).collect()).await?;
     let shape = Shape { tokenizer, prompts, num_choices, has_logprobs: logprobs.is_some() };
-    answer(generation, shape, reply).await
-}
-
-async fn answer(mut generation: Generation, shape: Shape, reply: Reply) -> Result<Response, ApiError> {
-    let (seed, shared) = (reply.seed(&generation), generation.shared());
-    let identity = Identity::new(response_id("cmpl"), "text_completion", reply.model, seed);
-    let response = if reply.stream {
-        let encoder = CompletionEncoder {
-            writer: ChunkWriter::new(&identity, reply.include_usage),
-            offsets: vec![None; generation.num_sequences()],
-            shape,
-        };
-        sse::respond(generation, encoder)
-    } else {
-        let answers = generation.collect().await?;
-        let account = generation.account();
-        let choices = answers.into_iter().enumerate().map(|(index, answer)| {
-            let mut text = shape.echo(index).to_owned();
-            text.push_str(&answer.answer.text);
-            let logprobs = shape.logprobs(index, &answer.answer, &mut 0);
-            CompletionChoice { index, text, logprobs, finish_reason: finish_reason(answer.end) }
-        });
-        Json(CompletionResponse {
-            choices: choices.collect(),
-            usage: Usage::from(&account),
-            timings: Timings::of(&generation, &account),
-            seed,
-            id: identity.id,
-            object: identity.object,
-            created: identity.created,
-            model: identity.model,
-        })
-        .into_response()
+    let identity = Identity::new("cmpl-", "text_completion", &reply);
+    let wire = CompletionWire {
+        writer: ChunkWriter::new(&identity),
+        offsets: vec![None; generation.num_sequences()],
+        identity,
+        shape,
     };
-    Ok(with_headers(response, reply.lane, seed, shared))
+    respond(generation, wire, &reply).await
 }
 
 /// The client's own bound, checked. 0 is for scoring a prompt.
-fn max_tokens(state: &AppState, shared: &SharedFields, echo: bool) -> Result<Option<i128>, ApiError> {
+fn max_tokens(state: &AppState, common: &CommonFields, echo: bool) -> Result<Option<i128>, ApiError> {
     let least = if echo { 0 } else { 1 };
     let most = state.engine.max_model_len() as i128;
-    shared.max_tokens.map(|value| in_range("max_tokens", value, least, most)).transpose()
+    common.max_tokens.map(|value| in_range("max_tokens", value, least, most)).transpose()
 }
 
 fn check_best_of(best_of: Option<i128>, num_choices: usize) -> Result<(), ApiError> {
@@ -195,14 +147,15 @@ impl Shape {
     }
 }
 
-struct CompletionEncoder {
+struct CompletionWire {
+    identity: Identity,
     writer: ChunkWriter,
     shape: Shape,
     /// `[num_sequences]`: characters written of each choice; `None` before its first chunk.
     offsets: Vec<Option<usize>>,
 }
 
-impl EventEncoder for CompletionEncoder {
+impl Wire for CompletionWire {
     fn progress(&mut self, generation: &Generation, progress: Progress, out: &mut Vec<u8>) {
         let index = progress.index;
         let delta = generation.delta(index);
@@ -225,5 +178,19 @@ impl EventEncoder for CompletionEncoder {
 
     fn error(&mut self, error: &ApiError, out: &mut Vec<u8>) {
         ChunkWriter::error(error, out);
+    }
+
+    fn whole(&mut self, generation: &Generation, answers: Vec<CompletedChoice>, out: &mut Vec<u8>) {
+        let choices: Vec<CompletionChoice> = answers
+            .into_iter()
+            .enumerate()
+            .map(|(index, answer)| {
+                let mut text = self.shape.echo(index).to_owned();
+                text.push_str(&answer.answer.text);
+                let logprobs = self.shape.logprobs(index, &answer.answer, &mut 0);
+                CompletionChoice { index, text, logprobs, finish_reason: finish_reason(answer.end) }
+            })
+            .collect();
+        self.identity.write_whole(generation, &choices, out);
     }
 }

@@ -1,12 +1,11 @@
-//! OpenAI's protocol: models, completions, chat completions.
+//! OpenAI's protocol: models, completions, chat completions; and Mistral's fill-in-the-middle, which
+//! answers as they do.
 
 mod chat;
 mod completions;
+mod fim;
 mod logprobs;
 mod models;
-mod params;
-mod prompt;
-mod speculation;
 mod types;
 mod write;
 
@@ -24,4 +23,5 @@ pub(super) fn routes() -> Router<Arc<AppState>> {
         .route("/v1/models/{*id}", get(models::one))
         .route("/v1/completions", post(completions::completions))
         .route("/v1/chat/completions", post(chat::chat_completions))
+        .route("/v1/fim/completions", post(fim::fim_completions))
 }

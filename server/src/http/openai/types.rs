@@ -1,9 +1,8 @@
-//! What responses have in common: usage and timings.
+//! What responses have in common: usage, and why an answer ended.
 
 use serde::Serialize;
 
-use crate::http::generation::{Account, EndReason, Generation};
-use crate::http::metrics::milliseconds;
+use crate::http::generation::{Account, EndReason};
 
 /// OpenAI's account of tokens.
 #[derive(Serialize)]
@@ -45,40 +44,10 @@ impl From<&Account> for Usage {
     }
 }
 
-/// Where the time went, in llama.cpp's words.
-#[derive(Serialize)]
-pub(super) struct Timings {
-    queue_ms: f64,
-    cache_n: u64,
-    prompt_n: u64,
-    prompt_ms: f64,
-    predicted_n: u64,
-    predicted_ms: f64,
-    predicted_per_second: f64,
-    draft_n: u64,
-    draft_n_accepted: u64,
-}
-
-impl Timings {
-    pub(super) fn of(generation: &Generation, account: &Account) -> Self {
-        Timings {
-            queue_ms: milliseconds(account.queue_time),
-            cache_n: account.num_cached_tokens,
-            prompt_n: account.num_prompt_tokens,
-            prompt_ms: milliseconds(account.prefill_time),
-            predicted_n: account.num_output_tokens,
-            predicted_ms: milliseconds(account.decode_time),
-            predicted_per_second: account.tokens_per_second(generation.num_sequences()),
-            draft_n: account.num_draft_tokens,
-            draft_n_accepted: account.num_accepted_tokens,
-        }
-    }
-}
-
 /// `finish_reason`
 pub(super) fn finish_reason(end: EndReason) -> &'static str {
     match end {
-        EndReason::Stop => "stop",
+        EndReason::Stop | EndReason::StopString => "stop",
         EndReason::Length => "length",
     }
 }

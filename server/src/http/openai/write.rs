@@ -3,19 +3,14 @@
 //! What does not change between chunks is rendered once; a token costs its escaped text and two
 //! copies. Only the last chunk is serialised as a whole.
 
-use rand::Rng;
 use serde::Serialize;
 
-use super::types::{Timings, Usage};
+use super::types::Usage;
 use crate::http::error::ApiError;
-use crate::http::generation::{Generation, Shared};
-use crate::http::lanes::{AUTO, LANE_HEADER};
+use crate::http::generation::Generation;
+use crate::http::intake::Reply;
 use crate::http::state::unix_seconds;
-use axum::response::Response;
-use http::HeaderValue;
-
-/// Says which seed an answer can be repeated with.
-const SEED_HEADER: &str = "x-tandem-seed";
+use crate::http::wire::{Timings, json, random_id};
 
 /// What every body of one response carries.
 pub(super) struct Identity {
@@ -25,56 +20,48 @@ pub(super) struct Identity {
     /// The name that the client used.
     pub(super) model: String,
     pub(super) seed: i128,
+    include_usage: bool,
+    continuous_usage: bool,
 }
 
 impl Identity {
-    /// `model`: as the client named it; nobody named is `auto`.
-    pub(super) fn new(id: String, object: &'static str, model: Option<String>, seed: i128) -> Self {
-        let model = model.unwrap_or_else(|| AUTO.to_owned());
-        Identity { id, object, created: unix_seconds(), model, seed }
+    /// A fresh id that begins with `prefix`.
+    pub(super) fn new(prefix: &str, object: &'static str, reply: &Reply) -> Self {
+        Identity {
+            id: random_id(prefix),
+            object,
+            created: unix_seconds(),
+            model: reply.model.clone(),
+            seed: reply.seed,
+            include_usage: reply.include_usage,
+            continuous_usage: reply.continuous_usage,
+        }
     }
-}
 
-/// How a request wants to be answered.
-pub(super) struct Reply {
-    /// As the client named it.
-    pub(super) model: Option<String>,
-    pub(super) lane: &'static str,
-    pub(super) seed: i128,
-    pub(super) stream: bool,
-    pub(super) include_usage: bool,
-}
-
-impl Reply {
-    /// The seed that the answer can be repeated with: a joined sequence has its own.
-    pub(super) fn seed(&self, generation: &Generation) -> i128 {
-        generation.joined_seed().map_or(self.seed, i128::from)
+    /// The body of a whole answer.
+    pub(super) fn write_whole<C: Serialize>(
+        &self,
+        generation: &Generation,
+        choices: &[C],
+        out: &mut Vec<u8>,
+    ) {
+        #[derive(Serialize)]
+        struct Body<'a, C> {
+            id: &'a str,
+            object: &'a str,
+            created: u64,
+            model: &'a str,
+            choices: &'a [C],
+            usage: Usage,
+            seed: i128,
+            timings: Timings,
+        }
+        let account = generation.account();
+        let Identity { id, object, created, model, seed, .. } = self;
+        let usage = Usage::from(&account);
+        let timings = Timings::of(generation, &account);
+        json(out, &Body { id, object, created: *created, model, choices, usage, seed: *seed, timings });
     }
-}
-
-/// A fresh response id.
-pub(super) fn response_id(prefix: &str) -> String {
-    format!("{prefix}-{:016x}{:016x}", rand::rng().next_u64(), rand::rng().next_u64())
-}
-
-/// Says that the answer is read from a sequence that another request had started.
-const SHARED_HEADER: &str = "x-tandem-shared";
-
-/// Adds lane, seed and sharing to a response's headers.
-pub(super) fn with_headers(
-    mut response: Response,
-    lane: &'static str,
-    seed: i128,
-    shared: Option<Shared>,
-) -> Response {
-    let headers = response.headers_mut();
-    headers.insert(LANE_HEADER, HeaderValue::from_static(lane));
-    let seed = HeaderValue::from_str(&seed.to_string()).expect("digits are a header value: this is a bug");
-    headers.insert(SEED_HEADER, seed);
-    if let Some(shared) = shared {
-        headers.insert(SHARED_HEADER, HeaderValue::from_static(shared.name()));
-    }
-    response
 }
 
 /// Writes chunks of one stream.
@@ -83,11 +70,12 @@ pub(super) struct ChunkWriter {
     head: Vec<u8>,
     seed: i128,
     include_usage: bool,
+    continuous_usage: bool,
     num_ended: usize,
 }
 
 impl ChunkWriter {
-    pub(super) fn new(identity: &Identity, include_usage: bool) -> Self {
+    pub(super) fn new(identity: &Identity) -> Self {
         #[derive(Serialize)]
         struct Head<'a> {
             id: &'a str,
@@ -95,12 +83,18 @@ impl ChunkWriter {
             created: u64,
             model: &'a str,
         }
-        let Identity { id, object, created, model, seed } = identity;
+        let Identity { id, object, created, model, seed, include_usage, continuous_usage } = identity;
         let mut head = b"data: ".to_vec();
         json(&mut head, &Head { id, object, created: *created, model });
         head.pop();
         head.extend_from_slice(b",\"choices\":[");
-        ChunkWriter { head, seed: *seed, include_usage, num_ended: 0 }
+        ChunkWriter {
+            head,
+            seed: *seed,
+            include_usage: *include_usage,
+            continuous_usage: *continuous_usage,
+            num_ended: 0,
+        }
     }
 
     /// Opens a chunk for one choice: `...{"index":N,`.
@@ -122,7 +116,10 @@ impl ChunkWriter {
         out.extend_from_slice(b",\"finish_reason\":");
         json(out, &finish_reason);
         out.extend_from_slice(b"}]");
-        if self.include_usage {
+        if self.continuous_usage {
+            out.extend_from_slice(b",\"usage\":");
+            json(out, &Usage::from(&generation.account()));
+        } else if self.include_usage {
             out.extend_from_slice(b",\"usage\":null");
         }
         self.num_ended += usize::from(finish_reason.is_some());
@@ -157,9 +154,4 @@ impl ChunkWriter {
         out.extend_from_slice(&error.to_json());
         out.extend_from_slice(b"\n\n");
     }
-}
-
-/// Appends `value` as JSON.
-pub(super) fn json<T: Serialize + ?Sized>(out: &mut Vec<u8>, value: &T) {
-    serde_json::to_writer(out, value).expect("plain data always serialises: this is a bug");
 }

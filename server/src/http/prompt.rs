@@ -10,11 +10,10 @@ use serde::de::{self, SeqAccess, Visitor};
 use serde::{Deserialize, Deserializer};
 use tandem_models::{FimFrame, FimTokens, ModelError, Tokenizer};
 
-use super::completions::DEFAULT_MAX_TOKENS;
-use super::params::answer_tokens;
-use crate::http::error::ApiError;
-use crate::http::generation::{Prompt, PromptText};
-use crate::http::state::{AppState, MAX_PROMPTS, ServedModel};
+use super::error::ApiError;
+use super::generation::{Prompt, PromptText};
+use super::intake::answer_tokens;
+use super::state::{AppState, MAX_PROMPTS, ServedModel};
 
 /// Requests with more text than this are tokenized off the async threads.
 pub(super) const INLINE_TEXT_BYTES: usize = 16 << 10;
@@ -255,7 +254,10 @@ pub(super) async fn prepare(
 #[derive(Clone, Copy)]
 pub(super) struct PromptOptions {
     pub(super) echo: bool,
+    /// The client's own bound.
     pub(super) max_tokens: Option<i128>,
+    /// The bound otherwise; `None`: what the context leaves.
+    pub(super) default_max_tokens: Option<u32>,
     pub(super) max_model_len: usize,
 }
 
@@ -279,9 +281,9 @@ fn prepare_one(
         (PromptInput::Text(text), None) => (encode(tokenizer, &text, true)?, Some(text)),
         (PromptInput::Tokens(tokens), _) => (tokens, None),
     };
-    let default = Some(DEFAULT_MAX_TOKENS);
+    let PromptOptions { max_tokens, default_max_tokens, max_model_len, .. } = options;
     let max_tokens =
-        answer_tokens("max_tokens", options.max_tokens, default, tokens.len(), options.max_model_len, false)?;
+        answer_tokens("max_tokens", max_tokens, default_max_tokens, tokens.len(), max_model_len, false)?;
     let (text, echo) = match (options.echo, text) {
         (false, text) => {
             let after = gap.map(|gap| gap.suffix.clone());
@@ -310,12 +312,20 @@ fn fim_tokens(
         let message = "with a suffix the prompt must be text, not token ids";
         return Err(ApiError::invalid("prompt", message));
     }
-    served.model.fim.clone().map(Some).ok_or_else(|| {
+    fim_of(served, "suffix").map(|fim| Some(fim.clone()))
+}
+
+/// The model's fill-in-the-middle tokens.
+///
+/// # Errors
+/// If it has none; `param` is what asked for them.
+pub(super) fn fim_of<'a>(served: &'a ServedModel, param: &str) -> Result<&'a FimTokens, ApiError> {
+    served.model.fim.as_ref().ok_or_else(|| {
         let message = format!(
             "the model {:?} has no fill-in-the-middle tokens in its vocabulary, so it takes no suffix",
             served.model.name
         );
-        ApiError::invalid("suffix", message)
+        ApiError::invalid(param, message)
     })
 }
 
@@ -344,7 +354,7 @@ pub(super) fn encode(tokenizer: &Tokenizer, text: &str, add_special: bool) -> Re
     tokenizer.encode(text, add_special).map_err(untokenizable)
 }
 
-fn untokenizable(error: ModelError) -> ApiError {
+pub(super) fn untokenizable(error: ModelError) -> ApiError {
     ApiError::invalid("prompt", format!("the prompt cannot be tokenized: {error}"))
 }
 
@@ -352,25 +362,6 @@ fn decode(tokenizer: &Tokenizer, tokens: &[u32]) -> Result<String, ApiError> {
     tokenizer
         .decode(tokens, false)
         .map_err(|error| ApiError::invalid("prompt", format!("the prompt cannot be echoed: {error}")))
-}
-
-/// A request for more sequences than run and wait together could never be admitted: trying again,
-/// which a 429 asks for, would not help.
-pub(super) fn check_sequences(
-    state: &AppState,
-    num_prompts: usize,
-    num_choices: usize,
-) -> Result<(), ApiError> {
-    let num_sequences = num_prompts * num_choices;
-    let most = state.engine.max_sequences();
-    if num_sequences <= most {
-        return Ok(());
-    }
-    let message = format!(
-        "{num_prompts} prompts with n = {num_choices} are {num_sequences} answers; this server holds at \
-         most {most} at a time"
-    );
-    Err(ApiError::invalid(if num_choices > 1 { "n" } else { "prompt" }, message))
 }
 
 #[cfg(test)]

@@ -8,9 +8,9 @@ use serde::de::{self, SeqAccess, Visitor};
 use serde::{Deserialize, Deserializer};
 use tandem_engine::{DraftSource, DraftSources, MAX_DRAFT_TOKENS, SpeculationParams};
 
-use super::params::{Strings, in_range, integer, one_of};
-use super::prompt::INLINE_TEXT_BYTES;
+use super::json::{Strings, in_range, integer, one_of};
 use crate::http::error::ApiError;
+use crate::http::prompt::INLINE_TEXT_BYTES;
 use crate::http::state::{AppState, ServedModel};
 
 /// `speculative`
@@ -44,7 +44,7 @@ impl Speculative {
 
 /// `prediction`: the text that the client expects.
 #[derive(Debug, Deserialize)]
-pub(super) struct Prediction {
+pub(in crate::http) struct Prediction {
     r#type: String,
     content: PredictedText,
 }
@@ -93,7 +93,11 @@ impl Prediction {
     ///
     /// # Errors
     /// If its type is unknown or it is longer than the context.
-    pub(super) async fn encode(self, state: &AppState, served: &ServedModel) -> Result<Arc<[u32]>, ApiError> {
+    pub(in crate::http) async fn encode(
+        self,
+        state: &AppState,
+        served: &ServedModel,
+    ) -> Result<Arc<[u32]>, ApiError> {
         one_of("prediction.type", &self.r#type, &[("content", ())])?;
         let PredictedText(text) = self.content;
         let max_model_len = state.engine.max_model_len();

@@ -1,0 +1,39 @@
+//! The tools of a request, as far as reading an answer needs them.
+
+use std::collections::{HashMap, HashSet};
+
+use serde_json::Value;
+
+/// Names, and which parameters are strings.
+#[derive(Debug, Default)]
+pub struct ToolSet {
+    tools: HashMap<String, HashSet<String>>,
+}
+
+impl ToolSet {
+    /// From a JSON array of `{"type": "function", "function": {"name", "parameters"}}`.
+    pub fn new(tools: &[Value]) -> Self {
+        let one = |tool: &Value| {
+            let function = &tool["function"];
+            let properties = function["parameters"]["properties"].as_object();
+            let strings = properties
+                .into_iter()
+                .flatten()
+                .filter(|(_, schema)| schema["type"] == "string")
+                .map(|(name, _)| name.clone())
+                .collect();
+            Some((function["name"].as_str()?.to_owned(), strings))
+        };
+        ToolSet { tools: tools.iter().filter_map(one).collect() }
+    }
+
+    /// True if the request has a tool of this name.
+    pub fn contains(&self, name: &str) -> bool {
+        self.tools.contains_key(name)
+    }
+
+    /// True if the tool's schema says that this parameter is a string.
+    pub(super) fn is_string(&self, tool: &str, parameter: &str) -> bool {
+        self.tools.get(tool).is_some_and(|strings| strings.contains(parameter))
+    }
+}

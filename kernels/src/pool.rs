@@ -7,9 +7,10 @@
 //! operations workers spin for some tens of microseconds and then park.
 //!
 //! That one task is what other programs cost: nobody else may do it again, so the operation waits until
-//! the worker has a core once more, a hundred times as long as it had worked. An operation that waited
-//! for `t` is therefore followed by `8 t` on the caller alone: however busy the machine, no more than a
-//! ninth of the time goes into such waits, and when it is quiet again the workers are back as soon.
+//! the worker has a core once more, a hundred times as long as it had worked. In a pool of two threads an
+//! operation that waited for `t` is therefore followed by `8 t` on the caller alone: however busy the
+//! machine, no more than a ninth of the time goes into such waits, and when it is quiet again the worker is
+//! back as soon. With more threads the caller alone would be slower than the wait.
 //!
 //! Cost: about a cache-line exchange each way when the workers spin; a wake-up by the operating system
 //! (some microseconds) when they have parked. Operations too small to pay for that run on the caller,
@@ -33,7 +34,7 @@ const SPIN: Duration = Duration::from_micros(50);
 /// before it also offers its core: a worker that was put aside may be waiting for it.
 const CALLER_SPINS: u32 = 4_000;
 
-/// How many times as long as an operation was held up the next ones do without the workers.
+/// How many times as long as an operation was held up the next ones do without the worker.
 const ALONE_FACTOR: u32 = 8;
 
 /// Bits of a ticket's begin and end; the remaining 40 bits hold the number of the operation.
@@ -245,7 +246,7 @@ impl ThreadPool {
         // those took was put aside.
         let end = self.start.elapsed();
         let held_up = end - own_end;
-        if held_up > own_end - begin {
+        if held_up > own_end - begin && self.threads() == 2 {
             self.alone_until.store(as_nanos(end + held_up * ALONE_FACTOR), Ordering::Relaxed);
         }
     }

@@ -160,6 +160,7 @@ async fn broken_calls_and_wrong_tools_have_an_answer() {
         ),
         (json!({ "tool_choice": "required", "tools": [] }), "tool_choice", "none"),
         (json!({ "reasoning_effort": "huge" }), "reasoning_effort", "low"),
+        (json!({ "response_format": { "type": "json_object" } }), "response_format", "json_object"),
         (
             json!({ "messages": [{ "role": "assistant", "tool_calls": [{}] }] }),
             "messages[0].tool_calls[0].function",

@@ -2,7 +2,7 @@
 //! memory-mapped; a model split over several files is opened by any one of them.
 //! Source: the format's specification, ggml's `docs/gguf.md`.
 //!
-//! The file is untrusted. [`header`] checks every count, length, shape and offset against the bytes
+//! The file is untrusted. `header` checks every count, length, shape and offset against the bytes
 //! that are there before it believes them, and allocates for what it has read, never for what is
 //! claimed. Afterwards a view is a slice of the mapping. Opening costs one walk over the header (the
 //! vocabulary in it is a few megabytes); weights are paged in when first read.

@@ -14,7 +14,7 @@ use super::request::{ResponseFields, message, messages};
 use super::store::Stored;
 use super::wire::ResponsesWire;
 use crate::http::body::JsonBody;
-use crate::http::chat::{ChatStream, Conversation, ToolChoice, ToolFields, reasoning_variables};
+use crate::http::chat::{ChatStream, Conversation, ToolChoice, ToolFields, only_text, reasoning_variables};
 use crate::http::error::{ApiError, ErrorKind};
 use crate::http::fields::{Bounded, CommonFields, bounded_from_str, in_range};
 use crate::http::generation::Prompt;
@@ -36,6 +36,7 @@ pub(super) async fn create(
         let message = "background is true; responses are not made in the background here";
         return Err(ApiError::invalid("background", message));
     }
+    only_text("text.format", fields.text.as_ref().and_then(|Bounded(text)| text.get("format")))?;
     let asked =
         fields.max_output_tokens.map(|value| in_range("max_output_tokens", value, 1, i64::MAX.into()));
     let asked = asked.transpose()?;

@@ -21,6 +21,7 @@ pub(super) struct ResponseFields {
     pub(super) store: Option<bool>,
     pub(super) previous_response_id: Option<String>,
     pub(super) background: Option<bool>,
+    pub(super) text: Option<Bounded>,
     pub(super) metadata: Option<Bounded>,
 }
 

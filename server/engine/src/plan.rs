@@ -57,7 +57,7 @@ impl Engine {
             }
         }
         let load = self.step_load();
-        let is_comparable = !must_plan && load.num_prefill_rows == 0 && !plan.seats.is_empty();
+        let is_comparable = !must_plan && load.num_prefill_rows == 0 && plan.seats.len() > 1;
         let kind = is_comparable.then(|| BatchKind::new(plan.seats.len(), samples));
         let arm = self.trials.begin(kind, now, self.stats.num_deep_tokens);
         if arm == Arm::Plain || (plan.num_settled_steps > 0 && !must_plan) {

@@ -5,6 +5,9 @@
 //! second. A trial that changes nothing doubles the time to the next one, so the price fades to one or two
 //! windows in [`LONGEST_INTERVAL`].
 //!
+//! One sequence alone is always decoded as planned: what its windows bring differs more from text to text than
+//! from one way to the other.
+//!
 //! A *round* is one plan with its draft passes and the target's pass. Everything here is O(1).
 
 use std::ops::RangeInclusive;
@@ -57,7 +60,7 @@ const MARGIN: f64 = 1.03;
 /// A round counts for at most so many times the arm's mean: the system may have put it aside.
 const MOST_TIMES: f64 = 4.0;
 
-/// Batches of 1, 2, 3 to 4, 5 to 8 and so on are of one kind; the last holds all larger ones.
+/// Batches of 2, 3 to 4, 5 to 8 and so on are of one kind; the last holds all larger ones.
 const NUM_SIZES: usize = 8;
 
 /// Kinds of batch, in which one way is likely to be the faster throughout.

@@ -112,12 +112,12 @@ macro_rules! vector_kernels {
         impl attention::vector::Target for $table {
             const MAX_ROWS: usize = [$($attention_rows),+].len();
 
-            unsafe fn group<E: attention::vector::Element>(
+            unsafe fn group<E: attention::element::Element>(
                 group: &attention::vector::Group<'_>,
                 rows: &mut [attention::vector::Row],
             ) {
                 #[target_feature(enable = $features)]
-                unsafe fn group_with<E: attention::vector::Element, const R: usize, const W: usize>(
+                unsafe fn group_with<E: attention::element::Element, const R: usize, const W: usize>(
                     group: &attention::vector::Group<'_>,
                     rows: &mut [attention::vector::Row],
                 ) {

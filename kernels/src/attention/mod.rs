@@ -19,6 +19,7 @@
 //!
 //! The query heads of a group and the tokens of a sequence share each key and value that is read.
 
+pub(crate) mod element;
 pub(crate) mod scalar;
 pub(crate) mod vector;
 

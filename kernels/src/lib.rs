@@ -38,6 +38,7 @@ pub mod sampling;
 pub mod scaling;
 mod shared_out;
 mod simd;
+pub mod turns;
 
 pub use isa::Isa;
 pub use pack::PackedMatrix;

@@ -51,9 +51,7 @@ pub(super) fn run(settings: &ServeSettings) -> anyhow::Result<ExitCode> {
     if let Some(file) = file {
         tracing::info!("settings read from {}", file.display());
     }
-    // The engine and the pool have threads of their own; what is left for these is parsing and sockets.
-    let tokio = tokio::runtime::Builder::new_multi_thread().worker_threads(2).enable_all().build()?;
-    tokio.block_on(async {
+    runtime::async_runtime()?.block_on(async {
         // Bound before the models are loaded: a port in use is said at once.
         let listener = TcpListener::bind((config.host.as_str(), config.port))
             .await

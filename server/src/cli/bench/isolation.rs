@@ -23,7 +23,7 @@ use super::client::{Client, Endpoint};
 use super::prompts::Dealer;
 use super::report::{self, Header};
 use super::scrape::{Scrape, wait_for_idle};
-use super::server::{LocalServer, async_runtime, configure};
+use super::server::{LocalServer, configure};
 use crate::cli::settings::ModelSettings;
 use crate::config::Config;
 use crate::runtime;
@@ -107,7 +107,7 @@ const DEEP_PROMPT_CHARS: usize = 400;
 
 pub(super) fn run(args: &IsolationArgs) -> anyhow::Result<ExitCode> {
     let config = configure(&args.model)?;
-    async_runtime()?.block_on(async {
+    runtime::async_runtime()?.block_on(async {
         let (on, header) = Subject::start(args, &config, true).await?;
         header.print();
         if on.long_prompt.len() < args.deep_prompt as usize {

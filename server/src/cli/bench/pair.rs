@@ -17,7 +17,7 @@ use serde_json::{Value, json};
 use super::client::{Client, Completion, Endpoint};
 use super::prompts::{self, BenchPrompt};
 use super::report::{self, Header};
-use super::server::{LocalServer, async_runtime, configure};
+use super::server::{LocalServer, configure};
 use crate::cli::settings::ModelSettings;
 use crate::runtime;
 use summary::{Mismatch, Row};
@@ -185,7 +185,7 @@ pub(super) fn run(args: &PairArgs) -> anyhow::Result<ExitCode> {
     let header = Header::of("pair", &runtime)?;
     header.print();
 
-    let (samples, mismatches) = async_runtime()?.block_on(async {
+    let (samples, mismatches) = runtime::async_runtime()?.block_on(async {
         let server = LocalServer::start(runtime).await?;
         let measured = measure(args, &prompts, &server).await?;
         server.stop().await?;

@@ -19,7 +19,7 @@ use super::client::{Client, Completion, Endpoint};
 use super::prompts::{self, BenchPrompt};
 use super::random_draft::RandomDraft;
 use super::report::{self, Header};
-use super::server::{LocalServer, async_runtime, configure};
+use super::server::{LocalServer, configure};
 use crate::cli::settings::ModelSettings;
 use crate::config::Config;
 use crate::runtime::{self, Runtime};
@@ -101,7 +101,7 @@ pub(super) fn run(args: &PolicyArgs) -> anyhow::Result<ExitCode> {
     let prompts = prompts::load(args.prompts.as_deref(), args.limit)?;
     let most = args.batches.iter().copied().max().unwrap_or(1);
     let config = Config { max_num_seqs: most.into(), sharing: false, prefix_cache: false, ..config };
-    let tokio = async_runtime()?;
+    let tokio = runtime::async_runtime()?;
 
     let runtime = runtime::start(&config)?;
     let header = Header::of("policy", &runtime)?;

@@ -28,11 +28,6 @@ pub(super) fn configure(settings: &ModelSettings) -> anyhow::Result<Config> {
     Ok(config)
 }
 
-/// The threads that sockets and parsing get, of client and server together.
-pub(super) fn async_runtime() -> std::io::Result<tokio::runtime::Runtime> {
-    tokio::runtime::Builder::new_multi_thread().worker_threads(2).enable_all().build()
-}
-
 impl Header {
     /// # Errors
     /// If one of the pair is missing.

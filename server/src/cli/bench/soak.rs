@@ -21,7 +21,7 @@ use super::client::{Client, Endpoint, Failure, is_out_of_files};
 use super::prompts::Dealer;
 use super::report;
 use super::scrape::{Blocks, Scrape, wait_for_idle};
-use super::server::async_runtime;
+use crate::runtime;
 use summary::{Memory, Report, Tally};
 
 mod summary;
@@ -105,7 +105,7 @@ pub(super) fn run(args: &SoakArgs) -> anyhow::Result<ExitCode> {
     }
     let api_key = args.api_key.as_deref().and_then(|keys| keys.split(',').next()).map(str::trim);
     let endpoint = Endpoint::parse(&args.url, api_key.filter(|key| !key.is_empty()).map(str::to_owned))?;
-    async_runtime()?.block_on(async {
+    runtime::async_runtime()?.block_on(async {
         let mut client = Client::new(endpoint.clone());
         let models =
             list_models(&mut client).await.with_context(|| format!("is a server at {}?", args.url))?;

@@ -128,15 +128,20 @@ fn fim_tokens_are_found_by_their_usual_spellings() {
     assert_eq!(detect(&["<|endoftext|>"]), None);
     assert_eq!(detect(&["<|fim_prefix|>", "<|fim_suffix|>"]), None);
     let qwen = detect(&SPECIAL).unwrap();
-    assert_eq!(qwen.psm("P", "S"), "<|fim_prefix|>P<|fim_suffix|>S<|fim_middle|>");
+    assert_eq!(qwen.psm("P", "S").unwrap(), "<|fim_prefix|>P<|fim_suffix|>S<|fim_middle|>");
     assert_eq!(qwen.spm("P", "S").unwrap(), "<|fim_prefix|><|fim_suffix|>S<|fim_middle|>P");
     let star_coder = detect(&["<fim_prefix>", "<fim_suffix>", "<fim_middle>"]).unwrap();
-    assert_eq!(star_coder.psm("P", "S"), "<fim_prefix>P<fim_suffix>S<fim_middle>");
+    assert_eq!(star_coder.psm("P", "S").unwrap(), "<fim_prefix>P<fim_suffix>S<fim_middle>");
     let code_llama = detect(&["▁<PRE>", "▁<SUF>", "▁<MID>"]).unwrap();
-    assert_eq!(code_llama.psm("P", "S"), "▁<PRE>P▁<SUF>S▁<MID>");
+    assert_eq!(code_llama.psm("P", "S").unwrap(), "▁<PRE>P▁<SUF>S▁<MID>");
     let deep_seek = detect(&["<｜fim▁begin｜>", "<｜fim▁hole｜>", "<｜fim▁end｜>"]).unwrap();
-    assert_eq!(deep_seek.psm("P", "S"), "<｜fim▁begin｜>P<｜fim▁hole｜>S<｜fim▁end｜>");
+    assert_eq!(deep_seek.psm("P", "S").unwrap(), "<｜fim▁begin｜>P<｜fim▁hole｜>S<｜fim▁end｜>");
     assert_eq!(deep_seek.spm("P", "S"), None);
+    let codestral = detect(&["[PREFIX]", "[SUFFIX]"]).unwrap();
+    assert_eq!(codestral.spm("P", "S").unwrap(), "[SUFFIX]S[PREFIX]P");
+    assert_eq!(codestral.psm("P", "S"), None);
+    let seed = detect(&["<[fim-suffix]>", "<[fim-prefix]>", "<[fim-middle]>"]).unwrap();
+    assert_eq!(seed.spm("P", "S").unwrap(), "<[fim-suffix]>S<[fim-prefix]>P<[fim-middle]>");
 }
 
 #[test]
@@ -148,7 +153,7 @@ fn fim_prompts_keep_control_strings_of_the_client_as_text() {
     let wanted =
         ["<|fim_prefix|>", "<|fim_suffix|>", "<|fim_middle|>"].map(|t| tokenizer.token_to_id(t).unwrap());
     assert_eq!(special, wanted);
-    let text = fim.psm("x = '<|endoftext|>'", "end");
+    let text = fim.psm("x = '<|endoftext|>'", "end").unwrap();
     assert_eq!(tokenizer.decode(&ids, false).unwrap(), text);
 }
 
@@ -169,6 +174,12 @@ fn a_gap_is_shown_with_as_much_context_as_fits() {
         shown(&with_files, 1000),
         format!("<file_sep>a.rs\nAAAA\n<file_sep>b.rs\nBB\n<file_sep>{gap}")
     );
+    let in_repository: Vec<&str> = with_files.iter().copied().chain(["<|repo_name|>"]).collect();
+    assert_eq!(
+        shown(&in_repository, 1000),
+        format!("<repo_name>project\n<file_sep>a.rs\nAAAA\n<file_sep>b.rs\nBB\n<file_sep>{gap}")
+    );
+    assert_eq!(shown(&in_repository, 20), gap);
     let bare = "\n\n--- snippet ---\n\n";
     assert_eq!(shown(&SPECIAL, 1000), format!("{bare}AAAA{bare}BB{gap}"));
     // One token a letter at most: no room for files, then none for the ends of the text.
@@ -176,6 +187,43 @@ fn a_gap_is_shown_with_as_much_context_as_fits() {
     for most in 4..20 {
         let text = shown(&with_files, most);
         assert!(text.ends_with("<fim_middle>x") && !text.contains("file_sep"), "{text}");
+    }
+}
+
+#[test]
+fn models_that_begin_with_the_suffix_get_it_first() {
+    for (special, wanted) in [
+        (&["[PREFIX]", "[SUFFIX]"][..], "[SUFFIX]S[PREFIX]P"),
+        (
+            &["<[fim-suffix]>", "<[fim-prefix]>", "<[fim-middle]>"],
+            "<[fim-suffix]>S<[fim-prefix]>P<[fim-middle]>",
+        ),
+    ] {
+        let tokenizer = load(&byte_level_tokenizer(special));
+        let fim = FimTokens::detect(&tokenizer).unwrap();
+        let ids = fim.encode(&tokenizer, "P", "S").unwrap();
+        assert_eq!(tokenizer.decode(&ids, false).unwrap(), wanted);
+        let context = FimContext { prefix: "P", begun: "x", suffix: "S", ..FimContext::default() };
+        let ids = fim.encode_context(&tokenizer, &context, 100).unwrap();
+        assert_eq!(tokenizer.decode(&ids, false).unwrap(), format!("{wanted}x"));
+        assert_eq!(fim.encode_context(&tokenizer, &context, 4).unwrap().len(), 4);
+    }
+}
+
+#[test]
+fn what_does_not_fit_before_a_gap_is_left_out_by_lines() {
+    let tokenizer = load(&byte_level_tokenizer(&SPECIAL));
+    let fim = FimTokens::detect(&tokenizer).unwrap();
+    let lines: String = (0..60).map(|i| format!("line {i};\n")).collect();
+    let context = FimContext { prefix: &lines, suffix: &lines, ..FimContext::default() };
+    for most in [150, 200, 333] {
+        let ids = fim.encode_context(&tokenizer, &context, most).unwrap();
+        assert!(ids.len() <= most && ids.len() > most * 3 / 4, "{} of {most}", ids.len());
+        let text = tokenizer.decode(&ids, false).unwrap();
+        let (prefix, rest) = text["<|fim_prefix|>".len()..].split_once("<|fim_suffix|>").unwrap();
+        let suffix = rest.strip_suffix("<|fim_middle|>").unwrap();
+        assert!(prefix.starts_with("line ") && lines.ends_with(prefix), "{prefix}");
+        assert!(suffix.ends_with(";\n") && lines.starts_with(suffix), "{suffix}");
     }
 }
 

@@ -18,15 +18,18 @@ pub struct FimTokens {
     pub prefix: String,
     /// Stands before the text after the gap.
     pub suffix: String,
-    /// Stands before the answer.
+    /// Stands before the answer; empty if the model knows no such token.
     pub middle: String,
     /// What [`FimTokens::encode`] writes.
     pub order: FimOrder,
-    /// Of prefix, suffix and middle.
-    ids: [u32; 3],
+    prefix_id: u32,
+    suffix_id: u32,
+    middle_id: Option<u32>,
     spelling: Spelling,
     /// Stands before each file of a repository, if the model was trained on whole ones.
     file_separator: Option<u32>,
+    /// Stands before a repository's name, which comes before its files.
+    repository: Option<u32>,
 }
 
 /// A file that a prompt shows beside the one with the gap.
@@ -70,6 +73,8 @@ enum Spelling {
     /// `<begin>P<hole>S<end>`: DeepSeek's are the same three places by other names, and have no other
     /// order.
     Hole,
+    /// `<suffix>S<prefix>P<middle>`, with or without the last: Codestral, Seed-Coder.
+    SuffixFirst,
 }
 
 /// What stands around the text before the gap in every prompt with the same suffix.
@@ -91,8 +96,8 @@ impl FimFrame {
     }
 }
 
-/// Spelling of (prefix, suffix, middle). Qwen2.5-Coder and our own; StarCoder, SantaCoder, Granite;
-/// CodeLlama; CodeGemma is spelled as Qwen; DeepSeek-Coder; Codestral's order differs and is not here.
+/// Spelling of (prefix, suffix, middle). Qwen2.5-Coder, CodeGemma and our own; StarCoder, Granite; SantaCoder;
+/// CodeLlama; DeepSeek-Coder; Seed-Coder; Codestral, which has no middle.
 const SPELLINGS: &[(&str, &str, &str, Spelling)] = &[
     ("<|fim_prefix|>", "<|fim_suffix|>", "<|fim_middle|>", Spelling::Parts),
     ("<fim_prefix>", "<fim_suffix>", "<fim_middle>", Spelling::Parts),
@@ -100,28 +105,42 @@ const SPELLINGS: &[(&str, &str, &str, Spelling)] = &[
     ("▁<PRE>", "▁<SUF>", "▁<MID>", Spelling::Parts),
     ("<PRE>", "<SUF>", "<MID>", Spelling::Parts),
     ("<｜fim▁begin｜>", "<｜fim▁hole｜>", "<｜fim▁end｜>", Spelling::Hole),
+    ("<[fim-prefix]>", "<[fim-suffix]>", "<[fim-middle]>", Spelling::SuffixFirst),
+    ("[PREFIX]", "[SUFFIX]", "", Spelling::SuffixFirst),
 ];
 
 /// What stands before each file: Qwen2.5-Coder; StarCoder2; Granite and the first StarCoder.
 const FILE_SEPARATORS: &[&str] = &["<|file_sep|>", "<file_sep>", "<filename>"];
+
+/// What stands before a repository's name, where files follow: Qwen2.5-Coder; StarCoder2.
+const REPOSITORIES: &[&str] = &["<|repo_name|>", "<repo_name>"];
+
+/// The name of a repository whose name is not known.
+const REPOSITORY: &str = "project\n";
 
 /// Stands between other files and the text before the gap where a model knows no separator.
 const SNIPPET: &str = "\n\n--- snippet ---\n\n";
 
 impl FimTokens {
     /// Finds the tokens in `tokenizer`; `None` if the model was not trained to fill in. The order is
-    /// prefix, suffix, middle.
+    /// prefix, suffix, middle where the model knows it.
     pub fn detect(tokenizer: &Tokenizer) -> Option<FimTokens> {
         SPELLINGS.iter().find_map(|&(prefix, suffix, middle, spelling)| {
             let id = |token: &str| tokenizer.token_to_id(token);
             Some(FimTokens {
-                ids: [id(prefix)?, id(suffix)?, id(middle)?],
+                prefix_id: id(prefix)?,
+                suffix_id: id(suffix)?,
+                middle_id: if middle.is_empty() { None } else { Some(id(middle)?) },
                 prefix: prefix.to_owned(),
                 suffix: suffix.to_owned(),
                 middle: middle.to_owned(),
-                order: FimOrder::default(),
+                order: match spelling {
+                    Spelling::Parts | Spelling::Hole => FimOrder::PrefixSuffixMiddle,
+                    Spelling::SuffixFirst => FimOrder::SuffixPrefixMiddle,
+                },
                 spelling,
                 file_separator: FILE_SEPARATORS.iter().find_map(|token| id(token)),
+                repository: REPOSITORIES.iter().find_map(|token| id(token)),
             })
         })
     }
@@ -140,27 +159,54 @@ impl FimTokens {
             wanted: wanted.to_owned(),
         };
         let order = match config.get(FIM_ORDER_KEY).map(|order| order.as_str()) {
-            None | Some(Some("psm")) => FimOrder::PrefixSuffixMiddle,
-            Some(Some("spm")) => FimOrder::SuffixPrefixMiddle,
+            None => None,
+            Some(Some("psm")) => Some(FimOrder::PrefixSuffixMiddle),
+            Some(Some("spm")) => Some(FimOrder::SuffixPrefixMiddle),
             Some(_) => return Err(fault("\"psm\" or \"spm\"")),
         };
         let Some(tokens) = Self::detect(tokenizer) else { return Ok(None) };
-        if tokens.spelling == Spelling::Hole && order == FimOrder::SuffixPrefixMiddle {
-            return Err(fault("\"psm\": a model with a hole token knows no other order"));
+        match order {
+            None => Ok(Some(tokens)),
+            Some(order) if order == tokens.order || tokens.spelling == Spelling::Parts => {
+                Ok(Some(FimTokens { order, ..tokens }))
+            }
+            Some(_) if tokens.spelling == Spelling::Hole => {
+                Err(fault("\"psm\": a model with a hole token knows no other order"))
+            }
+            Some(_) => Err(fault("\"spm\": a model with these tokens knows no other order")),
         }
-        Ok(Some(FimTokens { order, ..tokens }))
     }
 
-    /// The prompt in the order prefix, suffix, middle.
-    pub fn psm(&self, prefix: &str, suffix: &str) -> String {
-        format!("{}{prefix}{}{suffix}{}", self.prefix, self.suffix, self.middle)
+    /// The prompt in the order prefix, suffix, middle; `None` for models that cannot know it.
+    pub fn psm(&self, prefix: &str, suffix: &str) -> Option<String> {
+        let is_known = self.spelling != Spelling::SuffixFirst;
+        is_known.then(|| format!("{}{prefix}{}{suffix}{}", self.prefix, self.suffix, self.middle))
     }
 
     /// The prompt in the order suffix, prefix, middle; `None` for models that cannot know it.
     pub fn spm(&self, prefix: &str, suffix: &str) -> Option<String> {
         match self.spelling {
             Spelling::Parts => Some(format!("{}{}{suffix}{}{prefix}", self.prefix, self.suffix, self.middle)),
+            Spelling::SuffixFirst => {
+                Some(format!("{}{suffix}{}{prefix}{}", self.suffix, self.prefix, self.middle))
+            }
             Spelling::Hole => None,
+        }
+    }
+
+    /// What stands before and behind the text before the gap, in the model's own order.
+    fn around_prefix(&self, suffix: &[u32]) -> (Vec<u32>, Vec<u32>) {
+        let middle = self.middle_id.as_slice();
+        match (self.spelling, self.order) {
+            (Spelling::SuffixFirst, _) => {
+                ([&[self.suffix_id], suffix, &[self.prefix_id]].concat(), middle.to_vec())
+            }
+            (_, FimOrder::PrefixSuffixMiddle) => {
+                (vec![self.prefix_id], [&[self.suffix_id], suffix, middle].concat())
+            }
+            (_, FimOrder::SuffixPrefixMiddle) => {
+                ([&[self.prefix_id, self.suffix_id], suffix, middle].concat(), Vec::new())
+            }
         }
     }
 
@@ -170,17 +216,10 @@ impl FimTokens {
     /// # Errors
     /// If the text cannot be encoded.
     pub fn frame(&self, tokenizer: &Tokenizer, suffix: &str) -> Result<FimFrame, ModelError> {
-        let [prefix_id, suffix_id, middle_id] = self.ids;
         // What the model wants around every input (a beginning-of-sequence token) comes first.
-        let mut head = tokenizer.encode_text("", true)?;
-        head.push(prefix_id);
-        let mut rest = vec![suffix_id];
-        rest.extend(tokenizer.encode_text(suffix, false)?);
-        rest.push(middle_id);
-        Ok(match self.order {
-            FimOrder::PrefixSuffixMiddle => FimFrame { head, tail: rest },
-            FimOrder::SuffixPrefixMiddle => FimFrame { head: [head, rest].concat(), tail: Vec::new() },
-        })
+        let begin = tokenizer.encode_text("", true)?;
+        let (before, tail) = self.around_prefix(&tokenizer.encode_text(suffix, false)?);
+        Ok(FimFrame { head: [begin, before].concat(), tail })
     }
 
     /// The prompt for a gap as token ids, in the model's own order.
@@ -192,7 +231,7 @@ impl FimTokens {
     }
 
     /// The prompt for a gap with its context, in at most `max_tokens` tokens. What does not fit is left
-    /// out: other files from the first on, then the text farthest from the gap, three quarters of
+    /// out: other files from the first on, then the lines farthest from the gap, three quarters of
     /// the room being the prefix's. Nothing in the text becomes a control token.
     ///
     /// # Errors
@@ -204,23 +243,21 @@ impl FimTokens {
         max_tokens: usize,
     ) -> Result<Vec<u32>, ModelError> {
         let text = |text: &str| tokenizer.encode_text(text, false);
-        let [prefix_id, suffix_id, middle_id] = self.ids;
         let begin = tokenizer.encode_text("", true)?;
         let (mut prefix, begun, mut suffix) =
             (text(context.prefix)?, text(context.begun)?, text(context.suffix)?);
-        let room = max_tokens.saturating_sub(begin.len() + self.ids.len() + begun.len());
+        let num_control_tokens = 2 + usize::from(self.middle_id.is_some());
+        let room = max_tokens.saturating_sub(begin.len() + num_control_tokens + begun.len());
         if prefix.len() + suffix.len() > room {
             // What one of them leaves of its share is the other's.
             let for_suffix = (room / 4).max(room.saturating_sub(prefix.len()));
-            suffix.truncate(for_suffix);
-            prefix.drain(..prefix.len().saturating_sub(room - suffix.len()));
+            suffix.truncate(whole_lines_from_start(tokenizer, &suffix, for_suffix)?);
+            let for_prefix = room.saturating_sub(suffix.len());
+            prefix.drain(..prefix.len() - whole_lines_to_end(tokenizer, &prefix, for_prefix)?);
         }
         let files = self.files(tokenizer, context.files, room - prefix.len() - suffix.len())?;
-        let after = [&[suffix_id][..], &suffix, &[middle_id]].concat();
-        Ok(match self.order {
-            FimOrder::PrefixSuffixMiddle => [begin, files, vec![prefix_id], prefix, after, begun].concat(),
-            FimOrder::SuffixPrefixMiddle => [begin, files, vec![prefix_id], after, prefix, begun].concat(),
-        })
+        let (before, after) = self.around_prefix(&suffix);
+        Ok([begin, files, before, prefix, after, begun].concat())
     }
 
     /// The last of the files that fit into `room` tokens together.
@@ -230,8 +267,12 @@ impl FimTokens {
         files: &[FimFile<'_>],
         room: usize,
     ) -> Result<Vec<u32>, ModelError> {
+        let repository = match self.repository.filter(|_| self.file_separator.is_some()) {
+            Some(token) => [vec![token], tokenizer.encode_text(REPOSITORY, false)?].concat(),
+            None => Vec::new(),
+        };
         let mut parts: Vec<Vec<u32>> = Vec::new();
-        let mut left = room;
+        let mut left = room.saturating_sub(repository.len());
         for file in files.iter().rev() {
             let part = match self.file_separator {
                 Some(separator) => {
@@ -244,6 +285,9 @@ impl FimTokens {
             left = rest;
             parts.push(part);
         }
+        if !parts.is_empty() {
+            parts.push(repository);
+        }
         parts.reverse();
         // The file with the gap is one, too.
         if let Some(separator) = self.file_separator
@@ -254,4 +298,39 @@ impl FimTokens {
         }
         Ok(parts.concat())
     }
+}
+
+/// A text that is cut at a line's end may keep so much less than it could: a part of one in eight.
+const MAX_TRIMMED: usize = 8;
+
+/// How many of the first `most` tokens to keep of a text that goes on, so that it ends with a line if one
+/// ends near there.
+fn whole_lines_from_start(tokenizer: &Tokenizer, tokens: &[u32], most: usize) -> Result<usize, ModelError> {
+    if tokens.len() <= most {
+        return Ok(tokens.len());
+    }
+    for keep in (most - most / MAX_TRIMMED..=most).rev() {
+        if keep > 0 && ends_line(tokenizer, tokens[keep - 1])? {
+            return Ok(keep);
+        }
+    }
+    Ok(most)
+}
+
+/// How many of the last `most` tokens to keep of a text that began earlier, so that it begins with a line if one
+/// begins near there.
+fn whole_lines_to_end(tokenizer: &Tokenizer, tokens: &[u32], most: usize) -> Result<usize, ModelError> {
+    if tokens.len() <= most {
+        return Ok(tokens.len());
+    }
+    for keep in (most - most / MAX_TRIMMED..=most).rev() {
+        if ends_line(tokenizer, tokens[tokens.len() - keep - 1])? {
+            return Ok(keep);
+        }
+    }
+    Ok(most)
+}
+
+fn ends_line(tokenizer: &Tokenizer, token: u32) -> Result<bool, ModelError> {
+    Ok(tokenizer.decode(&[token], false)?.ends_with('\n'))
 }

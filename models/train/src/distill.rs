@@ -101,7 +101,9 @@ fn adopt_fim(text: &mut Text, options: &DistillOptions) -> Result<SampleMix, Tra
     let mut mix = options.mix.clone();
     let tokenizer = Tokenizer::from_dir(&options.target)?;
     let tokens = FimTokens::detect(&tokenizer);
-    text.special.fim = tokens.as_ref().and_then(|tokens| {
+    // Samples are laid out in no other orders than these.
+    let known = tokens.as_ref().filter(|tokens| tokens.psm("", "").is_some());
+    text.special.fim = known.and_then(|tokens| {
         let id = |token: &str| tokenizer.token_to_id(token);
         Some([id(&tokens.prefix)?, id(&tokens.middle)?, id(&tokens.suffix)?])
     });

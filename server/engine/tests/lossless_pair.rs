@@ -84,7 +84,7 @@ fn prompts() -> Vec<Arc<[TokenId]>> {
             let value: serde_json::Value = serde_json::from_str(line).expect("a line of JSON");
             let prompt = value["prompt"].as_str().expect("a prompt");
             let text = match value["suffix"].as_str() {
-                Some(suffix) => fim.psm(prompt, suffix),
+                Some(suffix) => fim.psm(prompt, suffix).expect("the pair knows this order"),
                 None => prompt.to_owned(),
             };
             tokenizer.encode(&text, false).expect("it encodes").into()

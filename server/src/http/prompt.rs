@@ -14,6 +14,7 @@ use super::error::ApiError;
 use super::generation::{Prompt, PromptText};
 use super::intake::answer_tokens;
 use super::state::{AppState, MAX_PROMPTS, ServedModel};
+use crate::text::Gap;
 
 /// Requests with more text than this are tokenized off the async threads.
 pub(super) const INLINE_TEXT_BYTES: usize = 16 << 10;
@@ -33,13 +34,19 @@ pub(super) enum PromptInput {
 pub(super) struct PreparedPrompt {
     pub(super) tokens: Arc<[u32]>,
     text: Option<PromptText>,
+    gap: Option<Gap>,
     max_tokens: u32,
     pub(super) echo: Option<String>,
 }
 
 impl PreparedPrompt {
     pub(super) fn to_run(&self) -> Prompt {
-        Prompt { tokens: self.tokens.clone(), text: self.text.clone(), max_tokens: self.max_tokens }
+        Prompt {
+            tokens: self.tokens.clone(),
+            text: self.text.clone(),
+            max_tokens: self.max_tokens,
+            gap: self.gap.clone(),
+        }
     }
 }
 
@@ -237,15 +244,15 @@ pub(super) async fn prepare(
     }
     let tokenizer = served.model.tokenizer.clone();
     let work = move || {
-        let gap = match fim.zip(suffix) {
+        let suffix = match fim.zip(suffix) {
             Some((fim, suffix)) => {
                 let frame = fim.frame(&tokenizer, &suffix).map_err(untokenizable)?;
-                Some(Gap { frame, suffix: suffix.into() })
+                Some(Suffix { frame, text: suffix.into() })
             }
             None => None,
         };
         // Each is checked before the next is encoded: the first fault ends the work.
-        inputs.into_iter().map(|input| prepare_one(&tokenizer, input, gap.as_ref(), options)).collect()
+        inputs.into_iter().map(|input| prepare_one(&tokenizer, input, suffix.as_ref(), options)).collect()
     };
     state.heavy.run_if(size_bytes > INLINE_TEXT_BYTES, work).await
 }
@@ -261,22 +268,22 @@ pub(super) struct PromptOptions {
     pub(super) max_model_len: usize,
 }
 
-/// The gap that every prompt of a request with a suffix stands before, encoded once.
-struct Gap {
+/// The suffix that follows every prompt of a request, encoded once.
+struct Suffix {
     frame: FimFrame,
-    suffix: Arc<str>,
+    text: Arc<str>,
 }
 
 fn prepare_one(
     tokenizer: &Tokenizer,
     input: PromptInput,
-    gap: Option<&Gap>,
+    suffix: Option<&Suffix>,
     options: PromptOptions,
 ) -> Result<PreparedPrompt, ApiError> {
-    let (tokens, text) = match (input, gap) {
-        (PromptInput::Text(text), Some(gap)) => {
+    let (tokens, text) = match (input, suffix) {
+        (PromptInput::Text(text), Some(suffix)) => {
             // Prompt and suffix are plain text: nothing in them becomes a control token.
-            (gap.frame.around(tokenizer, &text).map_err(untokenizable)?, Some(text))
+            (suffix.frame.around(tokenizer, &text).map_err(untokenizable)?, Some(text))
         }
         (PromptInput::Text(text), None) => (encode(tokenizer, &text, true)?, Some(text)),
         (PromptInput::Tokens(tokens), _) => (tokens, None),
@@ -286,13 +293,17 @@ fn prepare_one(
         answer_tokens("max_tokens", max_tokens, default_max_tokens, tokens.len(), max_model_len, false)?;
     let (text, echo) = match (options.echo, text) {
         (false, text) => {
-            let after = gap.map(|gap| gap.suffix.clone());
+            let after = suffix.map(|suffix| suffix.text.clone());
             (text.map(|text| PromptText { before: text.into(), after }), None)
         }
         (true, Some(text)) => (None, Some(text)),
         (true, None) => (None, Some(decode(tokenizer, &tokens)?)),
     };
-    Ok(PreparedPrompt { tokens: tokens.into(), text, max_tokens, echo })
+    let gap_in = |text: &PromptText| {
+        Some(Gap { before: text.before.clone(), after: text.after.clone()?, min_indent: 0 })
+    };
+    let gap = text.as_ref().and_then(gap_in);
+    Ok(PreparedPrompt { tokens: tokens.into(), text, gap, max_tokens, echo })
 }
 
 /// The tokens for a gap, if there is a suffix and everything else agrees with that.

@@ -1,6 +1,10 @@
-//! Text on its way to the client: stop strings, and what answers mean.
+//! Text on its way to the client: where answers end, and what they mean.
 
 pub mod answer;
+pub mod ending;
+pub mod gap;
 pub mod stop;
 
+pub use ending::Ending;
+pub use gap::Gap;
 pub use stop::StopMatcher;

@@ -106,10 +106,11 @@ impl StopMatcher {
         self.held.clear();
     }
 
-    /// The stop string that was completed.
-    pub fn stopped_by(&self) -> Option<&str> {
-        let pattern = &self.patterns[self.stopped_by?];
-        Some(std::str::from_utf8(&pattern.bytes).expect("it was made of a string: this is a bug"))
+    /// The stop string that was completed, and its place among those that are not empty.
+    pub fn stopped_by(&self) -> Option<(usize, &str)> {
+        let index = self.stopped_by?;
+        let text = std::str::from_utf8(&self.patterns[index].bytes);
+        Some((index, text.expect("it was made of a string: this is a bug")))
     }
 
     /// True once a stop string was completed.

@@ -39,7 +39,7 @@ pub(super) async fn messages(
     let max_tokens =
         answer_tokens("max_tokens", Some(max_tokens), None, num_prompt_tokens, max_model_len, false)?;
     intake.common.num_choices = 1;
-    let prompt = Prompt { tokens: rendered.tokens, text: None, max_tokens };
+    let prompt = Prompt { tokens: rendered.tokens, text: None, max_tokens, gap: None };
     let (generation, reply) = intake.start(vec![prompt]).await?;
     let wire = AnthropicWire::new(&reply, num_prompt_tokens, shows_thinking);
     respond(generation, ChatStream::new(wire, rendered.plan, one_call, 1), &reply).await

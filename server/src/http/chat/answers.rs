@@ -99,7 +99,7 @@ impl<W: ChatWire> ChatStream<W> {
             EndReason::Length => Finish::Length,
             _ if has_calls => Finish::ToolCalls,
             EndReason::StopString => Finish::StopString,
-            EndReason::Stop => Finish::Stop,
+            EndReason::Stop | EndReason::GapFilled => Finish::Stop,
         })
     }
 }

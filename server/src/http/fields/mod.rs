@@ -35,6 +35,9 @@ pub(super) struct StreamOptions {
     continuous_usage_stats: Option<bool>,
 }
 
+/// Whether an answer that fills a gap ends where it meets what follows.
+const FILLS: &[(&str, bool)] = &[("fit", true), ("raw", false)];
+
 const PRIORITIES: &[(&str, Priority)] = &[("interactive", Priority::Interactive), ("batch", Priority::Batch)];
 
 /// The fields, as they stand in the body.
@@ -66,6 +69,7 @@ pub(super) struct CommonFields {
     priority: Option<String>,
     #[serde(default, deserialize_with = "integer")]
     t_max_predict_ms: Option<i128>,
+    fill: Option<String>,
     cache_salt: Option<String>,
     speculative: Option<Speculative>,
     prediction: Option<Prediction>,
@@ -89,6 +93,8 @@ pub(super) struct Common {
     pub(super) continuous_usage: bool,
     /// Control tokens that show in the text.
     pub(super) markers: Arc<[u32]>,
+    /// An answer that fills a gap ends where it meets what follows.
+    pub(super) fits_gaps: bool,
 }
 
 impl Common {
@@ -105,6 +111,7 @@ impl Common {
             max_predict_time: self.max_predict_time,
             speculation: self.speculation,
             markers: self.markers,
+            fits_gaps: self.fits_gaps,
         }
     }
 }
@@ -148,6 +155,10 @@ impl CommonFields {
                 .and_then(|o| o.continuous_usage_stats)
                 .unwrap_or(false),
             markers: Arc::from([]),
+            fits_gaps: match &self.fill {
+                Some(fill) => one_of("fill", fill, FILLS)?,
+                None => true,
+            },
         })
     }
 

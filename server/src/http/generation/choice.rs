@@ -1,7 +1,7 @@
 //! One answer: a sequence's tokens turned into text.
 //!
-//! Tokens become text when their UTF-8 is whole, text is released when it can no longer be part of a
-//! stop string, and a scored token is released with the first byte of its text. After a stop string
+//! Tokens become text when their UTF-8 is whole, text is released when it is certain to stand before the
+//! answer's [`Ending`], and a scored token is released with the first byte of its text. After the end
 //! the sequence is aborted and its end awaited, which takes at most one engine step.
 //!
 //! A sequence may have other readers. Then it can go on past what this answer wants, which is cut
@@ -21,12 +21,13 @@ use super::sharing::{Boarding, Shared};
 use super::{Account, Delta, EndReason, ScoredToken};
 use crate::http::error::{ApiError, ErrorKind};
 use crate::http::metrics::TokenClock;
-use crate::text::StopMatcher;
+use crate::text::{Ending, Gap};
 
 /// How tokens become text.
 pub(super) struct TextRules<'a> {
     pub(super) tokenizer: &'a Arc<Tokenizer>,
     pub(super) stop: &'a [String],
+    pub(super) gap: Option<&'a Gap>,
     pub(super) markers: &'a Arc<[u32]>,
 }
 
@@ -43,7 +44,7 @@ pub(super) struct Choice {
     logprobs: Vec<TokenLogprobs>,
     detokenizer: Detokenizer,
     tokenizer: Arc<Tokenizer>,
-    stop: StopMatcher,
+    ending: Ending,
     /// Control tokens that show in the text.
     markers: Arc<[u32]>,
     clock: TokenClock,
@@ -54,7 +55,7 @@ pub(super) struct Choice {
     num_decoded_bytes: usize,
     /// Of those, handed on.
     num_released_bytes: usize,
-    /// Tokens up to the end, or up to the one that completed a stop string.
+    /// Tokens up to the end, or up to the one that brought it about.
     num_tokens: u32,
     /// Tokens of the present sequence that were looked at.
     num_taken: u32,
@@ -81,7 +82,7 @@ impl Choice {
             num_typed_bytes,
             tokens: Vec::new(),
             logprobs: Vec::new(),
-            stop: StopMatcher::new(text.stop),
+            ending: Ending::new(text.stop, text.gap),
             markers: text.markers.clone(),
             tokenizer: text.tokenizer.clone(),
             clock,
@@ -154,8 +155,8 @@ impl Choice {
     fn take_tokens(&mut self) -> Result<bool, ApiError> {
         let (mut tokens, mut logprobs) =
             (std::mem::take(&mut self.tokens), std::mem::take(&mut self.logprobs));
-        // What still arrives after a stop string is not part of the answer.
-        if !self.stop.stopped() {
+        // What still arrives after the end is not part of the answer.
+        if !self.ending.has_ended() {
             self.clock.tokens(tokens.len());
             self.absorb(&tokens, &mut logprobs)?;
         }
@@ -164,7 +165,7 @@ impl Choice {
         (self.tokens, self.logprobs) = (tokens, logprobs);
 
         let reader = self.reader.as_ref().expect("tokens come from a reader: this is a bug");
-        if self.stop.stopped() {
+        if self.ending.has_ended() {
             // The closing account is waited for unless others keep the sequence running.
             return Ok(!reader.abort_if_alone());
         }
@@ -178,7 +179,7 @@ impl Choice {
     /// True if a sequence that was started for somebody else ended before this answer was whole.
     fn is_cut_short(&self, finished: &Finished) -> bool {
         self.shared.is_some()
-            && !self.stop.stopped()
+            && !self.ending.has_ended()
             && matches!(finished.reason, FinishReason::Length | FinishReason::Deadline)
             && self.num_tokens < self.plan.params.max_tokens
     }
@@ -237,7 +238,7 @@ impl Choice {
             // The token that ends the typed text counts if the answer begins with its rest.
             self.num_tokens += u32::from(is_typed && text.len() > num_typed);
             self.release(&text[num_typed..]);
-            if self.stop.stopped() {
+            if self.ending.has_ended() {
                 break;
             }
         }
@@ -256,13 +257,13 @@ impl Choice {
     }
 
     pub(super) fn stop_string(&self) -> Option<&str> {
-        self.stop.stopped_by()
+        self.ending.stop_string()
     }
 
     fn release(&mut self, text: &str) {
         let before = self.delta.text.len();
         self.num_decoded_bytes += text.len();
-        self.stop.push(text, &mut self.delta.text);
+        self.ending.push(text, &mut self.delta.text);
         self.num_released_bytes += self.delta.text.len() - before;
         while self.held_tokens.front().is_some_and(|(start, _)| *start < self.num_released_bytes) {
             self.delta.tokens.extend(self.held_tokens.pop_front().map(|(_, token)| token));
@@ -271,16 +272,17 @@ impl Choice {
 
     fn end(&mut self, reason: Option<FinishReason>) -> Result<EndReason, ApiError> {
         self.reader = None;
-        if !self.stop.stopped()
+        if !self.ending.has_ended()
             && let Some(text) = self.detokenizer.flush()
         {
             self.release(&text);
         }
-        if self.stop.stopped() {
+        self.ending.finish(&mut self.delta.text);
+        if self.ending.has_ended() {
             self.held_tokens.clear();
-            return Ok(EndReason::StopString);
+            let is_stop_string = self.ending.stop_string().is_some();
+            return Ok(if is_stop_string { EndReason::StopString } else { EndReason::GapFilled });
         }
-        self.stop.finish(&mut self.delta.text);
         self.delta.tokens.extend(self.held_tokens.drain(..).map(|(_, token)| token));
         match reason {
             Some(FinishReason::Stop(_)) => Ok(EndReason::Stop),

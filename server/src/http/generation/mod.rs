@@ -18,6 +18,7 @@ use tandem_engine::{CacheSalt, Priority, SamplingParams, SpeculationParams, Toke
 use super::error::ApiError;
 use super::metrics::TokenClock;
 use super::state::{AppState, ServedModel};
+use crate::text::Gap;
 use choice::{Choice, TextRules};
 use flight::FlightPlan;
 pub(super) use sharing::Flights;
@@ -45,6 +46,8 @@ pub struct GenerationRequest {
     pub speculation: SpeculationParams,
     /// Control tokens that show in the text; all others do not.
     pub markers: Arc<[u32]>,
+    /// An answer that fills a gap ends where it meets what follows.
+    pub fits_gaps: bool,
 }
 
 /// One prompt of a request.
@@ -55,6 +58,8 @@ pub struct Prompt {
     pub text: Option<PromptText>,
     /// The bound on its answer.
     pub max_tokens: u32,
+    /// The gap that its answer fills.
+    pub gap: Option<Gap>,
 }
 
 /// The text of a completion's prompt.
@@ -93,6 +98,8 @@ pub enum EndReason {
     Stop,
     /// A stop string.
     StopString,
+    /// It has met the text behind the gap that it fills.
+    GapFilled,
     /// `max_tokens` are there, the context is full, or the time that the client gave is over.
     Length,
 }
@@ -190,7 +197,12 @@ impl Generation {
                 if let Some(shared) = boarding.shared {
                     state.metrics.sequence_shared(shared);
                 }
-                let text = TextRules { tokenizer, stop: &request.stop, markers: &request.markers };
+                let text = TextRules {
+                    tokenizer,
+                    stop: &request.stop,
+                    gap: prompt.gap.as_ref().filter(|_| request.fits_gaps),
+                    markers: &request.markers,
+                };
                 choices.push(Choice::new(&state.engine, boarding, plan, text, clock));
             }
         }

@@ -21,6 +21,7 @@ use crate::http::prompt::{
 };
 use crate::http::state::AppState;
 use crate::http::wire::respond;
+use crate::text::Gap;
 
 pub(super) async fn completion(
     State(state): State<Arc<AppState>>,
@@ -50,6 +51,7 @@ pub(super) async fn infill(
     JsonBody { mut common, fields, size_bytes }: JsonBody<CommonFields, LlamaFields>,
 ) -> Result<Response, ApiError> {
     let max_tokens = fields.apply(&mut common)?;
+    let min_indent = fields.min_indent();
     let begun = match fields.prompt.map(|PromptField(inputs)| inputs).as_deref() {
         None | Some([]) => String::new(),
         Some([PromptInput::Text(text)]) => text.clone(),
@@ -83,11 +85,11 @@ pub(super) async fn infill(
         let tokens =
             fim.encode_context(&tokenizer, &context, max_model_len - wanted).map_err(untokenizable)?;
         let max_tokens = answer_tokens("n_predict", max_tokens, None, tokens.len(), max_model_len, false)?;
-        let text = extra.is_empty().then(|| PromptText {
-            before: format!("{prefix}{begun}").into(),
-            after: Some(suffix.as_str().into()),
-        });
-        Ok(Prompt { tokens: tokens.into(), text, max_tokens })
+        let gap = Gap { before: format!("{prefix}{begun}").into(), after: suffix.into(), min_indent };
+        let text = extra
+            .is_empty()
+            .then(|| PromptText { before: gap.before.clone(), after: Some(gap.after.clone()) });
+        Ok(Prompt { tokens: tokens.into(), text, max_tokens, gap: Some(gap) })
     };
     let prompt = state.heavy.run_if(size_bytes > INLINE_TEXT_BYTES, prepare).await?;
     let (generation, reply) = intake.start(vec![prompt]).await?;

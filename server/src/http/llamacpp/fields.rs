@@ -6,7 +6,7 @@ use crate::http::error::ApiError;
 use crate::http::fields::{CommonFields, in_range, integer};
 use crate::http::prompt::PromptField;
 
-/// Of both endpoints, beside the common fields. `n_indent` and `t_max_prompt_ms` are checked and have no effect.
+/// Of both endpoints, beside the common fields. `t_max_prompt_ms` is checked and has no effect.
 #[derive(Deserialize)]
 pub(super) struct LlamaFields {
     #[serde(default, deserialize_with = "integer")]
@@ -48,5 +48,11 @@ impl LlamaFields {
         };
         let asked = in_range(name, asked, -1, MOST)?;
         Ok((asked >= 0).then_some(asked))
+    }
+
+    /// White space that each further line of an answer that fills a gap begins with, in characters. After
+    /// [`apply`](Self::apply).
+    pub(super) fn min_indent(&self) -> usize {
+        self.n_indent.and_then(|indent| usize::try_from(indent).ok()).unwrap_or(0)
     }
 }

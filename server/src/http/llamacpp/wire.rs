@@ -24,7 +24,7 @@ impl LlamaWire {
         let stop_type = match self.end {
             EndReason::Stop => "eos",
             EndReason::StopString => "word",
-            EndReason::Length => "limit",
+            EndReason::GapFilled | EndReason::Length => "limit",
         };
         json!({
             "index": 0, "content": content, "tokens": [], "id_slot": 0, "stop": true, "model": self.model,

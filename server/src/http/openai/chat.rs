@@ -65,7 +65,7 @@ pub(super) async fn chat_completions(
     let rendered = conversation(fields, size_bytes)?.render(&mut intake).await?;
     let max_tokens = answer_tokens(param, asked, None, rendered.tokens.len(), max_model_len, true)?;
     let tokenizer = has_logprobs.then(|| intake.served.model.tokenizer.clone());
-    let prompt = Prompt { tokens: rendered.tokens, text: None, max_tokens };
+    let prompt = Prompt { tokens: rendered.tokens, text: None, max_tokens, gap: None };
     let (generation, reply) = intake.start(vec![prompt]).await?;
     answer(generation, &reply, rendered.plan, one_call, tokenizer).await
 }

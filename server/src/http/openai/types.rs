@@ -47,7 +47,7 @@ impl From<&Account> for Usage {
 /// `finish_reason`
 pub(super) fn finish_reason(end: EndReason) -> &'static str {
     match end {
-        EndReason::Stop | EndReason::StopString => "stop",
+        EndReason::Stop | EndReason::StopString | EndReason::GapFilled => "stop",
         EndReason::Length => "length",
     }
 }

@@ -80,7 +80,7 @@ pub(super) async fn create(
     let max_model_len = intake.max_model_len();
     let max_tokens =
         answer_tokens("max_output_tokens", asked, None, rendered.tokens.len(), max_model_len, false)?;
-    let prompt = Prompt { tokens: rendered.tokens, text: None, max_tokens };
+    let prompt = Prompt { tokens: rendered.tokens, text: None, max_tokens, gap: None };
     let (generation, reply) = intake.start(vec![prompt]).await?;
     let wire = ResponsesWire::new(response, recorder);
     respond(generation, ChatStream::new(wire, rendered.plan, one_call, 1), &reply).await

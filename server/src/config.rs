@@ -9,8 +9,10 @@
 use std::fmt;
 use std::path::{Path, PathBuf};
 
+mod lane_rules;
 mod parse;
 
+use tandem::http::lanes::{LanePolicy, LaneRule};
 use tandem_engine::{DraftTokens, MAX_DRAFT_TOKENS};
 use tandem_models::{BackendKind, KvType};
 
@@ -43,6 +45,13 @@ pub(crate) struct Config {
     pub(crate) max_waiting: usize,
     /// Keys that clients must show; empty lets everybody in.
     pub(crate) api_keys: Vec<String>,
+    /// The file of keys, if there is one.
+    pub(crate) keys: Option<PathBuf>,
+    /// Certificate chain and private key, in PEM files; both or neither.
+    pub(crate) tls_cert: Option<PathBuf>,
+    pub(crate) tls_key: Option<PathBuf>,
+    /// How `auto` picks a lane. Only the file can have rules.
+    pub(crate) lane_policy: LanePolicy,
     /// Web pages of any origin may call.
     pub(crate) cors: bool,
     /// The blocks of finished sequences are kept and shared.
@@ -71,6 +80,10 @@ impl Default for Config {
             max_model_len: None,
             max_waiting: 256,
             api_keys: Vec::new(),
+            keys: None,
+            tls_cert: None,
+            tls_key: None,
+            lane_policy: LanePolicy::default(),
             cors: false,
             prefix_cache: true,
             lane_isolation: true,
@@ -140,6 +153,12 @@ const SETTINGS: &[Setting] = &[
         put(&mut c.max_waiting, parse::number(v, 1, 1_000_000))
     }),
     many("api-key", "one or more keys, none of them empty", |c, v| put(&mut c.api_keys, parse::texts(v))),
+    one("keys", "a file of keys, which `tandem keys add` makes", |c, v| put(&mut c.keys, parse::path(v))),
+    one("tls-cert", "a PEM file with a certificate chain", |c, v| put(&mut c.tls_cert, parse::path(v))),
+    one("tls-key", "a PEM file with a private key", |c, v| put(&mut c.tls_key, parse::path(v))),
+    one("fast-context", "a number of tokens from 2 up", |c, v| {
+        put(&mut c.lane_policy.fast_context, parse::number(v, 2, usize::MAX).map(Some))
+    }),
     one("cors", "true or false", |c, v| put(&mut c.cors, parse::boolean(v))),
     one("no-prefix-cache", "true or false", |c, v| put(&mut c.prefix_cache, parse::boolean(v).map(|no| !no))),
     one("no-lane-isolation", "true or false", |c, v| {
@@ -171,6 +190,12 @@ pub(crate) enum ConfigError {
     /// The file holds a key that is no setting.
     #[error("{}: unknown key `{key}`{}", path.display(), did_you_mean(nearest.as_deref()))]
     UnknownKey { path: PathBuf, key: String, nearest: Option<String> },
+    /// A rule for lanes cannot be used.
+    #[error("{}: {rule}: {reason}", path.display())]
+    LaneRule { path: PathBuf, rule: String, reason: String },
+    /// One of two settings that belong together is missing.
+    #[error("{given} is set and {missing} is not; TLS needs both")]
+    Half { given: &'static str, missing: &'static str },
     /// The file cannot be read.
     #[error("the configuration file {} cannot be read: {reason}", path.display())]
     Unreadable { path: PathBuf, reason: String },
@@ -217,7 +242,11 @@ pub(crate) fn load(
 
     let mut config = Config::default();
     if let Some(path) = &file {
-        for (key, value) in read_file(path)? {
+        let File { values, lane_rules } = read_file(path)?;
+        if let Some(rules) = lane_rules {
+            config.lane_policy.rules = rules;
+        }
+        for (key, value) in values {
             apply(
                 &mut config,
                 find(&key).expect("read_file returns known keys"),
@@ -247,7 +276,11 @@ pub(crate) fn load(
     for (key, value) in flags {
         apply(&mut config, find(key).expect("every flag is a setting: this is a bug"), value, &Origin::Flag)?;
     }
-    Ok(Loaded { config, file, warnings })
+    match (&config.tls_cert, &config.tls_key) {
+        (Some(_), None) => Err(ConfigError::Half { given: "tls-cert", missing: "tls-key" }),
+        (None, Some(_)) => Err(ConfigError::Half { given: "tls-key", missing: "tls-cert" }),
+        _ => Ok(Loaded { config, file, warnings }),
+    }
 }
 
 /// The names of all settings.
@@ -319,18 +352,29 @@ fn nearest(key: &str) -> Option<String> {
         .map(str::to_owned)
 }
 
-/// Reads the file into (key, value) pairs, all keys known.
-fn read_file(path: &Path) -> Result<Vec<(String, RawValue)>, ConfigError> {
+/// What the configuration file holds.
+struct File {
+    /// (key, value) pairs, all keys known.
+    values: Vec<(String, RawValue)>,
+    /// The tables called `lane-rule`, if there are any.
+    lane_rules: Option<Vec<LaneRule>>,
+}
+
+fn read_file(path: &Path) -> Result<File, ConfigError> {
     let text = std::fs::read_to_string(path)
         .map_err(|error| ConfigError::Unreadable { path: path.to_owned(), reason: error.to_string() })?;
     let table: toml::Table = text.parse().map_err(|error: toml::de::Error| ConfigError::NotToml {
         path: path.to_owned(),
         reason: error.to_string(),
     })?;
-    let mut values = Vec::new();
+    let (mut values, mut lane_rules) = (Vec::new(), None);
     for (written, value) in table {
         // Both spellings are natural in TOML; the dashed one is the flag's.
         let key = written.replace('_', "-");
+        if key == lane_rules::KEY {
+            lane_rules = Some(lane_rules::read(path, value)?);
+            continue;
+        }
         let Some(setting) = find(&key) else {
             return Err(ConfigError::UnknownKey {
                 path: path.to_owned(),
@@ -345,7 +389,7 @@ fn read_file(path: &Path) -> Result<Vec<(String, RawValue)>, ConfigError> {
         })?;
         values.push((key, raw));
     }
-    Ok(values)
+    Ok(File { values, lane_rules })
 }
 
 /// A TOML value as text; `None` for tables, dates, and arrays where one value is wanted.

@@ -2,4 +2,5 @@
 //! token ids only.
 
 pub mod http;
+pub mod keys;
 pub mod text;

@@ -7,7 +7,9 @@ use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
 use anyhow::{Context as _, bail};
+use tandem::http::lanes::LanePolicy;
 use tandem::http::{AppConfig, AppState, LaneModel, Limits};
+use tandem::keys::Keyring;
 use tandem_engine::{EngineConfig, EngineHandle, Models};
 use tandem_kernels::{ThreadPool, turns};
 use tandem_models::{
@@ -75,12 +77,18 @@ pub(crate) struct Runtime {
 
 impl Runtime {
     /// What the HTTP side works on, and the engine's thread, which ends after the engine was told to.
-    pub(crate) fn into_state(self, api_keys: Vec<String>, cors: bool) -> (AppState, JoinHandle<()>) {
+    pub(crate) fn into_state(
+        self,
+        keys: Arc<Keyring>,
+        policy: LanePolicy,
+        cors: bool,
+    ) -> (AppState, JoinHandle<()>) {
         let state = AppState::new(AppConfig {
             engine: self.engine,
             target: self.target.map(|(_, text)| text),
             draft: self.draft.map(|(_, text)| text),
-            api_keys,
+            keys,
+            policy,
             cors,
             sharing: self.sharing,
             limits: Limits::default(),
@@ -372,6 +380,24 @@ fn demo_candidates(executable: Option<&Path>) -> Vec<PathBuf> {
     }
     folders.extend(Path::new(env!("CARGO_MANIFEST_DIR")).parent().map(|tree| tree.join("models/demo")));
     folders
+}
+
+/// Lets this process open as many files as the system allows it, sockets among them: the limit that it starts with
+/// is often 1024, for the sake of programs that use `select`. Returns how many that are.
+pub(crate) fn raise_open_files() -> usize {
+    #[cfg(target_os = "linux")]
+    {
+        use rustix::process::{Resource, Rlimit, getrlimit, setrlimit};
+        let limit = getrlimit(Resource::Nofile);
+        // What cannot be raised stays as it was.
+        let _ = setrlimit(Resource::Nofile, Rlimit { current: limit.maximum, maximum: limit.maximum });
+        // No limit is more than any number of connections.
+        getrlimit(Resource::Nofile).current.map_or(usize::MAX, |most| most as usize)
+    }
+    #[cfg(not(target_os = "linux"))]
+    {
+        1024
+    }
 }
 
 /// What keys and values are stored as: the reference backend has f32 only.

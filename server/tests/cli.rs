@@ -83,3 +83,61 @@ fn an_empty_corpus_is_an_error_of_the_trainer_and_not_a_panic() {
         fails(&mut tandem(&["train", "--quiet", "--corpus", &path(corpus.path()), "--out", &path(&out)]), 1);
     assert!(message.contains("no training text"), "{message}");
 }
+
+#[test]
+fn keys_are_made_listed_and_revoked() {
+    let folder = tempfile::tempdir().expect("a folder");
+    let file = folder.path().join("keys.db").display().to_string();
+    let key = succeeds(
+        tandem(&["keys", "add", "ci", "--tokens", "2M/day", "--lanes", "fast"]).env("TANDEM_KEYS", &file),
+    );
+    assert!(key.starts_with("tdm_") && key.ends_with('\n') && key.lines().count() == 1, "the key alone");
+    let list = succeeds(&mut tandem(&["keys", "list", "--keys", &file]));
+    for part in ["ci", &key[..10], "fast", "0 of 2000000/day", "valid"] {
+        assert!(list.contains(part), "{part} is not in\n{list}");
+    }
+    assert!(!list.contains(key.trim_end()));
+    let message = fails(&mut tandem(&["keys", "add", "ci", "--keys", &file]), 1);
+    assert!(message.contains("a key named \"ci\" already"), "{message}");
+    succeeds(&mut tandem(&["keys", "revoke", "ci", "--keys", &file]));
+    assert!(!succeeds(&mut tandem(&["keys", "list", "--keys", &file])).contains("ci"));
+    assert!(succeeds(&mut tandem(&["keys", "list", "--all", "--keys", &file])).contains("revoked"));
+    let message = fails(&mut tandem(&["keys", "list"]), 1);
+    assert!(message.contains("--keys FILE"), "{message}");
+    let message = fails(&mut tandem(&["keys", "add", "x", "--keys", &file, "--requests", "60/fortnight"]), 2);
+    assert!(message.contains("60/min"), "{message}");
+}
+
+#[test]
+fn rules_for_lanes_are_shown_and_explained() {
+    let text = succeeds(&mut tandem(&["lanes"]));
+    assert!(text.contains("short-completion") && text.contains("otherwise"), "{text}");
+    let folder = tempfile::tempdir().expect("a folder");
+    let file = folder.path().join("tandem.toml");
+    let path = file.display().to_string();
+    std::fs::write(
+        &file,
+        "[[lane-rule]]\nname = \"tools\"\ntools = true\nlane = \"fast\"\nescalate-below = 0.5\n",
+    )
+    .expect("writing");
+    let request = ["lanes", "--config", &path, "--endpoint", "/v1/chat/completions"];
+    assert_eq!(succeeds(&mut tandem(&request)), "deep, because no rule matches\n");
+    let text = succeeds(tandem(&request).arg("--tools"));
+    assert!(text.contains("by the rule \"tools\"") && text.contains("below 0.5"), "{text}");
+    std::fs::write(&file, "[[lane-rule]]\nname = \"x\"\nlane = \"slow\"\n").expect("writing");
+    let message = fails(&mut tandem(&["serve", "--config", &path]), 2);
+    assert!(message.contains("lane-rule 1 \"x\": `lane` is \"slow\""), "{message}");
+}
+
+#[test]
+fn a_wrong_certificate_is_said_before_any_model_is_loaded() {
+    let folder = tempfile::tempdir().expect("a folder");
+    let cert = folder.path().join("cert.pem");
+    std::fs::write(&cert, "nothing").expect("writing");
+    let cert = cert.display().to_string();
+    let serve = ["serve", "--port", "0", "--target", "/no/such/model", "--tls-cert", &cert];
+    let message = fails(tandem(&serve).args(["--tls-key", &cert]), 1);
+    assert!(message.contains(&cert) && message.contains("no CERTIFICATE"), "{message}");
+    let message = fails(&mut tandem(&serve), 2);
+    assert!(message.contains("tls-cert is set and tls-key is not"), "{message}");
+}

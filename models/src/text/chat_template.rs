@@ -116,6 +116,14 @@ impl ChatTemplate {
         })
     }
 
+    /// True if both write the same prompt for the same messages.
+    pub fn writes_like(&self, other: &ChatTemplate) -> bool {
+        let source = |template: &Option<Template>| template.as_ref().map(|template| template.source);
+        self.default.source == other.default.source
+            && source(&self.tool_use) == source(&other.tool_use)
+            && (&self.bos_token, &self.eos_token) == (&other.bos_token, &other.eos_token)
+    }
+
     /// Replaces the clock behind `strftime_now`, which makes renderings repeatable.
     pub fn with_clock(mut self, clock: fn() -> SystemTime) -> Self {
         self.clock = clock;
@@ -170,6 +178,7 @@ fn named_template(entry: &Json) -> Option<(&str, &str)> {
 }
 
 struct Template {
+    source: &'static str,
     program: Program<'static>,
 }
 
@@ -178,7 +187,8 @@ impl Template {
         // The compiled program borrows its source. A process loads a template or two of some
         // kilobytes and keeps them until it ends, so the source is simply never freed.
         let source = without_constant_products(&without_generation_tags(source))?;
-        Ok(Template { program: Program::compile(Box::leak(source.into_boxed_str()))? })
+        let source: &'static str = Box::leak(source.into_boxed_str());
+        Ok(Template { source, program: Program::compile(source)? })
     }
 
     fn render(

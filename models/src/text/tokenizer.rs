@@ -105,6 +105,13 @@ impl Tokenizer {
         })
     }
 
+    /// True if both make the same tokens of the same text. Writes both out, which takes a moment with large
+    /// vocabularies.
+    pub fn reads_like(&self, other: &Tokenizer) -> bool {
+        let written = |tokenizer: &Tokenizer| tokenizer.inner.to_string(false).ok();
+        written(self).is_some_and(|written_self| Some(written_self) == written(other))
+    }
+
     /// The ids of `text`. Strings of special tokens in it become those tokens: right for a rendered
     /// chat template, wrong for text that somebody else wrote; see [`Tokenizer::encode_text`].
     /// `add_special` adds what the model wants around every input, usually a beginning-of-sequence token.

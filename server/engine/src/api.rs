@@ -47,6 +47,8 @@ pub struct SamplingParams {
     pub logprobs: Option<u8>,
     /// The same for the prompt's tokens, reported once before the first output token.
     pub prompt_logprobs: Option<u8>,
+    /// Output tokens, from the first on, whose margin is reported ([`TokenChunk::margins`]).
+    pub num_margins: u32,
     /// Tokens that end the sequence; they are not part of the output.
     pub stop_token_ids: Vec<TokenId>,
     /// At least this many tokens before a stop token may end the sequence
@@ -70,6 +72,7 @@ impl Default for SamplingParams {
             seed: 0,
             logprobs: None,
             prompt_logprobs: None,
+            num_margins: 0,
             stop_token_ids: Vec::new(),
             min_tokens: 0,
             max_tokens: 16,
@@ -293,6 +296,9 @@ pub struct TokenChunk {
     pub tokens: ArrayVec<OutputToken, MAX_TOKENS_PER_STEP>,
     /// One entry a token if `logprobs` was asked for, else empty.
     pub logprobs: Vec<TokenLogprobs>,
+    /// How sure the model was of the first `num_margins` tokens: the greatest logit less the next one, which
+    /// is the logarithm of how many times likelier the best token was than any other.
+    pub margins: Vec<f32>,
 }
 
 /// One output token and who found it.
@@ -316,6 +322,7 @@ pub struct TokenLogprobs {
 
 /// What the engine says about a sequence, in this order: `PromptLogprobs` if asked for, any number
 /// of `Tokens`, then one `Finished` or `Failed`.
+#[expect(clippy::large_enum_variant, reason = "nearly every event is the large one")]
 #[derive(Debug, Clone)]
 pub enum Event {
     /// One entry a prompt token; the first has no distribution to be judged by.

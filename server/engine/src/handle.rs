@@ -31,6 +31,7 @@ struct Shared {
     num_submitted: [AtomicU64; 2],
     healthy: AtomicBool,
     accepting: AtomicBool,
+    heartbeat: AtomicU64,
     stats: SharedStats,
     limits: Limits,
 }
@@ -67,6 +68,7 @@ impl EngineHandle {
             num_submitted: Default::default(),
             healthy: AtomicBool::new(true),
             accepting: AtomicBool::new(true),
+            heartbeat: AtomicU64::new(0),
             stats: SharedStats::default(),
             limits: Limits {
                 num_token_ids: config.num_token_ids,
@@ -184,6 +186,19 @@ impl EngineHandle {
         self.shared.healthy.load(Ordering::Relaxed)
     }
 
+    /// A number that goes up as long as the engine gets on: with every pass of the draft and every layer of the
+    /// target.
+    pub fn heartbeat(&self) -> u64 {
+        self.shared.heartbeat.load(Ordering::Relaxed)
+    }
+
+    /// True while a sequence runs, waits, or is on its way to the engine.
+    pub fn has_work(&self) -> bool {
+        let stats = self.stats();
+        let submitted = self.shared.num_submitted.iter().map(|count| count.load(Ordering::Relaxed));
+        stats.num_running + stats.num_waiting + submitted.sum::<u64>() > 0
+    }
+
     /// A name for the next sequence.
     pub fn next_id(&self) -> SequenceId {
         SequenceId(self.shared.next_id.fetch_add(1, Ordering::Relaxed))
@@ -280,8 +295,13 @@ impl EngineThread {
                     break;
                 }
             } else {
-                let start = self.start;
-                if let Err(error) = self.engine.step(&|| start.elapsed()) {
+                let (start, heartbeat) = (self.start, &self.shared.heartbeat);
+                // Every pass and every layer reads the clock.
+                let clock = || {
+                    heartbeat.fetch_add(1, Ordering::Relaxed);
+                    start.elapsed()
+                };
+                if let Err(error) = self.engine.step(&clock) {
                     self.broken = Some(error.clone());
                     panic!("{error}: this is a bug");
                 }
@@ -391,6 +411,7 @@ mod tests {
             num_submitted: Default::default(),
             healthy: AtomicBool::new(true),
             accepting: AtomicBool::new(true),
+            heartbeat: AtomicU64::new(0),
             stats: SharedStats::default(),
             limits: Limits {
                 num_token_ids: 48,

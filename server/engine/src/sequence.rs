@@ -310,6 +310,13 @@ impl Sequence {
         self.usage.decode_time = now.saturating_sub(first);
     }
 
+    /// Reports how sure the model was of the token committed last.
+    pub(crate) fn push_margin(&mut self, margin: f32) {
+        if let Some(chunk) = self.outbox.tokens.back_mut() {
+            chunk.margins.push(margin);
+        }
+    }
+
     /// True while prompt tokens wait to be scored; there is no output yet then.
     pub(crate) fn scores_prompt(&self) -> bool {
         self.params.prompt_logprobs.is_some() && self.outbox.num_scored + 1 < self.prompt.len()

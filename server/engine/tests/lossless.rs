@@ -47,6 +47,7 @@ fn params() -> impl Strategy<Value = SamplingParams> {
                 seed,
                 logprobs,
                 prompt_logprobs: if score { logprobs } else { None },
+                num_margins: 0,
                 stop_token_ids: if stops { vec![STOP, 11] } else { Vec::new() },
                 min_tokens,
                 max_tokens,

@@ -10,7 +10,9 @@ use std::sync::mpsc;
 use anyhow::{Context as _, bail};
 use clap::{Args, ValueEnum};
 use serde_json::json;
+use tandem::http::lanes::LanePolicy;
 use tandem::http::state::ServedModel;
+use tandem::keys::Keyring;
 use tandem_engine::{
     CacheSalt, Event, FinishReason, Finished, Lane, Priority, SamplingParams, SpeculationParams,
     SubmitRequest,
@@ -109,7 +111,8 @@ pub(super) fn run(args: &GenerateArgs) -> anyhow::Result<ExitCode> {
     let text = read_prompt(args)?;
     // One sequence needs one context.
     config.max_num_seqs = 1;
-    let (state, engine_thread) = runtime::start(&config)?.into_state(Vec::new(), false);
+    let (state, engine_thread) =
+        runtime::start(&config)?.into_state(Arc::new(Keyring::new(&[], false)), LanePolicy::default(), false);
     let lane = match args.lane {
         Some(LaneChoice::Fast) => Lane::Fast,
         Some(LaneChoice::Deep) => Lane::Deep,

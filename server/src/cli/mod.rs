@@ -3,6 +3,8 @@
 mod bench;
 mod distill;
 mod generate;
+mod keys;
+mod lanes;
 mod quantize;
 mod serve;
 mod settings;
@@ -66,6 +68,12 @@ enum Command {
     /// Serve a pair of models over HTTP (OpenAI-compatible)
     #[command(long_about = serve::LONG_ABOUT, after_long_help = serve::EXAMPLES)]
     Serve(ServeSettings),
+    /// Make, list and revoke API keys
+    #[command(subcommand, long_about = keys::LONG_ABOUT, after_long_help = keys::EXAMPLES)]
+    Keys(keys::KeysCommand),
+    /// Show the rules by which `auto` picks a lane, and which of them a request would match
+    #[command(long_about = lanes::LONG_ABOUT, after_long_help = lanes::EXAMPLES)]
+    Lanes(lanes::LanesArgs),
     /// Generate once in the terminal, streaming
     Generate(generate::GenerateArgs),
     /// Train a tokenizer and a model from scratch on a folder of source files
@@ -88,6 +96,8 @@ pub(crate) fn run() -> ExitCode {
     let cli = Cli::parse();
     let outcome = match cli.command.unwrap_or(Command::Serve(cli.serve)) {
         Command::Serve(settings) => serve::run(&settings),
+        Command::Keys(command) => keys::run(&command),
+        Command::Lanes(args) => lanes::run(&args),
         Command::Generate(args) => generate::run(&args),
         Command::Train(args) => train::run(&args),
         Command::Distill(args) => distill::run(&args),

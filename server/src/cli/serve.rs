@@ -8,7 +8,8 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use anyhow::Context as _;
-use tandem::http::{ServeOptions, serve, shutdown_signal};
+use tandem::http::{Listener, ServeOptions, Tls, serve, shutdown_signal};
+use tandem::keys::{Keeper, Keyring};
 use tandem_engine::{DraftTokens, EngineHandle};
 use tokio::net::TcpListener;
 
@@ -32,6 +33,7 @@ Examples:
   tandem serve --target ./big                                    no fast lane, no speculation
   tandem serve --target big-q4_k_m.gguf --draft small-q8_0.gguf
   TANDEM_API_KEY=KEY1,KEY2 tandem serve --host 0.0.0.0
+  tandem serve --keys keys.db --tls-cert chain.pem --tls-key key.pem --host 0.0.0.0
   tandem serve --config tandem.toml
 
 tandem.toml, every key a flag's name:
@@ -51,20 +53,31 @@ pub(super) fn run(settings: &ServeSettings) -> anyhow::Result<ExitCode> {
     if let Some(file) = file {
         tracing::info!("settings read from {}", file.display());
     }
+    let most_files = runtime::raise_open_files();
     runtime::async_runtime()?.block_on(async {
         // Bound before the models are loaded: a port in use is said at once.
         let listener = TcpListener::bind((config.host.as_str(), config.port))
             .await
             .with_context(|| format!("cannot listen on {}:{}", config.host, config.port))?;
         let address = listener.local_addr()?;
+        // So that a wrong file is said before the models take their time.
+        let keys = Arc::new(Keyring::new(&config.api_keys, config.keys.is_some()));
+        let keeper = config.keys.as_deref().map(|path| Keeper::start(path, keys.clone())).transpose()?;
+        let tls = match (&config.tls_cert, &config.tls_key) {
+            (Some(cert), Some(key)) => Some(Arc::new(Tls::open(cert, key)?)),
+            _ => None,
+        };
         let runtime = {
             let config = config.clone();
             tokio::task::spawn_blocking(move || runtime::start(&config)).await??
         };
         print(&greeting(&config, &runtime, address, started.elapsed()));
+        let listener = Listener { tcp: listener, tls };
 
-        let (state, engine_thread) = runtime.into_state(config.api_keys, config.cors);
-        let options = ServeOptions::default();
+        let (state, engine_thread) = runtime.into_state(keys, config.lane_policy, config.cors);
+        let mut options = ServeOptions::default();
+        // Some files are not sockets.
+        options.max_connections = options.max_connections.min(most_files.saturating_sub(128).max(64));
         let engine = state.engine.clone();
         serve(listener, Arc::new(state), options, async {
             tokio::select! {
@@ -80,6 +93,8 @@ pub(super) fn run(settings: &ServeSettings) -> anyhow::Result<ExitCode> {
             );
         })
         .await?;
+        // The last of what was used of the keys is written down.
+        drop(keeper);
         if engine_thread.join().is_err() {
             anyhow::bail!("the engine's thread panicked");
         }
@@ -135,7 +150,7 @@ fn greeting(config: &Config, runtime: &Runtime, address: SocketAddr, ready: Dura
         "ready",
         format!("after {:.2} s (models {:.2} s)", ready.as_secs_f64(), runtime.load_time.as_secs_f64()),
     );
-    let url = url(address);
+    let url = url(address, config.tls_cert.is_some());
     format!("tandem {} on {url}\n{text}\nTry it:\n{}", env!("CARGO_PKG_VERSION"), curl(&url, config))
 }
 
@@ -166,16 +181,18 @@ fn lanes(target: Option<&ModelInfo>, draft: Option<&ModelInfo>, draft_tokens: Dr
 }
 
 /// The address as a client on this machine would write it.
-fn url(address: SocketAddr) -> String {
+fn url(address: SocketAddr, is_tls: bool) -> String {
+    let scheme = if is_tls { "https" } else { "http" };
     if address.ip().is_unspecified() {
-        format!("http://127.0.0.1:{}", address.port())
+        format!("{scheme}://127.0.0.1:{}", address.port())
     } else {
-        format!("http://{address}")
+        format!("{scheme}://{address}")
     }
 }
 
 fn curl(url: &str, config: &Config) -> String {
-    let key = if config.api_keys.is_empty() { "" } else { " -H \"Authorization: Bearer $TANDEM_KEY\"" };
+    let is_open = config.api_keys.is_empty() && config.keys.is_none();
+    let key = if is_open { "" } else { " -H \"Authorization: Bearer $TANDEM_KEY\"" };
     format!(
         "  curl -N {url}/v1/completions -H 'Content-Type: application/json'{key} \\\n    \
          -d '{{\"model\": \"auto\", \"prompt\": \"def fibonacci(n):\\n\", \"max_tokens\": 96, \"stream\": true}}'\n"
@@ -188,9 +205,10 @@ mod tests {
 
     #[test]
     fn the_address_can_be_pasted() {
-        assert_eq!(url("0.0.0.0:80".parse().expect("an address")), "http://127.0.0.1:80");
-        assert_eq!(url("10.0.0.1:8080".parse().expect("an address")), "http://10.0.0.1:8080");
-        assert_eq!(url("[::1]:8080".parse().expect("an address")), "http://[::1]:8080");
+        let url = |address: &str, is_tls| url(address.parse().expect("an address"), is_tls);
+        assert_eq!(url("0.0.0.0:80", false), "http://127.0.0.1:80");
+        assert_eq!(url("10.0.0.1:8080", true), "https://10.0.0.1:8080");
+        assert_eq!(url("[::1]:8080", false), "http://[::1]:8080");
     }
 
     #[test]

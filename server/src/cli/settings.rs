@@ -99,6 +99,23 @@ pub(crate) struct ServeSettings {
     #[arg(long, value_name = "KEY", help_heading = "Network")]
     api_key: Vec<String>,
 
+    /// File of keys that `tandem keys add` makes; clients must send one of them. Changes are in use within a second
+    #[arg(long, value_name = "FILE", help_heading = "Network")]
+    keys: Option<String>,
+
+    /// Certificate chain for HTTPS, in a PEM file; read again when it changes. Needs --tls-key
+    #[arg(long, value_name = "FILE", help_heading = "Network")]
+    tls_cert: Option<String>,
+
+    /// Private key of the certificate, in a PEM file
+    #[arg(long, value_name = "FILE", help_heading = "Network")]
+    tls_key: Option<String>,
+
+    /// Tokens of prompt and answer together beyond which `auto` takes the deep lane where a rule says fast
+    /// [default: no such bound]
+    #[arg(long, value_name = "TOKENS", help_heading = "Machine")]
+    fast_context: Option<String>,
+
     /// Let web pages of any origin call the server [default: false]
     #[arg(
         long,
@@ -167,6 +184,10 @@ impl ServeSettings {
             ("port", &self.port),
             ("max-num-seqs", &self.max_num_seqs),
             ("max-waiting", &self.max_waiting),
+            ("keys", &self.keys),
+            ("tls-cert", &self.tls_cert),
+            ("tls-key", &self.tls_key),
+            ("fast-context", &self.fast_context),
             ("cors", &self.cors),
             ("no-sharing", &self.no_sharing),
         ]);
@@ -188,7 +209,7 @@ fn given<const N: usize>(settings: [(&'static str, &Option<String>); N]) -> Vec<
 }
 
 /// The environment as text; variables that are no Unicode cannot hold a setting.
-fn environment() -> impl Iterator<Item = (String, String)> {
+pub(super) fn environment() -> impl Iterator<Item = (String, String)> {
     std::env::vars_os()
         .filter_map(|(name, value)| Some((name.into_string().ok()?, value.into_string().ok()?)))
 }

@@ -1,5 +1,6 @@
 //! From text to values. `None` means "not such a value"; the caller knows the setting and says so.
 
+use std::path::PathBuf;
 use std::str::FromStr;
 
 use tandem_engine::DraftTokens;
@@ -21,6 +22,11 @@ pub(super) fn text(value: &RawValue) -> Option<String> {
 /// An empty value stands for "none", so that a stronger layer can take a model away again.
 pub(super) fn optional_text(value: &RawValue) -> Option<Option<String>> {
     only(value).map(|text| (!text.is_empty()).then(|| text.to_owned()))
+}
+
+/// As with [`optional_text`].
+pub(super) fn path(value: &RawValue) -> Option<Option<PathBuf>> {
+    optional_text(value).map(|path| path.map(PathBuf::from))
 }
 
 pub(super) fn texts(value: &RawValue) -> Option<Vec<String>> {

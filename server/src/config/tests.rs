@@ -56,6 +56,10 @@ fn every_setting_can_be_set_in_the_file_and_in_the_environment() {
         ("max-model-len", "100"),
         ("max-waiting", "9"),
         ("api-key", "k1"),
+        ("keys", "/k.db"),
+        ("tls-cert", "c.pem"),
+        ("tls-key", "k.pem"),
+        ("fast-context", "50"),
         ("cors", "true"),
         ("no-prefix-cache", "true"),
         ("no-lane-isolation", "true"),
@@ -77,6 +81,10 @@ fn every_setting_can_be_set_in_the_file_and_in_the_environment() {
         max_model_len: Some(100),
         max_waiting: 9,
         api_keys: vec!["k1".to_owned()],
+        keys: Some("/k.db".into()),
+        tls_cert: Some("c.pem".into()),
+        tls_key: Some("k.pem".into()),
+        lane_policy: LanePolicy { fast_context: Some(50), ..LanePolicy::default() },
         cors: true,
         prefix_cache: false,
         lane_isolation: false,
@@ -200,4 +208,20 @@ fn sizes_have_units() {
     for wrong in ["", "GiB", "0", "-1GiB", "1.2.3M", "12 parsecs", "1e300", "99999999TiB"] {
         assert_eq!(size(wrong), None, "{wrong}");
     }
+}
+
+#[test]
+fn rules_for_lanes_come_from_the_file() {
+    let file = file("port = 1\n[[lane-rule]]\nname = \"all\"\nlane = \"fast\"\n");
+    let policy = load(&[], Some(file.path()), env(&[])).expect("valid").config.lane_policy;
+    assert_eq!(policy.rules.len(), 1);
+    assert_eq!(&*policy.rules[0].name, "all");
+}
+
+#[test]
+fn a_certificate_without_its_key_is_refused() {
+    let error = load(&flags(&[("tls-cert", "c.pem")]), None, env(&[])).unwrap_err().to_string();
+    assert!(error.contains("tls-cert is set and tls-key is not"), "{error}");
+    let error = load(&flags(&[("tls-key", "k.pem")]), None, env(&[])).unwrap_err().to_string();
+    assert!(error.contains("tls-key is set and tls-cert is not"), "{error}");
 }

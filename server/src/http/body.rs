@@ -1,5 +1,6 @@
 //! Reading a request's JSON body, bounded in size and time.
 
+use std::any::Any;
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -12,6 +13,7 @@ use http_body_util::BodyExt;
 use serde::de::DeserializeOwned;
 
 use super::error::{ApiError, ErrorKind};
+use super::fields::CommonFields;
 use super::state::AppState;
 
 /// A body parsed as JSON, twice: once for the fields that several endpoints share and once for the
@@ -42,7 +44,13 @@ where
         let limits = &state.limits;
         let bytes = read_body(request, limits.max_body_bytes, limits.body_timeout).await?;
         let size_bytes = bytes.len();
-        let parse = move || Ok(JsonBody { common: parse(&bytes)?, fields: parse(&bytes)?, size_bytes });
+        let parse = move || {
+            let mut common: A = parse(&bytes)?;
+            if let Some(common) = (&mut common as &mut dyn Any).downcast_mut::<CommonFields>() {
+                common.take_hints(&bytes);
+            }
+            Ok(JsonBody { common, fields: parse(&bytes)?, size_bytes })
+        };
         state.heavy.run_if(size_bytes > INLINE_BODY_BYTES, parse).await
     }
 }
@@ -61,7 +69,7 @@ fn parse<T: DeserializeOwned>(bytes: &[u8]) -> Result<T, ApiError> {
         let path = error.path().to_string();
         let inner = error.into_inner();
         let is_syntax = !inner.is_data();
-        let inner = in_plain_words(&inner.to_string());
+        let inner = in_plain_words(&inner.to_string(), may_be_quoted(&path));
         // "." is the path of the whole document.
         if is_syntax || path == "." {
             let message = if is_syntax {
@@ -80,15 +88,41 @@ fn parse<T: DeserializeOwned>(bytes: &[u8]) -> Result<T, ApiError> {
     Ok(value)
 }
 
-/// A fault of serde's with JSON's words in place of Rust's, and with long quotations cut.
-fn in_plain_words(message: &str) -> String {
+/// Fields that hold what people write. Errors end up in logs, so they never quote from these.
+const PRIVATE_FIELDS: [&str; 16] = [
+    "prompt",
+    "suffix",
+    "messages",
+    "system",
+    "input",
+    "instructions",
+    "input_prefix",
+    "input_suffix",
+    "input_extra",
+    "content",
+    "segments",
+    "tools",
+    "functions",
+    "prediction",
+    "stop",
+    "metadata",
+];
+
+/// True of a field whose values are settings, and not what people write. `path`: such as `messages[0].role`.
+fn may_be_quoted(path: &str) -> bool {
+    let field = path.split(['.', '[']).next().unwrap_or_default();
+    !field.is_empty() && !PRIVATE_FIELDS.contains(&field)
+}
+
+/// A fault of serde's with JSON's words in place of Rust's, and with quotations cut, or left out.
+fn in_plain_words(message: &str, may_quote: bool) -> String {
     const FOUND: [(&str, &str); 4] =
         [("map", "object"), ("sequence", "array"), ("floating point", "number"), ("unit value", "null")];
     const INTEGERS: [&str; 12] =
         ["i8", "i16", "i32", "i64", "i128", "isize", "u8", "u16", "u32", "u64", "u128", "usize"];
     // What the client wrote may hold these words, too: what was expected comes last.
     let Some((found, rest)) = message.rsplit_once(", expected ") else {
-        return shortened(message);
+        return if may_quote { shortened(message) } else { without_quotations(message) };
     };
     let (wanted, place) = match rest.rfind(" at line ") {
         Some(at) => rest.split_at(at),
@@ -110,7 +144,22 @@ fn in_plain_words(message: &str) -> String {
             break;
         }
     }
-    format!("{}, expected {wanted}{place}", shortened(&found))
+    let found = if may_quote { shortened(&found) } else { without_quotations(&found) };
+    format!("{found}, expected {wanted}{place}")
+}
+
+/// Everything up to the first quotation mark, which is what serde's words are, and the place that ends a fault.
+fn without_quotations(message: &str) -> String {
+    // These name a field of ours.
+    if message.starts_with("missing field `") || message.starts_with("duplicate field `") {
+        return shortened(message);
+    }
+    let place = message.rfind(" at line ").map_or("", |at| &message[at..]);
+    match message.find(['"', '`']) {
+        Some(at) if !place.contains(['"', '`']) => format!("{}{place}", message[..at].trim_end()),
+        Some(at) => message[..at].trim_end().to_owned(),
+        None => message.to_owned(),
+    }
 }
 
 fn shortened(text: &str) -> String {
@@ -191,7 +240,7 @@ fn too_large(size_bytes: usize, max_bytes: usize) -> ApiError {
 
 #[cfg(test)]
 mod tests {
-    use super::{in_plain_words, parse};
+    use super::{in_plain_words, may_be_quoted, parse};
 
     #[derive(Debug, serde::Deserialize)]
     struct Sample {
@@ -217,8 +266,29 @@ mod tests {
                 "invalid type: string \", expected f64\", expected a boolean",
             ),
         ] {
-            assert_eq!(in_plain_words(theirs), plain);
+            assert_eq!(in_plain_words(theirs, true), plain);
         }
+    }
+
+    #[test]
+    fn what_people_write_is_not_quoted() {
+        for (theirs, plain) in [
+            (
+                "invalid type: string \"secret, expected x\", expected a sequence at line 1 column 2",
+                "invalid type: string, expected an array at line 1 column 2",
+            ),
+            (
+                "unknown variant `secret`, expected one of `a`, `b`",
+                "unknown variant, expected one of `a`, `b`",
+            ),
+            ("missing field `text` at line 3 column 4", "missing field `text` at line 3 column 4"),
+            ("unknown field `secret` at line 3 column 4", "unknown field at line 3 column 4"),
+            ("missing something at line \"1", "missing something at line"),
+        ] {
+            assert_eq!(in_plain_words(theirs, false), plain);
+        }
+        assert!(may_be_quoted("temperature") && may_be_quoted("stream_options.include_usage"));
+        assert!(!may_be_quoted("messages[0].role") && !may_be_quoted(".") && !may_be_quoted("prompt"));
     }
 
     #[test]

@@ -10,8 +10,10 @@ use tandem_engine::CacheSalt;
 use super::error::ApiError;
 use super::fields::{Common, CommonFields, Prediction};
 use super::generation::{Generation, Prompt, Shared};
-use super::lanes::{AUTO, LANE_HEADER, Work, lane_name, resolve};
+use super::lanes::{AUTO, Escalation, LANE_HEADER, REASON_HEADER, Reason, Work, lane_name, route};
 use super::state::{AppState, ServedModel};
+use super::{auth, lanes};
+use crate::keys::{Client, Lanes};
 
 /// Says which seed an answer can be repeated with.
 const SEED_HEADER: &str = "x-tandem-seed";
@@ -28,6 +30,12 @@ pub(super) struct Intake<'a> {
     model: Option<String>,
     prediction: Option<Prediction>,
     cache_salt: CacheSalt,
+    /// Whose request it is; `None` where no key is needed.
+    client: Option<Arc<Client>>,
+    reason: Reason,
+    /// Who answers if the one that was found turns out not to do.
+    next: Option<&'a ServedModel>,
+    escalation: Option<Escalation>,
 }
 
 impl<'a> Intake<'a> {
@@ -35,7 +43,8 @@ impl<'a> Intake<'a> {
     /// gap or file begins, too.
     ///
     /// # Errors
-    /// If the model is not served, or a field is outside its range.
+    /// If the key is no longer valid or does not open the lane, the model is not served, or a field is outside
+    /// its range.
     pub(super) fn new(
         state: &'a Arc<AppState>,
         headers: &HeaderMap,
@@ -43,12 +52,22 @@ impl<'a> Intake<'a> {
         work: Work,
         fills_gap: bool,
     ) -> Result<Self, ApiError> {
-        let served = resolve(state, fields.model.as_deref(), work)?;
+        let client = auth::client(state, headers)?;
+        let opened = client.as_ref().map_or(Lanes::ALL, |client| client.rules().lanes);
+        let key = client.as_ref().and_then(|client| client.name());
+        let traits = fields.hints().traits(headers, work, key);
+        let lanes::Route { served, reason, next, escalation } =
+            route(state, fields.model.as_deref(), &traits, opened)?;
         let stops = if fills_gap { served.fim_stop_token_ids.as_slice() } else { &[] };
-        let common = fields.resolve(served, &state.limits, stops)?;
+        let mut common = fields.resolve(served, &state.limits, stops)?;
+        if let Some(client) = &client {
+            // The greater is the one that gives way.
+            common.priority = common.priority.max(client.rules().priority);
+        }
         let cache_salt = state.cache_salt(headers, fields.cache_salt()?);
         let prediction = fields.take_prediction();
-        Ok(Intake { state, served, common, model: fields.model, prediction, cache_salt })
+        let model = fields.model;
+        Ok(Intake { state, served, common, model, prediction, cache_salt, client, reason, next, escalation })
     }
 
     /// Most tokens of prompt and answer together.
@@ -75,29 +94,71 @@ impl<'a> Intake<'a> {
         Err(ApiError::invalid(if num_choices > 1 { "n" } else { "prompt" }, message))
     }
 
-    /// Starts a sequence for every choice of every prompt.
+    /// Starts a sequence for every choice of every prompt. If the draft may be unsure, its first tokens are
+    /// awaited here, before anything is sent.
     ///
     /// # Errors
-    /// If the prediction is refused, or what the engine refuses.
+    /// If the prediction is refused, the client's budget is spent, or what the engine refuses.
     pub(super) async fn start(mut self, prompts: Vec<Prompt>) -> Result<(Generation, Reply), ApiError> {
         if let Some(prediction) = self.prediction.take() {
             self.common.speculation.prediction = prediction.encode(self.state, self.served).await?;
         }
+        if let Some(client) = &self.client {
+            auth::spend_prompt(client, prompts.iter().map(|prompt| prompt.tokens.len() as u64).sum())?;
+        }
+        if self.outgrows_fast(&prompts) {
+            self.escalate(Reason::Outgrown);
+        }
+        let watched = self.escalation.filter(|_| prompts.iter().any(|prompt| prompt.max_tokens > 0));
+        self.common.params.num_margins = watched.map_or(0, |escalation| escalation.tokens);
         let mut reply = Reply {
-            model: self.model.unwrap_or_else(|| AUTO.to_owned()),
-            lane: lane_name(self.served.lane),
+            model: self.model.take().unwrap_or_else(|| AUTO.to_owned()),
+            lane: "",
+            reason: HeaderValue::from_static(""),
             seed: self.common.seed,
             shared: None,
             stream: self.common.stream,
             include_usage: self.common.include_usage,
             continuous_usage: self.common.continuous_usage,
         };
-        let request = self.common.into_request(prompts, self.cache_salt);
-        let generation = Generation::start(self.state, self.served, &request)?;
+        let common = std::mem::take(&mut self.common);
+        let mut request = common.into_request(prompts, self.cache_salt, self.client.clone());
+        let mut generation = Generation::start(self.state, self.served, &request)?;
+        if let Some(escalation) = watched
+            && generation.mean_margin(escalation.tokens).await.is_some_and(|mean| mean < escalation.margin)
+        {
+            // The draft's sequences end with this.
+            drop(generation);
+            self.escalate(Reason::Unsure);
+            request.params.num_margins = 0;
+            generation = Generation::start(self.state, self.served, &request)?;
+        }
+        generation.set_lane_reason(self.reason.clone());
+        reply.lane = lane_name(self.served.lane);
+        reply.reason = HeaderValue::from_str(&self.reason.to_string())
+            .expect("rules have names of visible ASCII: this is a bug");
+        self.state.metrics.lane_chosen(self.served.lane, self.reason.kind());
         // A joined sequence has its own seed.
         reply.seed = generation.joined_seed().map_or(reply.seed, i128::from);
         reply.shared = generation.shared();
         Ok((generation, reply))
+    }
+
+    /// True if the fast lane was to answer and a prompt with its answer is more than that takes.
+    fn outgrows_fast(&self, prompts: &[Prompt]) -> bool {
+        let Some(most) = self.state.policy.fast_context.filter(|_| self.next.is_some()) else { return false };
+        prompts.iter().any(|prompt| prompt.tokens.len() + prompt.max_tokens as usize > most)
+    }
+
+    /// Lets the other lane answer. Both make the same of the request, so the answer is that lane's own.
+    fn escalate(&mut self, reason: impl FnOnce(Arc<str>) -> Reason) {
+        self.served = self.next.take().expect("it is asked for only if there is one: this is a bug");
+        self.escalation = None;
+        let rule = match &self.reason {
+            Reason::Rule(name) => name.clone(),
+            _ => Arc::from("none"),
+        };
+        self.reason = reason(rule);
     }
 }
 
@@ -106,6 +167,8 @@ pub(super) struct Reply {
     /// The name that the client used; nobody named is `auto`.
     pub(super) model: String,
     pub(super) lane: &'static str,
+    /// Why that lane answers.
+    pub(super) reason: HeaderValue,
     /// The seed that the answer can be repeated with.
     pub(super) seed: i128,
     pub(super) shared: Option<Shared>,
@@ -119,6 +182,7 @@ impl Reply {
     pub(super) fn add_headers(&self, response: &mut Response) {
         let headers = response.headers_mut();
         headers.insert(LANE_HEADER, HeaderValue::from_static(self.lane));
+        headers.insert(REASON_HEADER, self.reason.clone());
         let seed =
             HeaderValue::from_str(&self.seed.to_string()).expect("digits are a header value: this is a bug");
         headers.insert(SEED_HEADER, seed);

@@ -24,6 +24,7 @@ use tandem_engine::{DraftSource, EngineHandle, EngineStats, Lane};
 
 use super::error::{ApiError, ErrorKind};
 use super::generation::Shared;
+use super::lanes::lane_name;
 use super::state::AppState;
 
 /// Everything that `/metrics` shows.
@@ -33,6 +34,7 @@ pub struct Metrics {
     request_seconds: Family<RouteLabels, Histogram, fn() -> Histogram>,
     in_flight: Gauge<i64, AtomicI64>,
     shared: Family<SharedLabels, Counter>,
+    lanes: Family<ReasonLabels, Counter>,
     fast: LaneMetrics,
     deep: LaneMetrics,
 }
@@ -63,6 +65,12 @@ struct LaneLabels {
 #[derive(Clone, Debug, Hash, PartialEq, Eq, EncodeLabelSet)]
 struct SharedLabels {
     kind: &'static str,
+}
+
+#[derive(Clone, Debug, Hash, PartialEq, Eq, EncodeLabelSet)]
+struct ReasonLabels {
+    lane: &'static str,
+    reason: &'static str,
 }
 
 const REQUEST_SECONDS: [f64; 14] =
@@ -99,6 +107,12 @@ impl Metrics {
         let help = "Answers read from a sequence that another request had started";
         registry.register("sequences_shared", help, shared.clone());
 
+        let lanes = Family::<ReasonLabels, Counter>::default();
+        for reason in ["unsure", "outgrown"] {
+            drop(lanes.get_or_create(&ReasonLabels { lane: "deep", reason }));
+        }
+        registry.register("lane_choices", "Requests, by the lane that answered and why", lanes.clone());
+
         let first =
             Family::<LaneLabels, Histogram, _>::new_with_constructor(|| Histogram::new(FIRST_TOKEN_SECONDS));
         let between =
@@ -120,12 +134,17 @@ impl Metrics {
             inter_token_latency: between.get_or_create_owned(&LaneLabels { lane }),
         };
         let (fast, deep) = (lane("fast"), lane("deep"));
-        Metrics { registry, requests, request_seconds, in_flight, shared, fast, deep }
+        Metrics { registry, requests, request_seconds, in_flight, shared, lanes, fast, deep }
     }
 
     /// Counts an answer that is read from somebody else's sequence.
     pub(super) fn sequence_shared(&self, shared: Shared) {
         self.shared.get_or_create(&SharedLabels { kind: shared.name() }).inc();
+    }
+
+    /// Counts a request by who answers it, and why.
+    pub(super) fn lane_chosen(&self, lane: Lane, reason: &'static str) {
+        self.lanes.get_or_create(&ReasonLabels { lane: lane_name(lane), reason }).inc();
     }
 
     /// Where a lane's sequences report their latencies.

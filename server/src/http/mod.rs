@@ -28,9 +28,11 @@ mod server;
 mod sse;
 pub mod state;
 mod tenant;
+mod tls;
 mod wire;
 
 pub use error::{ApiError, ErrorKind};
 pub use router::router;
-pub use server::{ServeOptions, serve, shutdown_signal};
+pub use server::{Listener, ServeOptions, serve, shutdown_signal};
 pub use state::{AppConfig, AppState, LaneModel, Limits};
+pub use tls::{Tls, TlsError};

@@ -3,15 +3,16 @@
 use std::sync::Arc;
 
 use axum::Router;
-use axum::middleware::{from_fn, from_fn_with_state, map_response};
+use axum::extract::Request;
+use axum::middleware::{from_fn, from_fn_with_state, map_request, map_response};
 use axum::response::{IntoResponse, Response};
 use axum::routing::get;
-use http::{Method, Uri};
+use http::{HeaderValue, Method, Uri};
 use tower_http::cors::CorsLayer;
 
 use super::error::{ApiError, ErrorKind};
 use super::state::AppState;
-use super::{anthropic, auth, error_shape, health, llamacpp, metrics, openai, origin, responses};
+use super::{anthropic, auth, error_shape, health, lanes, llamacpp, metrics, openai, origin, responses};
 
 /// All of the server's routes over `state`.
 pub fn router(state: Arc<AppState>) -> Router {
@@ -26,6 +27,7 @@ pub fn router(state: Arc<AppState>) -> Router {
         .route("/metrics", get(metrics::metrics))
         .fallback(no_such_path)
         .method_not_allowed_fallback(wrong_method)
+        .layer(map_request(name_endpoint))
         .layer(from_fn_with_state(state.clone(), auth::require_key))
         .layer(from_fn_with_state(state.clone(), origin::refuse_others))
         .layer(from_fn_with_state(state.clone(), metrics::measure))
@@ -34,6 +36,15 @@ pub fn router(state: Arc<AppState>) -> Router {
         .with_state(state);
     // Outermost: a preflight request carries no key.
     if cors { app.layer(CorsLayer::very_permissive().allow_credentials(false)) } else { app }
+}
+
+/// Puts the path among the headers, for the rules that pick a lane.
+async fn name_endpoint(mut request: Request) -> Request {
+    // A path is visible ASCII, as is a header's value.
+    if let Ok(path) = HeaderValue::from_str(request.uri().path()) {
+        request.headers_mut().insert(lanes::ENDPOINT_HEADER, path);
+    }
+    request
 }
 
 /// Clients look here whether anybody is at home.

@@ -17,15 +17,18 @@ use http_body::{Frame, SizeHint};
 use hyper::body::Incoming;
 use hyper::service::service_fn;
 use hyper_util::rt::{TokioIo, TokioTimer};
-use hyper_util::server::graceful::{GracefulShutdown, Watcher};
+use tokio::io::{AsyncRead, AsyncWrite};
 use tokio::net::{TcpListener, TcpStream};
-use tokio::sync::Semaphore;
+use tokio::sync::{OwnedSemaphorePermit, Semaphore, watch};
 use tokio::task::JoinSet;
+use tokio_rustls::TlsAcceptor;
 use tower::Service;
 
+use super::health;
 use super::io::{Activity, ActivityGuard, IoTimeouts, TimedIo};
 use super::router::router;
 use super::state::AppState;
+use super::tls::Tls;
 
 /// How long to wait for peers, and for how many.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -40,6 +43,9 @@ pub struct ServeOptions {
     pub max_connections: usize,
     /// For running responses after the server was asked to stop.
     pub grace_period: Duration,
+    /// Without the engine doing anything although it has work; `/health` fails then. A layer of a large model
+    /// over a long piece of a prompt can take seconds.
+    pub stall_timeout: Duration,
 }
 
 impl Default for ServeOptions {
@@ -49,63 +55,127 @@ impl Default for ServeOptions {
             // Longer than the 60 s after which common proxies give up an idle upstream.
             idle_timeout: Duration::from_secs(75),
             write_timeout: Duration::from_secs(30),
-            max_connections: 8192,
+            max_connections: 16384,
             grace_period: Duration::from_secs(30),
+            stall_timeout: Duration::from_secs(60),
         }
     }
 }
 
-/// Serves until `shutdown` resolves, then refuses new work, lets running responses finish for at
-/// most `grace_period`, tells the engine to end and returns.
+/// Where connections come from: plain, or through TLS.
+pub struct Listener {
+    /// The socket.
+    pub tcp: TcpListener,
+    /// The certificate, if there is one.
+    pub tls: Option<Arc<Tls>>,
+}
+
+impl Listener {
+    /// Where it listens.
+    ///
+    /// # Errors
+    /// What the system says.
+    pub fn local_addr(&self) -> std::io::Result<std::net::SocketAddr> {
+        self.tcp.local_addr()
+    }
+}
+
+impl From<TcpListener> for Listener {
+    fn from(tcp: TcpListener) -> Self {
+        Listener { tcp, tls: None }
+    }
+}
+
+/// Serves until `shutdown` resolves. From then on `/health` fails and new work is refused with 503, on new
+/// connections too, while running responses finish, for at most `grace_period`. Then the engine is told to end.
 ///
 /// # Errors
 /// If the listener's socket fails for good. Failures of single connections are logged.
 pub async fn serve(
-    listener: TcpListener,
+    listener: impl Into<Listener>,
     state: Arc<AppState>,
     options: ServeOptions,
     shutdown: impl Future<Output = ()>,
 ) -> std::io::Result<()> {
-    let app = router(state.clone());
-    let permits = Arc::new(Semaphore::new(options.max_connections));
-    let graceful = GracefulShutdown::new();
+    let Listener { tcp, tls } = listener.into();
+    let (stop, stopping) = watch::channel(false);
+    let server = Server {
+        app: router(state.clone()),
+        tcp,
+        tls: tls.clone(),
+        options,
+        places: Arc::new(Semaphore::new(options.max_connections)),
+        stopping,
+    };
     let mut connections = JoinSet::new();
-    let mut shutdown = pin!(shutdown);
-    let accepted = loop {
-        let permit = tokio::select! {
-            biased;
-            () = &mut shutdown => break Ok(()),
-            permit = permits.clone().acquire_owned() => permit.expect("the semaphore is never closed: this is a bug"),
-        };
-        let stream = tokio::select! {
-            biased;
-            () = &mut shutdown => break Ok(()),
-            accepted = listener.accept() => match accepted {
+    let follow = async {
+        match &tls {
+            Some(tls) => tls.follow_files().await,
+            None => std::future::pending().await,
+        }
+    };
+    let accepted = tokio::select! {
+        biased;
+        () = shutdown => Ok(()),
+        accepted = server.accept(&mut connections) => accepted,
+        () = health::watch_engine(&state, options.stall_timeout) => Ok(()),
+        () = follow => Ok(()),
+    };
+    state.start_draining();
+    state.engine.drain();
+    stop.send_replace(true);
+    let mut late = JoinSet::new();
+    let all_ended = async { while connections.join_next().await.is_some() {} };
+    let has_ended = tokio::select! {
+        ended = tokio::time::timeout(options.grace_period, all_ended) => ended.is_ok(),
+        // Whoever comes now is told to go elsewhere, and not waited for.
+        _ = server.accept(&mut late) => true,
+    };
+    drop(server);
+    if !has_ended {
+        tracing::warn!("the grace period is over; closing {} connections", connections.len());
+    }
+    state.engine.shutdown();
+    connections.shutdown().await;
+    late.shutdown().await;
+    accepted
+}
+
+/// What every connection needs.
+struct Server {
+    app: Router,
+    tcp: TcpListener,
+    tls: Option<Arc<Tls>>,
+    options: ServeOptions,
+    places: Arc<Semaphore>,
+    /// Turns true when connections are to end after their present response.
+    stopping: watch::Receiver<bool>,
+}
+
+impl Server {
+    /// Takes connections for as long as it is polled.
+    ///
+    /// # Errors
+    /// If the socket fails for good.
+    async fn accept(&self, connections: &mut JoinSet<()>) -> std::io::Result<()> {
+        loop {
+            let place = self.places.clone().acquire_owned().await;
+            let place = place.expect("the semaphore is never closed: this is a bug");
+            let stream = match self.tcp.accept().await {
                 Ok((stream, _)) => stream,
                 Err(error) if is_passing(&error) => {
                     tracing::warn!(%error, "cannot accept a connection; trying again");
                     tokio::time::sleep(Duration::from_millis(100)).await;
                     continue;
                 }
-                Err(error) => break Err(error),
-            },
-        };
-        while connections.try_join_next().is_some() {}
-        let connection = serve_connection(stream, app.clone(), options, graceful.watcher());
-        connections.spawn(async move {
-            connection.await;
-            drop(permit);
-        });
-    };
-    drop(listener);
-    state.start_draining();
-    state.engine.drain();
-    if tokio::time::timeout(options.grace_period, graceful.shutdown()).await.is_err() {
-        tracing::warn!("the grace period is over; closing {} connections", connections.len());
+                Err(error) => return Err(error),
+            };
+            while connections.try_join_next().is_some() {}
+            let acceptor = self.tls.as_ref().map(|tls| tls.acceptor());
+            let (app, stopping) = (self.app.clone(), self.stopping.clone());
+            connections.spawn(open(stream, acceptor, app, self.options, stopping, place));
+        }
     }
-    state.engine.shutdown();
-    connections.shutdown().await;
-    accepted
 }
 
 /// Resolves at the first Ctrl-C or SIGTERM. The second ends the process at once, with exit code 130.
@@ -152,7 +222,16 @@ fn is_passing(error: &std::io::Error) -> bool {
     ) || error.raw_os_error().is_some_and(|code| OUT_OF_DESCRIPTORS.contains(&code))
 }
 
-async fn serve_connection(stream: TcpStream, app: Router, options: ServeOptions, watcher: Watcher) {
+/// Serves a connection to its end. The limits on waiting hold below TLS, so a handshake is bounded as a request's
+/// head is, and both together by the head's timeout.
+async fn open(
+    stream: TcpStream,
+    acceptor: Option<TlsAcceptor>,
+    app: Router,
+    options: ServeOptions,
+    stopping: watch::Receiver<bool>,
+    place: OwnedSemaphorePermit,
+) {
     // Tokens are small writes that must not wait for each other's acknowledgement.
     if let Err(error) = stream.set_nodelay(true) {
         tracing::debug!(%error, "TCP_NODELAY was refused");
@@ -163,22 +242,58 @@ async fn serve_connection(stream: TcpStream, app: Router, options: ServeOptions,
         idle: options.idle_timeout,
         write: options.write_timeout,
     };
-    let io = TokioIo::new(TimedIo::new(stream, timeouts, activity.clone()));
-    let service = service_fn(move |request: Request<Incoming>| {
+    let io = TimedIo::new(stream, timeouts, activity.clone()).holding(place);
+    let Some(acceptor) = acceptor else {
+        return serve_connection(io, activity, app, options, stopping).await;
+    };
+    match acceptor.accept(io).await {
+        Ok(io) => serve_connection(io, activity, app, options, stopping).await,
+        Err(error) => tracing::debug!(%error, "no TLS handshake"),
+    }
+}
+
+async fn serve_connection<T: AsyncRead + AsyncWrite + Unpin + Send + 'static>(
+    io: T,
+    activity: Arc<Activity>,
+    app: Router,
+    options: ServeOptions,
+    mut stopping: watch::Receiver<bool>,
+) {
+    let service = service_fn(move |mut request: Request<Incoming>| {
         let guard = activity.begin();
+        // For handlers that take the connection over.
+        request.extensions_mut().insert(activity.clone());
         let answer = app.clone().call(request.map(Body::new));
         async move {
             let response: Response<Body> = answer.await?;
             Ok::<_, Infallible>(response.map(|inner| AnswerBody { inner, _guard: guard }))
         }
     });
-    let connection = hyper::server::conn::http1::Builder::new()
-        .timer(TokioTimer::new())
-        // The strict bounds are TimedIo's. This one only makes hyper poll an idle socket, so that
-        // those are looked at.
-        .header_read_timeout(options.header_timeout + options.idle_timeout)
-        .serve_connection(io, service);
-    if let Err(error) = watcher.watch(connection).await {
+    // Who comes when the server is stopping has one answer.
+    let is_late = *stopping.borrow();
+    let mut connection = pin!(
+        hyper::server::conn::http1::Builder::new()
+            .keep_alive(!is_late)
+            .timer(TokioTimer::new())
+            // The strict bounds are TimedIo's. This one only makes hyper poll an idle socket, so that
+            // those are looked at.
+            .header_read_timeout(options.header_timeout + options.idle_timeout)
+            .serve_connection(TokioIo::new(io), service)
+            .with_upgrades()
+    );
+    let ended = tokio::select! {
+        ended = connection.as_mut() => Some(ended),
+        // The value itself must not be held: it is a lock.
+        _ = stopping.wait_for(|stopping| *stopping), if !is_late => None,
+    };
+    let ended = match ended {
+        Some(ended) => ended,
+        None => {
+            connection.as_mut().graceful_shutdown();
+            connection.await
+        }
+    };
+    if let Err(error) = ended {
         tracing::debug!(%error, "connection closed");
     }
 }

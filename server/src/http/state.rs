@@ -1,5 +1,5 @@
 //! What every handler shares: the engine, the models behind the lanes, keys and limits. Built once at
-//! start and never changed after, but for the flag that says the server is draining.
+//! start and never changed after, but for the keys and the flags that say how the server is.
 
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -12,9 +12,11 @@ use tandem_models::{ChatTemplate, FimTokens, GenerationConfig, Tokenizer};
 use super::auth::offered_key;
 use super::generation::Flights;
 use super::heavy::HeavyWork;
+use super::lanes::LanePolicy;
 use super::metrics::Metrics;
 use super::responses::ResponseStore;
 use super::tenant::Tenants;
+use crate::keys::Keyring;
 use crate::text::answer::{Dialect, ToolFormat};
 
 /// One of the pair's models, as far as text is concerned.
@@ -73,12 +75,14 @@ pub struct AppConfig {
     pub target: Option<LaneModel>,
     /// The draft, which answers the `fast` lane.
     pub draft: Option<LaneModel>,
-    /// Keys that clients must show one of; empty lets everyone in.
-    pub api_keys: Vec<String>,
+    /// Keys that clients must show one of.
+    pub keys: Arc<Keyring>,
     /// Lets web pages of any origin call the server.
     pub cors: bool,
     /// Requests may read the output of a sequence that another one started.
     pub sharing: bool,
+    /// How `auto` picks a lane.
+    pub policy: LanePolicy,
     /// Bounds on requests.
     pub limits: Limits,
 }
@@ -157,6 +161,22 @@ impl ServedModel {
             max_token_bytes,
         }
     }
+
+    /// True if a request means the same tokens, defaults and ends to both.
+    fn reads_like(&self, other: &ServedModel) -> bool {
+        let (a, b) = (&self.model, &other.model);
+        let same_template = match (&a.chat_template, &b.chat_template) {
+            (None, None) => true,
+            (Some(a), Some(b)) => a.writes_like(b),
+            _ => false,
+        };
+        same_template
+            && a.generation == b.generation
+            && a.fim == b.fim
+            && self.stop_token_ids == other.stop_token_ids
+            && self.fim_stop_token_ids == other.fim_stop_token_ids
+            && a.tokenizer.reads_like(&b.tokenizer)
+    }
 }
 
 /// Shared by all handlers.
@@ -167,10 +187,15 @@ pub struct AppState {
     pub target: Option<ServedModel>,
     /// Behind the `fast` lane.
     pub draft: Option<ServedModel>,
-    /// Accepted keys; empty: no key needed.
-    pub api_keys: Vec<String>,
+    /// Who is let in.
+    pub keys: Arc<Keyring>,
     /// Cross-origin requests are allowed.
     pub cors: bool,
+    /// How `auto` picks a lane.
+    pub policy: LanePolicy,
+    /// Both models make the same of a request: a prompt for one is a prompt for the other. Looked at only if
+    /// the policy has use for it.
+    pub(super) lanes_read_alike: bool,
     /// Bounds on requests.
     pub limits: Limits,
     /// Counters and histograms.
@@ -182,6 +207,7 @@ pub struct AppState {
     pub(super) responses: ResponseStore,
     tenants: Tenants,
     draining: AtomicBool,
+    stalled: AtomicBool,
 }
 
 impl AppState {
@@ -191,12 +217,26 @@ impl AppState {
     /// If there is neither target nor draft.
     pub fn new(config: AppConfig) -> Self {
         assert!(config.target.is_some() || config.draft.is_some(), "a server needs a target or a draft");
+        let target = config.target.map(|model| ServedModel::new(Lane::Deep, model));
+        let draft = config.draft.map(|model| ServedModel::new(Lane::Fast, model));
+        let lanes_read_alike = match (&target, &draft) {
+            (Some(target), Some(draft)) if config.policy.escalates() => target.reads_like(draft),
+            _ => false,
+        };
+        if config.policy.escalates() && !lanes_read_alike {
+            tracing::warn!(
+                "requests are not escalated from fast to deep: that needs two models with the same tokenizer, \
+                 chat template, control tokens and generation defaults"
+            );
+        }
         AppState {
             metrics: Metrics::new(config.engine.clone()),
             engine: config.engine,
-            target: config.target.map(|model| ServedModel::new(Lane::Deep, model)),
-            draft: config.draft.map(|model| ServedModel::new(Lane::Fast, model)),
-            api_keys: config.api_keys,
+            target,
+            draft,
+            policy: config.policy,
+            lanes_read_alike,
+            keys: config.keys,
             cors: config.cors,
             limits: config.limits,
             started_at: unix_seconds(),
@@ -205,6 +245,7 @@ impl AppState {
             responses: ResponseStore::default(),
             tenants: Tenants::new(),
             draining: AtomicBool::new(false),
+            stalled: AtomicBool::new(false),
         }
     }
 
@@ -219,13 +260,23 @@ impl AppState {
     /// Whose cached work a request may use: that of requests with the same API key and `cache_salt`.
     /// Without keys everybody has the same one.
     pub(super) fn cache_salt(&self, headers: &HeaderMap, cache_salt: Option<&str>) -> CacheSalt {
-        let key = if self.api_keys.is_empty() { None } else { offered_key(headers) };
+        let key = if self.keys.is_open() { None } else { offered_key(headers) };
         self.tenants.salt(key, cache_salt)
     }
 
     /// True from the moment the server was asked to stop.
     pub fn is_draining(&self) -> bool {
         self.draining.load(Ordering::Relaxed)
+    }
+
+    /// True while the engine has work and does not get on with it.
+    pub fn is_stalled(&self) -> bool {
+        self.stalled.load(Ordering::Relaxed)
+    }
+
+    /// Returns what was set before.
+    pub(super) fn set_stalled(&self, is_stalled: bool) -> bool {
+        self.stalled.swap(is_stalled, Ordering::Relaxed)
     }
 
     pub(crate) fn start_draining(&self) {

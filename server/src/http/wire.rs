@@ -66,6 +66,8 @@ pub(super) struct Timings {
     predicted_per_second: f64,
     draft_n: u64,
     draft_n_accepted: u64,
+    lane: &'static str,
+    lane_reason: String,
 }
 
 impl Timings {
@@ -80,6 +82,8 @@ impl Timings {
             predicted_per_second: account.tokens_per_second(generation.num_sequences()),
             draft_n: account.num_draft_tokens,
             draft_n_accepted: account.num_accepted_tokens,
+            lane: generation.lane(),
+            lane_reason: generation.lane_reason().to_string(),
         }
     }
 }

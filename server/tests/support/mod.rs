@@ -4,10 +4,11 @@
 #![allow(dead_code, reason = "each test file uses its part")]
 
 mod checkpoint;
+mod gated;
 mod scripted;
 
 use std::net::SocketAddr;
-use std::sync::Arc;
+use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
 use bytes::Bytes;
@@ -16,7 +17,9 @@ use http_body_util::{BodyExt, Full};
 use hyper::body::Incoming;
 use hyper_util::rt::TokioIo;
 use serde_json::Value;
-use tandem::http::{AppConfig, AppState, LaneModel, Limits, ServeOptions, serve};
+use tandem::http::lanes::LanePolicy;
+use tandem::http::{AppConfig, AppState, LaneModel, Limits, Listener, ServeOptions, Tls, serve};
+use tandem::keys::Keyring;
 use tandem_engine::{DraftTokens, EngineConfig, EngineHandle, Models};
 use tandem_kernels::ThreadPool;
 use tandem_models::{BackendKind, ChatTemplate, Checkpoint, FimTokens, Model, Tokenizer};
@@ -26,6 +29,7 @@ use tokio::sync::oneshot;
 use tokio::task::JoinHandle;
 
 pub(crate) use checkpoint::CheckpointSpec;
+use gated::GatedModel;
 use scripted::{Script, ScriptedModel};
 
 /// How the server under test is made.
@@ -33,6 +37,12 @@ pub(crate) struct TestOptions {
     pub(crate) serve: ServeOptions,
     pub(crate) limits: Limits,
     pub(crate) api_keys: Vec<String>,
+    /// While it is held, the target does nothing.
+    pub(crate) gate: Option<Arc<Mutex<()>>>,
+    /// In the place of `api_keys`.
+    pub(crate) keys: Option<Arc<Keyring>>,
+    pub(crate) tls: Option<Arc<Tls>>,
+    pub(crate) policy: LanePolicy,
     pub(crate) cors: bool,
     pub(crate) sharing: bool,
     pub(crate) prefix_cache: bool,
@@ -50,6 +60,10 @@ impl Default for TestOptions {
             serve: ServeOptions::default(),
             limits: Limits::default(),
             api_keys: vec![],
+            gate: None,
+            keys: None,
+            tls: None,
+            policy: LanePolicy::default(),
             cors: false,
             sharing: true,
             prefix_cache: true,
@@ -65,6 +79,7 @@ impl Default for TestOptions {
 pub(crate) struct TestServer {
     pub(crate) address: SocketAddr,
     pub(crate) engine: EngineHandle,
+    pub(crate) state: Arc<AppState>,
     pub(crate) tokenizer: Arc<Tokenizer>,
     script: Script,
     stop: Option<oneshot::Sender<()>>,
@@ -132,6 +147,9 @@ impl TestServer {
         if options.scripted {
             target_model = Box::new(ScriptedModel::new(target_model, script.clone()));
         }
+        if let Some(gate) = options.gate {
+            target_model = Box::new(GatedModel { inner: target_model, gate });
+        }
         let (draft_model, draft) = options.with_draft.then(|| load(&draft_dir, &pool)).unzip();
         let tokenizer = target.tokenizer.clone();
         let config = EngineConfig {
@@ -154,7 +172,8 @@ impl TestServer {
             engine: engine.clone(),
             target: Some(target),
             draft,
-            api_keys: options.api_keys,
+            keys: options.keys.unwrap_or_else(|| Arc::new(Keyring::new(&options.api_keys, false))),
+            policy: options.policy,
             cors: options.cors,
             sharing: options.sharing,
             limits: options.limits,
@@ -165,10 +184,12 @@ impl TestServer {
         let shutdown = async {
             let _ = stopped.await;
         };
-        let serving = tokio::spawn(serve(listener, state, options.serve, shutdown));
+        let listener = Listener { tcp: listener, tls: options.tls };
+        let serving = tokio::spawn(serve(listener, state.clone(), options.serve, shutdown));
         TestServer {
             address,
             engine,
+            state,
             tokenizer,
             script,
             stop: Some(stop),

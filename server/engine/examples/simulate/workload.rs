@@ -170,6 +170,7 @@ impl Workload {
             seed: rng.range(0, 3) as u64,
             logprobs,
             prompt_logprobs: if scores_only || rng.one_in(8) { Some(logprobs.unwrap_or(1)) } else { None },
+            num_margins: 2,
             stop_token_ids: if rng.one_in(3) { vec![STOP, 11] } else { Vec::new() },
             min_tokens: if rng.one_in(3) { rng.range(0, 6) as u32 } else { 0 },
             max_tokens: if scores_only { 0 } else { rng.range(1, self.shape.max_output) as u32 },

@@ -32,9 +32,30 @@ impl LogprobScratch {
     }
 }
 
+/// The greatest of `logits` less the next one; 0 if there is only one.
+pub(crate) fn margin(logits: &[f32]) -> f32 {
+    let (mut best, mut next) = (f32::NEG_INFINITY, f32::NEG_INFINITY);
+    for &logit in logits {
+        if logit > best {
+            (best, next) = (logit, best);
+        } else if logit > next {
+            next = logit;
+        }
+    }
+    if next == f32::NEG_INFINITY { 0.0 } else { best - next }
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn the_margin_is_between_the_two_greatest() {
+        assert_eq!(margin(&[1.0, 4.0, 2.5]), 1.5);
+        assert_eq!(margin(&[2.5, 1.0, 4.0]), 1.5);
+        assert_eq!(margin(&[3.0, 3.0]), 0.0);
+        assert_eq!(margin(&[3.0]), 0.0);
+    }
 
     #[test]
     fn probabilities_sum_to_one_and_are_ranked() {

@@ -18,7 +18,7 @@ use std::collections::HashMap;
 use tandem_kernels::sampling;
 
 use crate::api::{EngineError, SamplingParams, TokenId};
-pub(crate) use logprobs::LogprobScratch;
+pub(crate) use logprobs::{LogprobScratch, margin};
 use noise::NoiseRow;
 
 /// How often tokens occurred, kept only for sequences that ask for a penalty.

@@ -6,7 +6,7 @@
 use std::time::Duration;
 
 use crate::api::{EngineError, FinishReason};
-use crate::sampler::{Draw, LogprobScratch, Sampler};
+use crate::sampler::{Draw, LogprobScratch, Sampler, margin};
 use crate::sequence::Sequence;
 
 /// Draws at each of the `1 + num_draft_tokens` rows of logits (`[num_token_ids]`, row `i` predicting the token
@@ -45,7 +45,11 @@ pub(crate) fn verify<'a>(
         if !accepted {
             sequence.rollback();
         }
+        let is_watched = sequence.num_output_tokens() < sequence.params.num_margins as usize;
         sequence.commit(id, accepted, reported, now);
+        if is_watched {
+            sequence.push_margin(margin(row));
+        }
         num_accepted_tokens += usize::from(accepted);
         if sequence.num_remaining_tokens() == 0 {
             sequence.finished = Some(FinishReason::Length);

@@ -56,6 +56,11 @@ impl Endpoint {
         let (host, port) = (address.ip().to_string(), address.port());
         Endpoint { host, port, prefix: String::new(), api_key: None }
     }
+
+    /// The same with a key.
+    pub(super) fn with_key(self, key: &str) -> Self {
+        Endpoint { api_key: Some(key.to_owned()), ..self }
+    }
 }
 
 /// Why a request has no whole answer.
@@ -95,6 +100,8 @@ pub(super) struct Completion {
     pub(super) num_output_tokens: u64,
     pub(super) num_accepted_tokens: u64,
     pub(super) num_rejected_tokens: u64,
+    /// Waiting and prefill, as the server says.
+    pub(super) engine_ttft: Duration,
     /// When each piece of text came, from sending the request.
     pub(super) arrivals: Vec<Duration>,
     /// From sending the request to the end of the stream.
@@ -137,6 +144,12 @@ struct Timings {
     draft_n: u64,
     #[serde(default)]
     draft_n_accepted: u64,
+    #[serde(default)]
+    predicted_n: u64,
+    #[serde(default)]
+    queue_ms: f64,
+    #[serde(default)]
+    prompt_ms: f64,
 }
 
 /// At most one connection to a server, opened when needed.
@@ -294,6 +307,9 @@ fn absorb(payload: &[u8], sent: Instant, completion: &mut Completion) -> Result<
     }
     if let Some(timings) = chunk.timings {
         completion.num_accepted_tokens = timings.draft_n_accepted;
+        completion.engine_ttft =
+            Duration::from_secs_f64((timings.queue_ms + timings.prompt_ms).max(0.0) / 1e3);
+        completion.num_output_tokens = completion.num_output_tokens.max(timings.predicted_n);
         completion.num_rejected_tokens = timings.draft_n.saturating_sub(timings.draft_n_accepted);
     }
     Ok(())

@@ -7,6 +7,7 @@
 
 mod client;
 mod edits;
+mod http;
 mod isolation;
 mod pair;
 mod peer;
@@ -36,6 +37,8 @@ pub(super) enum BenchCommand {
     Policy(policy::PolicyArgs),
     /// Passes of Tandem and of llama.cpp over the same GGUF file, in turns
     Peer(peer::PeerArgs),
+    /// What HTTP costs beside the engine, and what idle connections do to it
+    Http(http::HttpArgs),
     /// Load any OpenAI-compatible server with streams and cancels, and look for faults and leaks
     Soak(soak::SoakArgs),
 }
@@ -47,6 +50,7 @@ pub(super) fn run(command: &BenchCommand) -> anyhow::Result<ExitCode> {
         BenchCommand::Edits(args) => edits::run(args),
         BenchCommand::Policy(args) => policy::run(args),
         BenchCommand::Peer(args) => peer::run(args),
+        BenchCommand::Http(args) => http::run(args),
         BenchCommand::Soak(args) => soak::run(args),
     }
 }

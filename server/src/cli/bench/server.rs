@@ -4,7 +4,9 @@ use std::net::{Ipv4Addr, SocketAddr};
 use std::sync::Arc;
 
 use anyhow::{Context as _, bail};
+use tandem::http::lanes::LanePolicy;
 use tandem::http::{ServeOptions, serve};
+use tandem::keys::Keyring;
 use tokio::net::TcpListener;
 use tokio::sync::oneshot;
 use tokio::task::JoinHandle;
@@ -54,7 +56,8 @@ impl LocalServer {
         let listener =
             TcpListener::bind((Ipv4Addr::LOCALHOST, 0)).await.context("no loopback port is free")?;
         let address = listener.local_addr()?;
-        let (state, engine_thread) = runtime.into_state(Vec::new(), false);
+        let (state, engine_thread) =
+            runtime.into_state(Arc::new(Keyring::new(&[], false)), LanePolicy::default(), false);
         let (stop, stopped) = oneshot::channel();
         let served = tokio::spawn(serve(listener, Arc::new(state), ServeOptions::default(), async {
             // A dropped sender means the same as a message.

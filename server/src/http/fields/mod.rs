@@ -21,7 +21,9 @@ use speculation::Speculative;
 
 use super::error::ApiError;
 use super::generation::{GenerationRequest, Prompt};
+use super::lanes::{AUTO, Hints};
 use super::state::{Limits, ServedModel};
+use crate::keys::Client;
 
 /// Longest `cache_salt`: a hash or a few ids in any notation.
 const MAX_SALT_BYTES: usize = 256;
@@ -73,9 +75,13 @@ pub(super) struct CommonFields {
     cache_salt: Option<String>,
     speculative: Option<Speculative>,
     prediction: Option<Prediction>,
+    /// What the rules for lanes look at, in whatever fields it stands.
+    #[serde(skip)]
+    hints: Hints,
 }
 
 /// What they become. `params.max_tokens` and the logprobs are left to the endpoint.
+#[derive(Default)]
 pub(super) struct Common {
     pub(super) params: SamplingParams,
     /// As the client wrote it, or as it was drawn.
@@ -99,7 +105,12 @@ pub(super) struct Common {
 
 impl Common {
     /// The request for these prompts.
-    pub(super) fn into_request(self, prompts: Vec<Prompt>, cache_salt: CacheSalt) -> GenerationRequest {
+    pub(super) fn into_request(
+        self,
+        prompts: Vec<Prompt>,
+        cache_salt: CacheSalt,
+        client: Option<Arc<Client>>,
+    ) -> GenerationRequest {
         GenerationRequest {
             prompts,
             num_choices: self.num_choices,
@@ -112,6 +123,7 @@ impl Common {
             speculation: self.speculation,
             markers: self.markers,
             fits_gaps: self.fits_gaps,
+            client,
         }
     }
 }
@@ -160,6 +172,19 @@ impl CommonFields {
                 None => true,
             },
         })
+    }
+
+    /// Reads what the rules for lanes look at, unless the client names the model.
+    pub(super) fn take_hints(&mut self, body: &[u8]) {
+        if self.model.as_deref().is_none_or(|name| name == AUTO) {
+            // What is wrong in it, the endpoint's own fields say.
+            self.hints = serde_json::from_slice(body).unwrap_or_default();
+        }
+    }
+
+    /// See [`CommonFields::take_hints`].
+    pub(super) fn hints(&self) -> &Hints {
+        &self.hints
     }
 
     /// What the client expects, for [`Prediction::encode`]. Taken, because it can be long.

@@ -100,6 +100,16 @@ impl Choice {
         self.reader.is_none()
     }
 
+    /// Tokens of the answer so far.
+    pub(super) fn num_tokens(&self) -> u32 {
+        self.num_tokens
+    }
+
+    /// Waits for the margins of the first tokens: as many as are asked for, or all that there are.
+    pub(super) fn poll_margins(&mut self, cx: &mut Context<'_>, num_tokens: usize) -> Poll<Vec<f32>> {
+        self.reader.as_mut().map_or(Poll::Ready(vec![]), |reader| reader.poll_margins(cx, num_tokens))
+    }
+
     pub(super) fn shared(&self) -> Option<Shared> {
         self.shared
     }

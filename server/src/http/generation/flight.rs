@@ -45,6 +45,8 @@ struct Log {
     tokens: Vec<OutputToken>,
     /// One entry a token, or none at all.
     logprobs: Vec<TokenLogprobs>,
+    /// Of the first tokens, if they were asked for.
+    margins: Vec<f32>,
     prompt_logprobs: Option<Vec<Option<TokenLogprobs>>>,
     end: Option<End>,
     /// The engine's bound, which readers that want more can raise.
@@ -57,6 +59,16 @@ struct Log {
     next_reader: u64,
     /// Readers that wait, each at most once.
     wakers: Vec<(u64, Waker)>,
+}
+
+impl Log {
+    /// Has a reader woken by what comes next.
+    fn wait(&mut self, reader: u64, cx: &Context<'_>) {
+        match self.wakers.iter_mut().find(|(key, _)| *key == reader) {
+            Some((_, waker)) => waker.clone_from(cx.waker()),
+            None => self.wakers.push((reader, cx.waker().clone())),
+        }
+    }
 }
 
 /// How a sequence ended.
@@ -85,6 +97,7 @@ impl Flight {
         let log = Log {
             tokens: Vec::new(),
             logprobs: Vec::new(),
+            margins: Vec::new(),
             prompt_logprobs: None,
             end: None,
             max_tokens: plan.params.max_tokens,
@@ -166,6 +179,7 @@ impl EventSink for FlightSink {
             Event::Tokens(chunk) => {
                 log.tokens.extend(chunk.tokens);
                 log.logprobs.extend(chunk.logprobs);
+                log.margins.extend(chunk.margins);
             }
             Event::Finished(finished) => log.end = Some(End::Finished(finished)),
             Event::Failed(error) => log.end = Some(End::Failed(error)),
@@ -230,11 +244,18 @@ impl Reader {
         if let Some(end) = &log.end {
             return Poll::Ready(News::End(end.clone()));
         }
-        match log.wakers.iter_mut().find(|(key, _)| *key == self.key) {
-            Some((_, waker)) => waker.clone_from(cx.waker()),
-            None => log.wakers.push((self.key, cx.waker().clone())),
-        }
+        log.wait(self.key, cx);
         Poll::Pending
+    }
+
+    /// Waits for the margins of the first tokens: as many as are asked for, or all that there are.
+    pub(super) fn poll_margins(&mut self, cx: &mut Context<'_>, num_tokens: usize) -> Poll<Vec<f32>> {
+        let mut log = self.flight.log();
+        if log.margins.len() < num_tokens && log.end.is_none() {
+            log.wait(self.key, cx);
+            return Poll::Pending;
+        }
+        Poll::Ready(log.margins.clone())
     }
 
     /// Aborts the sequence if nobody else reads it; its end comes as news then. False if it goes on.

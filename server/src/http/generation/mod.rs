@@ -13,11 +13,13 @@ use std::sync::Arc;
 use std::task::{Context, Poll};
 use std::time::Duration;
 
-use tandem_engine::{CacheSalt, Priority, SamplingParams, SpeculationParams, TokenLogprobs};
+use tandem_engine::{CacheSalt, Lane, Priority, SamplingParams, SpeculationParams, TokenLogprobs};
 
 use super::error::ApiError;
+use super::lanes::{Reason, lane_name};
 use super::metrics::TokenClock;
-use super::state::{AppState, ServedModel};
+use super::state::{AppState, ServedModel, unix_seconds};
+use crate::keys::Client;
 use crate::text::Gap;
 use choice::{Choice, TextRules};
 use flight::FlightPlan;
@@ -48,6 +50,8 @@ pub struct GenerationRequest {
     pub markers: Arc<[u32]>,
     /// An answer that fills a gap ends where it meets what follows.
     pub fits_gaps: bool,
+    /// Who pays for the output, if anybody does.
+    pub client: Option<Arc<Client>>,
 }
 
 /// One prompt of a request.
@@ -163,6 +167,9 @@ pub struct Generation {
     num_running: usize,
     /// Where the next poll begins, so that no choice starves the others.
     next: usize,
+    client: Option<Arc<Client>>,
+    lane: Lane,
+    lane_reason: Reason,
 }
 
 impl Generation {
@@ -206,7 +213,42 @@ impl Generation {
                 choices.push(Choice::new(&state.engine, boarding, plan, text, clock));
             }
         }
-        Ok(Generation { choices, num_choices_per_prompt: request.num_choices, num_running, next: 0 })
+        Ok(Generation {
+            choices,
+            num_choices_per_prompt: request.num_choices,
+            num_running,
+            next: 0,
+            client: request.client.clone(),
+            lane: served.lane,
+            lane_reason: Reason::Named,
+        })
+    }
+
+    /// Notes why this lane answers.
+    pub(super) fn set_lane_reason(&mut self, reason: Reason) {
+        self.lane_reason = reason;
+    }
+
+    /// Who answers.
+    pub fn lane(&self) -> &'static str {
+        lane_name(self.lane)
+    }
+
+    /// Why that lane answers.
+    pub fn lane_reason(&self) -> &Reason {
+        &self.lane_reason
+    }
+
+    /// The mean margin of the first tokens of all choices, awaited; `None` if they have none. Nothing is taken
+    /// from what is read later. See [`SamplingParams::num_margins`].
+    pub async fn mean_margin(&mut self, num_tokens: u32) -> Option<f32> {
+        let (mut sum, mut count) = (0.0, 0);
+        for choice in &mut self.choices {
+            let margins = std::future::poll_fn(|cx| choice.poll_margins(cx, num_tokens as usize)).await;
+            sum += margins.iter().map(|&margin| f64::from(margin)).sum::<f64>();
+            count += margins.len();
+        }
+        (count > 0).then(|| (sum / count as f64) as f32)
     }
 
     /// Waits for the next piece of any choice; `None` after all have ended.
@@ -224,7 +266,12 @@ impl Generation {
             if choice.has_ended() {
                 continue;
             }
-            match choice.poll_next(cx) {
+            let num_tokens = choice.num_tokens();
+            let polled = choice.poll_next(cx);
+            if let Some(client) = self.client.as_ref().filter(|_| choice.num_tokens() > num_tokens) {
+                client.spend_output(u64::from(choice.num_tokens() - num_tokens), unix_seconds());
+            }
+            match polled {
                 Poll::Pending => {}
                 Poll::Ready(Err(error)) => {
                     self.num_running = 0;

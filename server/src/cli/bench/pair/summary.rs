@@ -163,6 +163,7 @@ mod tests {
             num_rejected_tokens: rejected,
             arrivals: vec![Duration::from_millis(10)],
             total: Duration::from_secs_f64(seconds),
+            ..Completion::default()
         }
     }
 

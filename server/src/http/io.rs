@@ -10,11 +10,12 @@
 use std::io;
 use std::pin::Pin;
 use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::sync::atomic::{AtomicU64, Ordering};
 use std::task::{Context, Poll, ready};
 use std::time::Duration;
 
 use tokio::io::{AsyncRead, AsyncWrite, ReadBuf};
+use tokio::sync::OwnedSemaphorePermit;
 use tokio::time::{Sleep, sleep};
 
 /// Bounds on waiting for the peer.
@@ -28,7 +29,8 @@ pub(super) struct IoTimeouts {
 /// What the connection's service tells its socket: whether a request is being answered.
 #[derive(Debug, Default)]
 pub(super) struct Activity {
-    busy: AtomicBool,
+    /// Requests being answered, and a WebSocket that took the connection over.
+    num_busy: AtomicU64,
     num_requests: AtomicU64,
 }
 
@@ -36,8 +38,12 @@ impl Activity {
     /// A request arrived; it is being answered until the guard is dropped.
     pub(super) fn begin(self: &Arc<Self>) -> ActivityGuard {
         self.num_requests.fetch_add(1, Ordering::Relaxed);
-        self.busy.store(true, Ordering::Relaxed);
+        self.num_busy.fetch_add(1, Ordering::Relaxed);
         ActivityGuard(self.clone())
+    }
+
+    fn is_busy(&self) -> bool {
+        self.num_busy.load(Ordering::Relaxed) > 0
     }
 }
 
@@ -46,7 +52,7 @@ pub(super) struct ActivityGuard(Arc<Activity>);
 
 impl Drop for ActivityGuard {
     fn drop(&mut self) {
-        self.0.busy.store(false, Ordering::Relaxed);
+        self.0.num_busy.fetch_sub(1, Ordering::Relaxed);
     }
 }
 
@@ -60,6 +66,8 @@ pub(super) struct TimedIo<T> {
     head_started: bool,
     read_deadline: Option<Pin<Box<Sleep>>>,
     write_deadline: Option<Pin<Box<Sleep>>>,
+    /// Given back when the socket closes, whoever has it by then.
+    _place: Option<OwnedSemaphorePermit>,
 }
 
 impl<T> TimedIo<T> {
@@ -72,13 +80,20 @@ impl<T> TimedIo<T> {
             head_started: false,
             read_deadline: None,
             write_deadline: None,
+            _place: None,
         }
+    }
+
+    /// The socket takes this place among all that may be open.
+    pub(super) fn holding(mut self, place: OwnedSemaphorePermit) -> Self {
+        self._place = Some(place);
+        self
     }
 
     /// Called when no byte can be read now.
     fn poll_read_deadline(&mut self, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
         self.forget_earlier_request();
-        if self.activity.busy.load(Ordering::Relaxed) {
+        if self.activity.is_busy() {
             self.read_deadline = None;
             return Poll::Pending;
         }
@@ -104,7 +119,7 @@ impl<T> TimedIo<T> {
 
     fn bytes_arrived(&mut self) {
         self.forget_earlier_request();
-        if !self.head_started && !self.activity.busy.load(Ordering::Relaxed) {
+        if !self.head_started && !self.activity.is_busy() {
             self.head_started = true;
             self.read_deadline = Some(Box::pin(sleep(self.timeouts.header)));
         }

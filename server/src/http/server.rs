@@ -17,9 +17,8 @@ use http_body::{Frame, SizeHint};
 use hyper::body::Incoming;
 use hyper::service::service_fn;
 use hyper_util::rt::{TokioIo, TokioTimer};
-use hyper_util::server::graceful::{GracefulShutdown, Watcher};
 use tokio::net::{TcpListener, TcpStream};
-use tokio::sync::Semaphore;
+use tokio::sync::{OwnedSemaphorePermit, Semaphore, watch};
 use tokio::task::JoinSet;
 use tower::Service;
 
@@ -68,7 +67,7 @@ pub async fn serve(
 ) -> std::io::Result<()> {
     let app = router(state.clone());
     let permits = Arc::new(Semaphore::new(options.max_connections));
-    let graceful = GracefulShutdown::new();
+    let (stop, stopping) = watch::channel(false);
     let mut connections = JoinSet::new();
     let mut shutdown = pin!(shutdown);
     let accepted = loop {
@@ -91,16 +90,14 @@ pub async fn serve(
             },
         };
         while connections.try_join_next().is_some() {}
-        let connection = serve_connection(stream, app.clone(), options, graceful.watcher());
-        connections.spawn(async move {
-            connection.await;
-            drop(permit);
-        });
+        connections.spawn(serve_connection(stream, app.clone(), options, stopping.clone(), permit));
     };
     drop(listener);
     state.start_draining();
     state.engine.drain();
-    if tokio::time::timeout(options.grace_period, graceful.shutdown()).await.is_err() {
+    stop.send_replace(true);
+    let all_ended = async { while connections.join_next().await.is_some() {} };
+    if tokio::time::timeout(options.grace_period, all_ended).await.is_err() {
         tracing::warn!("the grace period is over; closing {} connections", connections.len());
     }
     state.engine.shutdown();
@@ -152,7 +149,13 @@ fn is_passing(error: &std::io::Error) -> bool {
     ) || error.raw_os_error().is_some_and(|code| OUT_OF_DESCRIPTORS.contains(&code))
 }
 
-async fn serve_connection(stream: TcpStream, app: Router, options: ServeOptions, watcher: Watcher) {
+async fn serve_connection(
+    stream: TcpStream,
+    app: Router,
+    options: ServeOptions,
+    mut stopping: watch::Receiver<bool>,
+    place: OwnedSemaphorePermit,
+) {
     // Tokens are small writes that must not wait for each other's acknowledgement.
     if let Err(error) = stream.set_nodelay(true) {
         tracing::debug!(%error, "TCP_NODELAY was refused");
@@ -163,22 +166,39 @@ async fn serve_connection(stream: TcpStream, app: Router, options: ServeOptions,
         idle: options.idle_timeout,
         write: options.write_timeout,
     };
-    let io = TokioIo::new(TimedIo::new(stream, timeouts, activity.clone()));
-    let service = service_fn(move |request: Request<Incoming>| {
+    let io = TokioIo::new(TimedIo::new(stream, timeouts, activity.clone()).holding(place));
+    let service = service_fn(move |mut request: Request<Incoming>| {
         let guard = activity.begin();
+        // For handlers that take the connection over.
+        request.extensions_mut().insert(activity.clone());
         let answer = app.clone().call(request.map(Body::new));
         async move {
             let response: Response<Body> = answer.await?;
             Ok::<_, Infallible>(response.map(|inner| AnswerBody { inner, _guard: guard }))
         }
     });
-    let connection = hyper::server::conn::http1::Builder::new()
-        .timer(TokioTimer::new())
-        // The strict bounds are TimedIo's. This one only makes hyper poll an idle socket, so that
-        // those are looked at.
-        .header_read_timeout(options.header_timeout + options.idle_timeout)
-        .serve_connection(io, service);
-    if let Err(error) = watcher.watch(connection).await {
+    let mut connection = pin!(
+        hyper::server::conn::http1::Builder::new()
+            .timer(TokioTimer::new())
+            // The strict bounds are TimedIo's. This one only makes hyper poll an idle socket, so that
+            // those are looked at.
+            .header_read_timeout(options.header_timeout + options.idle_timeout)
+            .serve_connection(io, service)
+            .with_upgrades()
+    );
+    let ended = tokio::select! {
+        ended = connection.as_mut() => Some(ended),
+        // The value itself must not be held: it is a lock.
+        _ = stopping.wait_for(|stopping| *stopping) => None,
+    };
+    let ended = match ended {
+        Some(ended) => ended,
+        None => {
+            connection.as_mut().graceful_shutdown();
+            connection.await
+        }
+    };
+    if let Err(error) = ended {
         tracing::debug!(%error, "connection closed");
     }
 }

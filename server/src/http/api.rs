@@ -12,7 +12,7 @@ use utoipa::openapi::request_body::RequestBodyBuilder;
 use utoipa::openapi::schema::{AllOfBuilder, Schema, SchemaType};
 use utoipa::openapi::security::{Http, HttpAuthScheme, SecurityRequirement, SecurityScheme};
 use utoipa::openapi::{
-    ComponentsBuilder, Content, Info, ObjectBuilder, OpenApi, OpenApiBuilder, PathItem, Paths, RefOr,
+    ComponentsBuilder, Content, Info, ObjectBuilder, OpenApi, OpenApiBuilder, PathItem, Paths, Ref, RefOr,
     Required, ResponseBuilder, Type,
 };
 
@@ -37,10 +37,16 @@ impl Operation {
 
     /// Its body is read as both of these.
     pub(super) fn reads<A: ToSchema, B: ToSchema>(mut self) -> Self {
-        A::schemas(&mut self.schemas);
-        B::schemas(&mut self.schemas);
-        self.body = Some(AllOfBuilder::new().item(A::schema()).item(B::schema()).into());
+        let (common, own) = (self.named::<A>(), self.named::<B>());
+        self.body = Some(AllOfBuilder::new().item(common).item(own).into());
         self
+    }
+
+    /// A reference to a type, which is described once.
+    fn named<T: ToSchema>(&mut self) -> Ref {
+        T::schemas(&mut self.schemas);
+        self.schemas.push((T::name().into_owned(), T::schema()));
+        Ref::from_schema_name(T::name())
     }
 
     /// Its answer can be a stream of this type, too.

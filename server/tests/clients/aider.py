@@ -27,7 +27,7 @@ def ask(box, url, *options):
     command += ["--no-check-update", "--no-show-model-warnings", "--no-show-release-notes", "--no-pretty"]
     command += ["--map-tokens", "0", *options]
     output = box.run(command, environment)
-    expect("Error" not in output, output)
+    expect("litellm." not in output, output)
     return output
 
 

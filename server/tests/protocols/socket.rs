@@ -96,7 +96,7 @@ async fn one_connection_takes_many_turns_that_need_not_be_stored() {
     assert!(response(&second)["usage"]["input_tokens_details"]["cached_tokens"].as_u64() > Some(0));
     // A third one goes on from the second, with all that was said before it.
     let id = response(&second)["id"].clone();
-    let third = client.turn(json!({ "input": "Sure?", "previous_response_id": id })).await;
+    let third = client.turn(json!({ "input": "Sure?", "tools": tools(), "previous_response_id": id })).await;
     let input_tokens = |events: &[Value]| response(events)["usage"]["input_tokens"].as_u64();
     assert!(input_tokens(&third) > input_tokens(&second));
     // Another connection knows none of them.

@@ -23,7 +23,7 @@ use crate::http::wire::respond;
 
 /// The fields that only chats have.
 #[derive(Deserialize, ToSchema)]
-pub(super) struct ChatFields {
+pub(super) struct OllamaChatFields {
     messages: Option<Bounded>,
     tools: Option<Bounded>,
     think: Option<Bounded>,
@@ -34,7 +34,7 @@ pub(super) struct ChatFields {
 pub(super) async fn chat(
     State(state): State<Arc<AppState>>,
     headers: HeaderMap,
-    JsonBody { common, fields, size_bytes }: JsonBody<OllamaCommon, ChatFields>,
+    JsonBody { common, fields, size_bytes }: JsonBody<OllamaCommon, OllamaChatFields>,
 ) -> Result<Response, ApiError> {
     only_text(fields.format.as_ref())?;
     let (common, max_tokens) = common.resolve(fields.options)?;

@@ -10,7 +10,7 @@ use serde_json::{Value, json};
 
 use super::api::{Api, Operation};
 use super::error::ApiError;
-use chat::ChatFields;
+use chat::OllamaChatFields;
 use fields::OllamaCommon;
 use generate::GenerateFields;
 use models::{NameFields, NoFields};
@@ -28,7 +28,7 @@ pub(super) fn routes() -> Api {
         })
         .post("/api/chat", chat::chat, {
             Operation::new("Goes on with a conversation")
-                .reads::<OllamaCommon, ChatFields>()
+                .reads::<OllamaCommon, OllamaChatFields>()
                 .streams(wire::LINES)
         })
 }

@@ -14,7 +14,7 @@ use super::error::ApiError;
 use super::generation::{Prompt, PromptText};
 use super::intake::answer_tokens;
 use super::state::{AppState, MAX_PROMPTS, ServedModel};
-use crate::text::Gap;
+use crate::text::GapRules;
 
 /// Requests with more text than this are tokenized off the async threads.
 pub(super) const INLINE_TEXT_BYTES: usize = 16 << 10;
@@ -34,7 +34,7 @@ pub(super) enum PromptInput {
 pub(super) struct PreparedPrompt {
     pub(super) tokens: Arc<[u32]>,
     text: Option<PromptText>,
-    gap: Option<Gap>,
+    gap: Option<GapRules>,
     max_tokens: u32,
     pub(super) echo: Option<String>,
 }
@@ -289,8 +289,7 @@ fn prepare_one(
         (PromptInput::Tokens(tokens), _) => (tokens, None),
     };
     let PromptOptions { max_tokens, default_max_tokens, max_model_len, .. } = options;
-    let max_tokens =
-        answer_tokens("max_tokens", max_tokens, default_max_tokens, tokens.len(), max_model_len, false)?;
+    let max_tokens = answer_tokens(max_tokens, default_max_tokens, tokens.len(), max_model_len)?;
     let (text, echo) = match (options.echo, text) {
         (false, text) => {
             let after = suffix.map(|suffix| suffix.text.clone());
@@ -300,7 +299,7 @@ fn prepare_one(
         (true, None) => (None, Some(decode(tokenizer, &tokens)?)),
     };
     let gap_in = |text: &PromptText| {
-        Some(Gap { before: text.before.clone(), after: text.after.clone()?, min_indent: 0 })
+        Some(GapRules { before: text.before.clone(), after: text.after.clone()?, min_indent: 0 })
     };
     let gap = text.as_ref().and_then(gap_in);
     Ok(PreparedPrompt { tokens: tokens.into(), text, gap, max_tokens, echo })

@@ -1,6 +1,6 @@
 //! Where an answer ends before its last token: at a client's stop string, or where it has filled its gap.
 
-use super::gap::{self, Gap, GapMatcher};
+use super::gap::{self, GapMatcher, GapRules};
 use super::stop::StopMatcher;
 
 /// Finds the end of one answer. Cheap where nothing is looked for.
@@ -16,7 +16,7 @@ pub struct Ending {
 
 impl Ending {
     /// For these stop strings, of which empty ones are left out, and this gap.
-    pub fn new(stops: &[String], gap: Option<&Gap>) -> Ending {
+    pub fn new(stops: &[String], gap: Option<&GapRules>) -> Ending {
         let mut patterns: Vec<&str> = stops.iter().map(String::as_str).filter(|s| !s.is_empty()).collect();
         let num_stops = patterns.len();
         patterns.extend(gap.and_then(|gap| gap::repetition(&gap.after)));
@@ -72,7 +72,7 @@ impl Ending {
 mod tests {
     use super::*;
 
-    fn read(stops: &[&str], gap: Option<&Gap>, text: &str) -> (String, bool, Option<String>) {
+    fn read(stops: &[&str], gap: Option<&GapRules>, text: &str) -> (String, bool, Option<String>) {
         let stops: Vec<String> = stops.iter().map(|&stop| stop.to_owned()).collect();
         let (mut ending, mut out) = (Ending::new(&stops, gap), String::new());
         for c in text.chars() {
@@ -84,7 +84,7 @@ mod tests {
 
     #[test]
     fn a_stop_string_is_named_and_a_repetition_is_not() {
-        let gap = Gap { before: "a".into(), after: "\n    return value\n".into(), min_indent: 0 };
+        let gap = GapRules { before: "a".into(), after: "\n    return value\n".into(), min_indent: 0 };
         let text = " = 1\n    return value\n\nEND";
         assert_eq!(read(&[], Some(&gap), text), (" = 1".into(), true, None));
         assert_eq!(read(&["", " 1"], Some(&gap), text), (" =".into(), true, Some(" 1".into())));
@@ -94,7 +94,7 @@ mod tests {
 
     #[test]
     fn what_is_held_back_is_part_of_an_answer_that_ends_by_itself() {
-        let gap = Gap { before: "a".into(), after: "\n    return value\n".into(), min_indent: 0 };
+        let gap = GapRules { before: "a".into(), after: "\n    return value\n".into(), min_indent: 0 };
         assert_eq!(read(&[], Some(&gap), "x\n    return v"), ("x\n    return v".into(), false, None));
         assert_eq!(read(&["stop"], Some(&gap), "x \nst"), ("x \nst".into(), false, None));
     }

@@ -17,7 +17,7 @@ use std::sync::Arc;
 
 /// The text around a gap, and what is asked of the lines that fill it.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
-pub struct Gap {
+pub struct GapRules {
     /// The text before it, or the end of it.
     pub before: Arc<str>,
     /// The text after it, or the beginning of it.
@@ -150,7 +150,7 @@ pub struct GapMatcher {
 
 impl GapMatcher {
     /// A matcher for the answer that fills this gap.
-    pub fn new(gap: &Gap) -> GapMatcher {
+    pub fn new(gap: &GapRules) -> GapMatcher {
         let (open, closed) = (Balance::of(&gap.before).open, Balance::of(&gap.after).closed);
         GapMatcher {
             spare: std::array::from_fn(|kind| open[kind].saturating_sub(closed[kind])),
@@ -224,11 +224,11 @@ mod tests {
 
     use super::*;
 
-    fn gap(before: &str, after: &str) -> Gap {
-        Gap { before: before.into(), after: after.into(), min_indent: 0 }
+    fn gap(before: &str, after: &str) -> GapRules {
+        GapRules { before: before.into(), after: after.into(), min_indent: 0 }
     }
 
-    fn fill_in_pieces(gap: &Gap, pieces: &[&str]) -> String {
+    fn fill_in_pieces(gap: &GapRules, pieces: &[&str]) -> String {
         let (mut matcher, mut out) = (GapMatcher::new(gap), String::new());
         for piece in pieces {
             matcher.push(piece, &mut out);
@@ -285,7 +285,7 @@ mod tests {
 
     #[test]
     fn a_line_with_less_indentation_ends_an_answer() {
-        let gap = Gap { min_indent: 4, ..gap("def f():\n    ", "") };
+        let gap = GapRules { min_indent: 4, ..gap("def f():\n    ", "") };
         assert_eq!(fill_in_pieces(&gap, &["a = 1\n    b\n\n    c\n", "  d"]), "a = 1\n    b\n\n    c");
         assert_eq!(fill_in_pieces(&gap, &["a\n"]), "a\n");
         assert_eq!(fill_in_pieces(&gap, &["a\n        b\ndef g"]), "a\n        b");
@@ -311,7 +311,7 @@ mod tests {
             cuts in proptest::collection::vec(0usize..40, 0..6),
             min_indent in 0usize..3,
         ) {
-            let gap = Gap { min_indent, ..gap(&before, &after) };
+            let gap = GapRules { min_indent, ..gap(&before, &after) };
             let whole = fill_in_pieces(&gap, &[&text]);
             prop_assert!(text.starts_with(&whole));
             let chars: Vec<char> = text.chars().collect();

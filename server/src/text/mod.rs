@@ -6,5 +6,5 @@ pub mod gap;
 pub mod stop;
 
 pub use ending::Ending;
-pub use gap::Gap;
+pub use gap::GapRules;
 pub use stop::StopMatcher;

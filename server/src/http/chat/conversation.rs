@@ -3,7 +3,7 @@
 use std::sync::Arc;
 
 use serde_json::{Map, Value, json};
-use tandem_models::ChatTemplate;
+use tandem_models::{ChatTemplate, Tokenizer};
 
 use super::messages::normalise;
 use crate::http::error::ApiError;
@@ -62,9 +62,15 @@ pub(in crate::http) struct ReadingPlan {
     forced: String,
     /// What both have.
     prefill: String,
+    tokenizer: Option<Arc<Tokenizer>>,
 }
 
 impl ReadingPlan {
+    /// Counts tokens of what was read.
+    pub(super) fn tokenizer(&self) -> Option<Arc<Tokenizer>> {
+        self.tokenizer.clone()
+    }
+
     /// A reader for one answer. Events of what the prompt holds already are in `begun`.
     pub(super) fn reader(&self, begun: &mut Vec<crate::text::answer::AnswerEvent>) -> AnswerReader {
         let mut reader = match &self.dialect {
@@ -120,7 +126,8 @@ impl Conversation {
         let render = move || {
             let served = state_there.served(lane).expect("it was found before: this is a bug");
             let path = self.path;
-            let (text, plan) = self.write(&template, &served.dialect)?;
+            let (text, mut plan) = self.write(&template, &served.dialect)?;
+            plan.tokenizer = Some(served.model.tokenizer.clone());
             let whole = format!("{text}{}{}", plan.prefill, plan.forced);
             check_text_fits(path, whole.len(), served, state_there.engine.max_model_len())?;
             // The template writes the special tokens itself.
@@ -196,6 +203,7 @@ impl Conversation {
             tools,
             forced: forced.unwrap_or_default(),
             prefill,
+            tokenizer: None,
         };
         Ok((text, plan))
     }

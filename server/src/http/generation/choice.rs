@@ -21,13 +21,13 @@ use super::sharing::{Boarding, Shared};
 use super::{Account, Delta, EndReason, ScoredToken};
 use crate::http::error::{ApiError, ErrorKind};
 use crate::http::metrics::TokenClock;
-use crate::text::{Ending, Gap};
+use crate::text::{Ending, GapRules};
 
 /// How tokens become text.
 pub(super) struct TextRules<'a> {
     pub(super) tokenizer: &'a Arc<Tokenizer>,
     pub(super) stop: &'a [String],
-    pub(super) gap: Option<&'a Gap>,
+    pub(super) gap: Option<&'a GapRules>,
     pub(super) markers: &'a Arc<[u32]>,
 }
 

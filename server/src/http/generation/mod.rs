@@ -20,7 +20,7 @@ use super::lanes::{Reason, lane_name};
 use super::metrics::TokenClock;
 use super::state::{AppState, ServedModel, unix_seconds};
 use crate::keys::Client;
-use crate::text::Gap;
+use crate::text::GapRules;
 use choice::{Choice, TextRules};
 use flight::FlightPlan;
 pub(super) use sharing::Flights;
@@ -63,7 +63,7 @@ pub struct Prompt {
     /// The bound on its answer.
     pub max_tokens: u32,
     /// The gap that its answer fills.
-    pub gap: Option<Gap>,
+    pub gap: Option<GapRules>,
 }
 
 /// The text of a completion's prompt.

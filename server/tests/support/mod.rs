@@ -31,7 +31,6 @@ use tokio::task::JoinHandle;
 pub(crate) use checkpoint::CheckpointSpec;
 use gated::GatedModel;
 use scripted::{Line, Script, ScriptedModel};
-use scripted::{Script, ScriptedModel};
 
 /// How the server under test is made.
 pub(crate) struct TestOptions {

@@ -4,10 +4,13 @@
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
+use serde_json::{Map, Value};
+
 use crate::family::{self, WeightNames};
 use crate::generation::GenerationConfig;
-use crate::weights::gguf::{self, GgufStore};
-use crate::weights::{self, WeightStore};
+use crate::model::WeightMemory;
+use crate::weights::gguf::{self, FileType, GgufStore};
+use crate::weights::{self, Packing, WeightStore};
 use crate::{DecoderConfig, ModelError};
 
 /// A model folder in the Hugging Face layout, or a GGUF file.
@@ -25,6 +28,13 @@ pub struct Checkpoint {
     pub generation: GenerationConfig,
     /// The tensors.
     pub weights: Box<dyn WeightStore>,
+    /// The configuration in the words of a `config.json`.
+    pub(crate) json: Map<String, Value>,
+    /// How the file has its matrices packed, where it does.
+    pub packing: Option<Packing>,
+    /// What loading makes of matrices that the file has as floats: what a file of that kind would hold, bit
+    /// for bit. Matrices that are quantised already stay as they are. `None`: all do.
+    pub quantize: Option<FileType>,
 }
 
 impl Checkpoint {
@@ -42,7 +52,7 @@ impl Checkpoint {
         let config_path = dir.join(family::CONFIG_FILE);
         let vocab_size = family.config.vocab_size;
         let generation = GenerationConfig::read(dir, &config_path, &family.json, vocab_size)?;
-        let weights = weights::open(dir)?;
+        let weights = weights::open(dir, family.packing)?;
         Ok(Checkpoint {
             dir: dir.to_owned(),
             name: name_of(dir),
@@ -50,7 +60,29 @@ impl Checkpoint {
             names: family.names,
             generation,
             weights,
+            json: family.json,
+            packing: family.packing,
+            quantize: None,
         })
+    }
+
+    /// What loading made of the weights, for a log; `None` if they are as they were in the file.
+    pub fn repacking(&self, memory: &WeightMemory) -> Option<String> {
+        if self.packing.is_none() && self.quantize.is_none() {
+            return None;
+        }
+        let packed =
+            self.packing.map_or_else(String::new, |packing| format!("{} in the file; ", packing.name()));
+        let asked = self.quantize.map_or_else(String::new, |kind| format!("quantised to {}; ", kind.name()));
+        let mut types = memory.types.clone();
+        types.sort_by_key(|(.., bytes)| std::cmp::Reverse(*bytes));
+        let types: Vec<String> = types
+            .iter()
+            .map(|(dtype, _, bytes)| {
+                format!("{:.2} GiB {}", *bytes as f64 / f64::from(1 << 30), dtype.name())
+            })
+            .collect();
+        Some(format!("weights: {packed}{asked}in memory {}", types.join(", ")))
     }
 
     fn open_gguf(path: &Path) -> Result<Self, ModelError> {
@@ -69,6 +101,9 @@ impl Checkpoint {
             names: family.names,
             generation,
             weights: Box::new(weights),
+            json: family.json,
+            packing: None,
+            quantize: None,
         })
     }
 }

@@ -10,12 +10,12 @@ use crate::batch::ForwardBatch;
 use crate::config::{DecoderConfig, Positions};
 use crate::error::ModelError;
 use crate::kv_cache::{KvLayout, kv_bytes_per_token};
-use crate::model::Model;
+use crate::model::{Model, WeightMemory};
 use crate::rope::RopeTable;
 use crate::validate::Bounds;
 
 mod load;
-mod tensors;
+pub(crate) mod tensors;
 mod weights;
 mod workspace;
 
@@ -28,6 +28,7 @@ pub struct Decoder<B: Backend> {
     config: DecoderConfig,
     heads: Heads,
     weights: Weights<B>,
+    memory: WeightMemory,
     cache: Option<Cache<B>>,
     workspace: Option<Workspace<B>>,
     pass: Pass,
@@ -75,6 +76,10 @@ struct PassShape {
 impl<B: Backend> Model for Decoder<B> {
     fn config(&self) -> &DecoderConfig {
         &self.config
+    }
+
+    fn weight_memory(&self) -> WeightMemory {
+        self.memory.clone()
     }
 
     fn kv_bytes_per_token(&self) -> usize {

@@ -6,6 +6,7 @@ pub mod checkpoint;
 pub mod config;
 pub mod decoder;
 pub mod error;
+pub mod export;
 pub mod family;
 mod files;
 pub mod generation;
@@ -27,11 +28,12 @@ pub use config::{DecoderConfig, Rope, RopeScaling};
 pub use decoder::{Decoder, load, load_with};
 pub use error::ModelError;
 pub use generation::GenerationConfig;
-pub use model::Model;
+pub use model::{Model, WeightMemory};
 pub use pair::check_pair;
 pub use source::{HubOptions, resolve};
 pub use tandem_kernels::kv::KvType;
 pub use text::{
     ChatTemplate, Detokenizer, FimContext, FimFile, FimFrame, FimOrder, FimTokens, TemplateError, Tokenizer,
 };
-pub use weights::{Dtype, TensorView, WeightStore};
+pub use weights::gguf::FileType;
+pub use weights::{Dtype, Packing, Tensor, TensorView, WeightStore};

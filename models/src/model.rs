@@ -4,6 +4,39 @@
 use crate::batch::ForwardBatch;
 use crate::config::DecoderConfig;
 use crate::error::ModelError;
+use crate::weights::{Dtype, TensorView};
+
+/// Weights as they were handed to the backend, after everything that loading made of them.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct WeightMemory {
+    /// Elements and bytes of each element type.
+    pub types: Vec<(Dtype, u64, u64)>,
+}
+
+impl WeightMemory {
+    pub(crate) fn add(&mut self, view: &TensorView<'_>) {
+        let (elements, bytes) = (view.num_elements() as u64, view.data.len() as u64);
+        match self.types.iter_mut().find(|(dtype, ..)| *dtype == view.dtype) {
+            Some(sum) => *sum = (view.dtype, sum.1 + elements, sum.2 + bytes),
+            None => self.types.push((view.dtype, elements, bytes)),
+        }
+    }
+
+    /// Elements of all types.
+    pub fn num_parameters(&self) -> u64 {
+        self.types.iter().map(|(_, elements, _)| elements).sum()
+    }
+
+    /// Bytes of all types.
+    pub fn size_bytes(&self) -> u64 {
+        self.types.iter().map(|(.., bytes)| bytes).sum()
+    }
+
+    /// The type that most bytes are of.
+    pub fn main_type(&self) -> Option<Dtype> {
+        self.types.iter().max_by_key(|(.., bytes)| *bytes).map(|(dtype, ..)| *dtype)
+    }
+}
 
 /// A loaded model.
 ///
@@ -14,6 +47,11 @@ use crate::error::ModelError;
 pub trait Model: Send {
     /// The model's shape.
     fn config(&self) -> &DecoderConfig;
+
+    /// What the weights take; nothing if that is not known.
+    fn weight_memory(&self) -> WeightMemory {
+        WeightMemory::default()
+    }
 
     /// Bytes of keys and values that one token of context costs, all layers together.
     fn kv_bytes_per_token(&self) -> usize;

@@ -13,11 +13,11 @@ use tokenizers::models::bpe::{BPE, BpeTrainerBuilder};
 use tokenizers::pre_tokenizers::byte_level::ByteLevel;
 use tokenizers::{AddedToken, TokenizerBuilder};
 
-use crate::ModelError;
 use crate::text::{add_json, add_tokenizer};
 use crate::weights::Dtype;
 use crate::weights::gguf::{FileType, GgufBuilder, GgufWriter, Place};
 use crate::weights::quantize::encode;
+use crate::{ModelError, Tokenizer};
 
 /// A model's shape.
 #[derive(Clone, Copy, Debug)]
@@ -154,7 +154,7 @@ pub fn write(
 ) -> Result<(), SynthError> {
     let mut file = shape.describe(kind);
     match tokenizer {
-        Some(dir) => add_tokenizer(dir, shape.vocab_size, &mut file)?,
+        Some(dir) => add_tokenizer(dir, &Tokenizer::from_dir(dir)?, shape.vocab_size, &mut file)?,
         None => add_own_tokenizer(shape.vocab_size, &mut file).map_err(SynthError::Tokenizer)?,
     }
     let tensors: Vec<(String, Vec<usize>, Dtype)> = shape

@@ -22,8 +22,12 @@ fn compare(path: &Path) -> (Vec<String>, usize) {
     for case in cases {
         let name = case["template"].as_str().unwrap();
         let conversation = &golden["conversations"][case["conversation"].as_str().unwrap()];
-        let source = golden["templates"][name].as_str().unwrap();
-        let template = match ChatTemplate::from_source(source, Some("<s>"), Some("</s>")) {
+        // Published ones are files of their own.
+        let source = golden["templates"][name]
+            .as_str()
+            .map(str::to_owned)
+            .unwrap_or_else(|| std::fs::read_to_string(path.with_file_name("templates").join(name)).unwrap());
+        let template = match ChatTemplate::from_source(&source, Some("<s>"), Some("</s>")) {
             Ok(template) => template.with_clock(clock),
             Err(error) => {
                 differences.push(format!("{name}: {error}"));
@@ -47,10 +51,13 @@ fn compare(path: &Path) -> (Vec<String>, usize) {
 
 #[test]
 fn templates_render_as_transformers_renders_them() {
-    let path = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/golden/chat.json");
-    let (differences, cases) = compare(&path);
-    assert!(differences.is_empty(), "{}", differences.join("\n"));
-    assert_eq!(cases, 30);
+    // Templates of this repository and published ones, each with seven conversations.
+    for (file, templates) in [("chat.json", 4), ("published.json", 11)] {
+        let path = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/golden").join(file);
+        let (differences, cases) = compare(&path);
+        assert!(differences.is_empty(), "{}", differences.join("\n"));
+        assert_eq!(cases, 7 * templates);
+    }
 }
 
 /// For templates that cannot be in this repository; see golden/chat.py.

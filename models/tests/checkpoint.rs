@@ -245,7 +245,7 @@ fn options_that_are_not_supported_are_named() {
             "`model_type` is \"mamba\"; wanted one of the supported: llama, qwen2, qwen3",
         ),
         ("architectures", json!(["LlamaForSequenceClassification"]), "wanted LlamaForCausalLM"),
-        ("quantization_config", json!({"bits": 4}), "`quantization_config` is {\"bits\":4}"),
+        ("quantization_config", json!({"bits": 4}), "`quantization_config.quant_method` is absent"),
         ("hidden_act", json!("gelu"), "`hidden_act` is \"gelu\"; wanted \"silu\""),
         ("partial_rotary_factor", json!(0.3), "`partial_rotary_factor` is 0.3"),
         ("layer_types", json!(["sliding_attention"]), "`sliding_window` is absent"),

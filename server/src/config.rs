@@ -14,7 +14,7 @@ mod parse;
 
 use tandem::http::lanes::{LanePolicy, LaneRule};
 use tandem_engine::{DraftTokens, MAX_DRAFT_TOKENS};
-use tandem_models::{BackendKind, KvType};
+use tandem_models::{BackendKind, FileType, KvType};
 
 /// Every setting, with its default value.
 #[derive(Clone, Debug, PartialEq)]
@@ -37,6 +37,8 @@ pub(crate) struct Config {
     pub(crate) kv_memory: Option<u64>,
     /// Element type of keys and values.
     pub(crate) kv_dtype: KvType,
+    /// What loading makes of weights that are floats in the file; `None` leaves them.
+    pub(crate) quantize: Option<FileType>,
     /// Sequences of each lane that run at the same time.
     pub(crate) max_num_seqs: usize,
     /// Longest prompt and output together, in tokens; `None` is the model's own limit.
@@ -76,6 +78,7 @@ impl Default for Config {
             threads: None,
             kv_memory: None,
             kv_dtype: KvType::F16,
+            quantize: None,
             max_num_seqs: 32,
             max_model_len: None,
             max_waiting: 256,
@@ -143,6 +146,9 @@ const SETTINGS: &[Setting] = &[
         put(&mut c.kv_memory, parse::size_bytes(v).map(Some))
     }),
     one("kv-dtype", "`f32`, `f16` or `q8`", |c, v| put(&mut c.kv_dtype, parse::kv_dtype(v))),
+    one("quantize", "`q8`, `q4`, `q6_k`, `q4_k_m` or `none`", |c, v| {
+        put(&mut c.quantize, parse::quantize(v))
+    }),
     one("max-num-seqs", "a number from 1 to 4096", |c, v| {
         put(&mut c.max_num_seqs, parse::number(v, 1, 4096))
     }),

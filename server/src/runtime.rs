@@ -13,7 +13,8 @@ use tandem::keys::Keyring;
 use tandem_engine::{EngineConfig, EngineHandle, Models};
 use tandem_kernels::{ThreadPool, turns};
 use tandem_models::{
-    BackendKind, ChatTemplate, Checkpoint, Dtype, FimTokens, HubOptions, KvType, Model, Tokenizer,
+    BackendKind, ChatTemplate, Checkpoint, Dtype, FileType, FimTokens, HubOptions, KvType, Model, Tokenizer,
+    WeightMemory,
 };
 
 use crate::config::Config;
@@ -35,7 +36,7 @@ pub(crate) struct ModelInfo {
     pub(crate) dir: PathBuf,
     /// Weights, each counted once.
     pub(crate) num_parameters: u64,
-    /// Their bytes in the file.
+    /// Their bytes, in the types that they were loaded in.
     pub(crate) size_bytes: u64,
     /// The element type that most of them have.
     pub(crate) dtype: Dtype,
@@ -150,7 +151,7 @@ fn load(config: &Config) -> anyhow::Result<Runtime> {
     let threads = config.threads.unwrap_or_else(default_threads);
     let pool = thread_pool(threads)?;
 
-    let (target, draft) = side_by_side(target_dir, draft_dir, |dir| Opened::open(&dir))?;
+    let (target, draft) = side_by_side(target_dir, draft_dir, |dir| Opened::open(&dir, config.quantize))?;
     if let (Some(target), Some(draft)) = (&target, &draft) {
         // Before the weights: a wrong pair should not cost the minutes that large ones take.
         tandem_models::check_pair(
@@ -273,8 +274,9 @@ struct Opened {
 }
 
 impl Opened {
-    fn open(dir: &Path) -> anyhow::Result<Self> {
+    fn open(dir: &Path, quantize: Option<FileType>) -> anyhow::Result<Self> {
         let mut checkpoint = Checkpoint::open(dir)?;
+        checkpoint.quantize = quantize;
         checkpoint.name = display_name(&checkpoint);
         let tokenizer = Arc::new(Tokenizer::from_dir(dir)?);
         let chat_template = ChatTemplate::from_dir(dir, &tokenizer)?.map(Arc::new);
@@ -292,7 +294,11 @@ impl Opened {
     fn load(self, backend: BackendKind, kv_type: KvType, pool: &Arc<ThreadPool>) -> anyhow::Result<Loaded> {
         let model = tandem_models::load_with(&self.checkpoint, backend, kv_type, Arc::clone(pool))
             .with_context(|| format!("cannot load {}", self.checkpoint.name))?;
-        let info = describe(&self.checkpoint)?;
+        let memory = model.weight_memory();
+        if let Some(note) = self.checkpoint.repacking(&memory) {
+            tracing::info!("{}: {note}", self.checkpoint.name);
+        }
+        let info = describe(&self.checkpoint, &memory);
         Ok(Loaded { model, info, text: self.text })
     }
 }
@@ -310,27 +316,14 @@ fn display_name(checkpoint: &Checkpoint) -> String {
     }
 }
 
-fn describe(checkpoint: &Checkpoint) -> anyhow::Result<ModelInfo> {
-    let mut num_parameters = 0;
-    let mut sizes: Vec<(Dtype, u64)> = Vec::new();
-    for tensor_name in checkpoint.weights.names() {
-        let tensor = checkpoint.weights.tensor(&tensor_name)?;
-        num_parameters += tensor.num_elements() as u64;
-        let size_bytes = tensor.data.len() as u64;
-        match sizes.iter_mut().find(|(dtype, _)| *dtype == tensor.dtype) {
-            Some((_, sum)) => *sum += size_bytes,
-            None => sizes.push((tensor.dtype, size_bytes)),
-        }
-    }
-    let size_bytes = sizes.iter().map(|(_, size)| size).sum();
-    let dtype = sizes.into_iter().max_by_key(|(_, size)| *size).map_or(Dtype::F32, |(dtype, _)| dtype);
-    Ok(ModelInfo {
+fn describe(checkpoint: &Checkpoint, memory: &WeightMemory) -> ModelInfo {
+    ModelInfo {
         name: checkpoint.name.clone(),
         dir: checkpoint.dir.clone(),
-        num_parameters,
-        size_bytes,
-        dtype,
-    })
+        num_parameters: memory.num_parameters(),
+        size_bytes: memory.size_bytes(),
+        dtype: memory.main_type().unwrap_or(Dtype::F32),
+    }
 }
 
 /// The folders of target and draft; at least one is there.

@@ -66,6 +66,28 @@ fn a_model_that_is_not_there_is_named() {
     assert!(message.contains("config.json"), "{message}");
 }
 
+/// A folder that holds a configuration only: what is not known is said before anything else is looked at.
+#[test]
+fn an_unknown_architecture_says_which_are_known_and_what_was_not_understood() {
+    let folder = tempfile::tempdir().expect("a folder");
+    let config = r#"{"architectures": ["MambaForCausalLM"], "model_type": "mamba", "hidden_size": 64,
+        "num_attention_heads": 4, "vocab_size": 96, "intermediate_size": 128, "num_hidden_layers": 2,
+        "max_position_embeddings": 64, "state_size": 16, "conv_kernel": 4, "use_cache": true}"#;
+    std::fs::write(folder.path().join("config.json"), config).expect("writing");
+    let path = folder.path().display().to_string();
+    for command in [&["serve", "--port", "0", "--target", &path][..], &["generate", "x", "--target", &path]] {
+        let message = fails(&mut tandem(command), 1);
+        for part in ["`model_type` is \"mamba\"", "llama, qwen2", "gpt_oss", "`conv_kernel`, `state_size`"] {
+            assert!(message.contains(part), "{message} lacks {part}");
+        }
+        assert!(!message.contains("use_cache"), "{message}");
+    }
+    let known = config.replace("mamba", "llama").replace("Mamba", "Llama");
+    std::fs::write(folder.path().join("config.json"), known).expect("writing");
+    let message = fails(&mut tandem(&["generate", "x", "--target", &path]), 1);
+    assert!(message.contains("`conv_kernel` is 4; wanted absent"), "{message}");
+}
+
 #[test]
 fn a_port_in_use_is_said_before_any_model_is_loaded() {
     let taken = std::net::TcpListener::bind("127.0.0.1:0").expect("a free port");

@@ -16,9 +16,11 @@ use crate::backend::{Backend, BackendKind, CpuBackend, Heads, ReferenceBackend};
 use crate::checkpoint::Checkpoint;
 use crate::config::{DecoderConfig, Experts, NormKind, NormPlacement, QkNorm};
 use crate::error::ModelError;
-use crate::family::{ExpertLayout, Role, WeightNames};
-use crate::model::Model;
+use crate::family::{ExpertLayout, Role, WeightNames, gguf};
+use crate::model::{Model, WeightMemory};
 use crate::rope::row_order;
+use crate::weights::Dtype;
+use crate::weights::gguf::Place;
 
 /// Loads the weights of `checkpoint` onto a backend of the given kind, with keys and values in f32.
 /// `pool` serves the CPU backend; models that never run at the same time may share it.
@@ -66,10 +68,20 @@ impl<B: Backend> Decoder<B> {
             head_dim: config.head_dim,
         };
         let row_order = row_order(&config.rope, config.head_dim);
-        let mut loader = Loader { checkpoint, config: &config, heads, row_order, backend };
+        let memory = WeightMemory::default();
+        let mut loader = Loader { checkpoint, config: &config, heads, row_order, memory, backend };
         let weights = loader.weights()?;
-        let backend = loader.backend;
-        Ok(Decoder { config, heads, weights, cache: None, workspace: None, pass: Pass::default(), backend })
+        let Loader { backend, memory, .. } = loader;
+        Ok(Decoder {
+            config,
+            heads,
+            weights,
+            memory,
+            cache: None,
+            workspace: None,
+            pass: Pass::default(),
+            backend,
+        })
     }
 }
 
@@ -79,6 +91,7 @@ struct Loader<'a, B> {
     heads: Heads,
     /// Of the rows of each query and key head; see [`row_order`].
     row_order: Option<Vec<usize>>,
+    memory: WeightMemory,
     backend: B,
 }
 
@@ -86,7 +99,7 @@ impl<'a, B: Backend> Loader<'a, B> {
     fn weights(&mut self) -> Result<Weights<B>, ModelError> {
         let (config, names) = (self.config, &self.checkpoint.names);
         let (vocab, hidden) = (config.vocab_size, config.hidden_size);
-        let embed = self.rows(&names.global(Role::Embed), vocab, hidden)?;
+        let embed = self.rows((Role::Embed, 0), vocab, hidden)?;
         let embed = self.matrix(&[embed], hidden)?;
         // Not with_capacity: the number of layers is the file's claim until the tensors are found.
         let mut layers = Vec::new();
@@ -97,7 +110,7 @@ impl<'a, B: Backend> Loader<'a, B> {
         let lm_head = match config.tie_word_embeddings {
             true => None,
             false => {
-                let head = self.rows(&names.global(Role::LmHead), vocab, hidden)?;
+                let head = self.rows((Role::LmHead, 0), vocab, hidden)?;
                 Some(self.matrix(&[head], hidden)?)
             }
         };
@@ -123,7 +136,7 @@ impl<'a, B: Backend> Loader<'a, B> {
                 }
             },
             o: {
-                let part = self.rows(&name(Role::O), config.hidden_size, self.heads.q_width())?;
+                let part = self.rows((Role::O, index), config.hidden_size, self.heads.q_width())?;
                 let bias = self.bias_if(config.o_bias, &name(Role::O), config.hidden_size)?;
                 self.projection(vec![part], bias, self.heads.q_width())?
             },
@@ -145,14 +158,14 @@ impl<'a, B: Backend> Loader<'a, B> {
         let (mut parts, mut biases) = (Vec::new(), Vec::new());
         if names.has(Role::Qkv) {
             let name = names.layer(Role::Qkv, layer);
-            parts.extend(self.part(&name, &[q + 2 * kv, hidden])?.split(&sizes));
+            parts.extend(self.rows((Role::Qkv, layer), q + 2 * kv, hidden)?.split(&sizes));
             if let Some(bias) = self.bias_if(self.config.qkv_bias, &name, q + 2 * kv)? {
                 biases.extend(bias.split(&sizes));
             }
         } else {
             for (role, size) in [Role::Q, Role::K, Role::V].into_iter().zip(sizes) {
                 let name = names.layer(role, layer);
-                parts.push(self.rows(&name, size, hidden)?);
+                parts.push(self.rows((role, layer), size, hidden)?);
                 biases.extend(self.bias_if(self.config.qkv_bias, &name, size)?);
             }
         }
@@ -195,13 +208,13 @@ impl<'a, B: Backend> Loader<'a, B> {
         };
         for &(role, size) in roles {
             let name = names.layer(role, layer);
-            parts.push(self.rows(&name, size, hidden)?);
+            parts.push(self.rows((role, layer), size, hidden)?);
             biases.extend(self.bias_if(bias, &name, size)?);
         }
         let up = self.matrix(&parts, hidden)?;
         let up_bias = if biases.is_empty() { None } else { Some(self.vector(&biases)?) };
         let name = names.layer(Role::Down, layer);
-        let down = self.rows(&name, hidden, ffn)?;
+        let down = self.rows((Role::Down, layer), hidden, ffn)?;
         let down_bias = self.bias_if(bias, &name, hidden)?;
         Ok(FeedForward::Dense {
             up: Projection { weight: up, bias: up_bias },
@@ -213,7 +226,7 @@ impl<'a, B: Backend> Loader<'a, B> {
         let (hidden, ffn, names) =
             (self.config.hidden_size, experts.intermediate_size, &self.checkpoint.names);
         let router_name = names.layer(Role::Router, layer);
-        let router = self.rows(&router_name, experts.num_experts, hidden)?;
+        let router = self.rows((Role::Router, layer), experts.num_experts, hidden)?;
         let router_bias = self.bias_if(experts.bias, &router_name, experts.num_experts)?;
         let router = self.projection(vec![router], router_bias, hidden)?;
         let up_roles: &[(Role, usize)] = match names.has(Role::ExpertGateUp) {
@@ -235,12 +248,24 @@ impl<'a, B: Backend> Loader<'a, B> {
         roles: &[(Role, usize)],
         in_features: usize,
     ) -> Result<ExpertProjection<B>, ModelError> {
+        // Tensors of all experts are read once: unpacking one may cost more than all else.
+        let mut stacks = Vec::new();
+        for &(role, size) in roles {
+            stacks.push(self.expert_stack(layer, experts, (role, size), in_features)?);
+        }
         let (mut weights, mut biases) = (Vec::new(), Vec::new());
         for expert in 0..experts.num_experts {
             let (mut parts, mut bias_parts) = (Vec::new(), Vec::new());
-            for &(role, size) in roles {
-                let (part, bias) = self.expert_part(layer, experts, expert, (role, size), in_features)?;
-                parts.push(part);
+            for (&(role, size), stack) in roles.iter().zip(&stacks) {
+                let (part, bias) = match stack {
+                    Some(stack) => self.expert_of_stack(stack, expert, role),
+                    None => {
+                        let name = self.checkpoint.names.expert(role, layer, expert);
+                        let bias = self.bias_if(experts.bias, &name, size)?;
+                        (self.part(&name, &[size, in_features])?, bias)
+                    }
+                };
+                parts.push(self.quantized(part, role, layer));
                 bias_parts.extend(bias);
             }
             weights.push(self.matrix(&parts, in_features)?);
@@ -251,37 +276,51 @@ impl<'a, B: Backend> Loader<'a, B> {
         Ok(ExpertProjection { weights, biases: experts.bias.then_some(biases) })
     }
 
-    /// One expert's part of a projection and of its bias, whichever way the checkpoint has them.
-    fn expert_part(
+    /// A projection of all experts in one tensor, with its biases; `None` where each has its own.
+    fn expert_stack(
         &self,
         layer: usize,
         experts: &Experts,
-        expert: usize,
         (role, size): (Role, usize),
         in_features: usize,
-    ) -> Result<(Part<'a>, Option<Part<'a>>), ModelError> {
+    ) -> Result<Option<(Part<'a>, Option<Part<'a>>)>, ModelError> {
         let names = &self.checkpoint.names;
-        let (name, count) = (names.expert(role, layer, expert), experts.num_experts);
         if names.is_per_expert(role) {
-            return Ok((self.rows(&name, size, in_features)?, self.bias_if(experts.bias, &name, size)?));
+            return Ok(None);
         }
-        let columns = names.expert_layout == ExpertLayout::Columns;
-        let shape = if columns { [count, in_features, size] } else { [count, size, in_features] };
-        let mut part = self.part(&name, &shape)?.item(expert);
-        let mut bias = match experts.bias {
-            true => Some(self.part(&WeightNames::bias(&name), &[count, size])?.item(expert)),
+        let (name, count) = (names.layer(role, layer), experts.num_experts);
+        let shape = match names.expert_layout {
+            ExpertLayout::Columns => [count, in_features, size],
+            ExpertLayout::Rows | ExpertLayout::PairedRows => [count, size, in_features],
+        };
+        let bias = match experts.bias {
+            true => Some(self.part(&WeightNames::bias(&name), &[count, size])?),
             false => None,
         };
-        if columns {
+        Ok(Some((self.part(&name, &shape)?, bias)))
+    }
+
+    /// One expert's share of a tensor of all.
+    fn expert_of_stack(
+        &self,
+        (stack, biases): &(Part<'a>, Option<Part<'a>>),
+        expert: usize,
+        role: Role,
+    ) -> (Part<'a>, Option<Part<'a>>) {
+        let layout = self.checkpoint.names.expert_layout;
+        let mut part = stack.item(expert);
+        let mut bias = biases.as_ref().map(|biases| biases.item(expert));
+        if layout == ExpertLayout::Columns {
             part.transpose();
-            if role == Role::ExpertGateUp {
-                // Gate and up of a channel are neighbours: the even ones first.
-                let order: Vec<usize> = (0..size).step_by(2).chain((1..size).step_by(2)).collect();
-                part.reorder_rows(&order);
-                bias.iter_mut().for_each(|bias| bias.reorder_rows(&order));
-            }
         }
-        Ok((part, bias))
+        if layout != ExpertLayout::Rows && role == Role::ExpertGateUp {
+            // Gate and up of a channel are neighbours: the even ones first.
+            let size = part.view().shape[0];
+            let order: Vec<usize> = (0..size).step_by(2).chain((1..size).step_by(2)).collect();
+            part.reorder_rows(&order);
+            bias.iter_mut().for_each(|bias| bias.reorder_rows(&order));
+        }
+        (part, bias)
     }
 
     fn projection(
@@ -297,11 +336,17 @@ impl<'a, B: Backend> Loader<'a, B> {
 
     fn matrix(&mut self, parts: &[Part<'_>], in_features: usize) -> Result<B::Matrix, ModelError> {
         let views: Vec<_> = parts.iter().map(Part::view).collect();
+        for view in &views {
+            self.memory.add(view);
+        }
         self.backend.load_matrix(&views, in_features)
     }
 
     fn vector(&mut self, parts: &[Part<'_>]) -> Result<B::Vector, ModelError> {
         let views: Vec<_> = parts.iter().map(Part::view).collect();
+        for view in &views {
+            self.memory.add(view);
+        }
         self.backend.load_vector(&views)
     }
 
@@ -324,8 +369,31 @@ impl<'a, B: Backend> Loader<'a, B> {
         })
     }
 
-    fn rows(&self, name: &str, rows: usize, in_features: usize) -> Result<Part<'a>, ModelError> {
-        self.part(name, &[rows, in_features])
+    /// A matrix of `[rows, in_features]`, in the type that it is kept in.
+    fn rows(
+        &self,
+        (role, layer): (Role, usize),
+        rows: usize,
+        in_features: usize,
+    ) -> Result<Part<'a>, ModelError> {
+        let part = self.part(&self.checkpoint.names.layer(role, layer), &[rows, in_features])?;
+        Ok(self.quantized(part, role, layer))
+    }
+
+    /// `part`, whose rows are those of the matrix to be, as the kind of file that was asked for stores it.
+    fn quantized(&self, mut part: Part<'a>, role: Role, layer: usize) -> Part<'a> {
+        if let Some(kind) = self.checkpoint.quantize
+            && !matches!(part.dtype(), Dtype::Quantized(_))
+        {
+            let (name, config) = (gguf::tensor_name(role, layer), self.config);
+            let (num_layers, tied) = (config.num_layers, config.tie_word_embeddings);
+            let dtype = kind.dtype_of(Place { name: &name, shape: part.view().shape, num_layers, tied });
+            // What does not fit blocks stays as it is, and so does what is sensitive.
+            if matches!(dtype, Dtype::Quantized(_)) {
+                part.encode(dtype);
+            }
+        }
+        part
     }
 
     /// The bias that belongs to weight `name`, if it is wanted.
@@ -335,14 +403,14 @@ impl<'a, B: Backend> Loader<'a, B> {
 
     fn part(&self, name: &str, wanted: &[usize]) -> Result<Part<'a>, ModelError> {
         let checkpoint: &'a Checkpoint = self.checkpoint;
-        let view = checkpoint.weights.tensor(name)?;
-        if view.shape != wanted {
+        let tensor = checkpoint.weights.read(name)?;
+        if tensor.shape != wanted {
             return Err(ModelError::TensorShape {
                 name: name.to_owned(),
-                found: view.shape.to_vec(),
+                found: tensor.shape,
                 wanted: wanted.to_vec(),
             });
         }
-        Ok(Part::of(view))
+        Ok(Part::of(tensor))
     }
 }

@@ -4,27 +4,63 @@
 
 use std::borrow::Cow;
 
-use crate::weights::{Dtype, TensorView};
+use crate::weights::quantize::reencode;
+use crate::weights::{Dtype, Tensor, TensorView};
 
 /// A tensor, or a stretch of one, whose outermost extent counts rows.
 #[derive(Clone, Debug)]
-pub(super) struct Part<'a> {
+pub(crate) struct Part<'a> {
     dtype: Dtype,
     shape: Vec<usize>,
     data: Cow<'a, [u8]>,
 }
 
 impl<'a> Part<'a> {
-    pub(super) fn of(view: TensorView<'a>) -> Self {
-        Part { dtype: view.dtype, shape: view.shape.to_vec(), data: Cow::Borrowed(view.data) }
+    pub(crate) fn of(tensor: Tensor<'a>) -> Self {
+        Part { dtype: tensor.dtype, shape: tensor.shape, data: tensor.data }
     }
 
-    pub(super) fn view(&self) -> TensorView<'_> {
+    /// Parts of one shape as the rows of a tensor of one dimension more; of different types, as f32.
+    ///
+    /// # Panics
+    /// If there is none, or they are of different shapes.
+    pub(crate) fn stack(parts: &[Part<'_>]) -> Part<'static> {
+        let first = &parts[0];
+        assert!(
+            parts.iter().all(|part| part.shape == first.shape),
+            "parts of a stack are alike: this is a bug"
+        );
+        let same = parts.iter().all(|part| part.dtype == first.dtype);
+        let mut data = Vec::new();
+        for part in parts {
+            match same {
+                true => data.extend_from_slice(&part.data),
+                false => data.extend(part.view().to_f32().into_iter().flat_map(f32::to_le_bytes)),
+            }
+        }
+        let shape = std::iter::once(parts.len()).chain(first.shape.iter().copied()).collect();
+        Part { dtype: if same { first.dtype } else { Dtype::F32 }, shape, data: Cow::Owned(data) }
+    }
+
+    /// Element type.
+    pub(crate) fn dtype(&self) -> Dtype {
+        self.dtype
+    }
+
+    /// Encodes the elements anew.
+    pub(crate) fn encode(&mut self, dtype: Dtype) {
+        if dtype != self.dtype {
+            self.data = Cow::Owned(reencode(&self.view(), dtype));
+            self.dtype = dtype;
+        }
+    }
+
+    pub(crate) fn view(&self) -> TensorView<'_> {
         TensorView { dtype: self.dtype, shape: &self.shape, data: &self.data }
     }
 
     /// Consecutive stretches of `rows` rows each, which add up to all.
-    pub(super) fn split(self, rows: &[usize]) -> Vec<Self> {
+    pub(crate) fn split(self, rows: &[usize]) -> Vec<Self> {
         let mut start = 0;
         let stretch = |&rows: &usize| {
             let part = self.rows(start, rows);
@@ -35,7 +71,7 @@ impl<'a> Part<'a> {
     }
 
     /// Row `index` as a tensor of one dimension less.
-    pub(super) fn item(self, index: usize) -> Self {
+    pub(crate) fn item(&self, index: usize) -> Self {
         let mut item = self.rows(index, 1);
         item.shape.remove(0);
         item
@@ -58,7 +94,7 @@ impl<'a> Part<'a> {
     }
 
     /// Every stretch of `order.len()` rows in a new order: row `i` becomes what was row `order[i]`.
-    pub(super) fn reorder_rows(&mut self, order: &[usize]) {
+    pub(crate) fn reorder_rows(&mut self, order: &[usize]) {
         let row_bytes = self.row_bytes();
         let mut data = Vec::with_capacity(self.data.len());
         for stretch in self.data.chunks_exact(order.len() * row_bytes) {
@@ -73,7 +109,7 @@ impl<'a> Part<'a> {
     ///
     /// # Panics
     /// If it is no matrix.
-    pub(super) fn transpose(&mut self) {
+    pub(crate) fn transpose(&mut self) {
         let &[rows, columns] = self.shape.as_slice() else {
             panic!("only a matrix is transposed: this is a bug")
         };
@@ -94,7 +130,7 @@ impl<'a> Part<'a> {
     }
 
     /// Adds `offset` to every element, in f32.
-    pub(super) fn add(&mut self, offset: f32) {
+    pub(crate) fn add(&mut self, offset: f32) {
         if offset != 0.0 {
             self.widen(|element| element + offset);
         }

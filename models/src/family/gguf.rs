@@ -4,6 +4,7 @@
 
 use serde_json::{Map, Value as Json, json};
 
+use super::options::list_of_keys;
 use super::{ModelDescription, NameTable, Role, WeightNames, read_options};
 use crate::weights::WeightStore;
 use crate::weights::gguf::{GgufFile, Value, ValueType};
@@ -17,21 +18,21 @@ const LONG_FACTORS: &str = "rope_factors_long.weight";
 const SHORT_FACTORS: &str = "rope_factors_short.weight";
 
 /// How the files of one architecture say what its family reads.
-struct Architecture {
+pub(super) struct Architecture {
     /// `general.architecture`.
-    name: &'static str,
+    pub(super) name: &'static str,
     /// The family's `model_type`.
-    model_type: &'static str,
+    pub(super) model_type: &'static str,
     /// Keys (without the architecture before them) that only it has, and what they are in a config.json.
-    keys: &'static [(&'static str, &'static str)],
+    pub(super) keys: &'static [(&'static str, &'static str)],
     /// What its files take for granted.
     implied: fn(&GgufFile) -> Json,
     /// Options that are on if the first layer has a tensor.
     flags: &'static [(&'static str, &'static str)],
     /// Names that [`NAMES`] does not have, or has otherwise.
-    names: NameTable,
+    pub(super) names: NameTable,
     /// Rows of query and key were put into the order of a rotation of neighbouring pairs.
-    permuted: bool,
+    pub(super) permuted: bool,
 }
 
 const PLAIN: Architecture = Architecture {
@@ -48,7 +49,7 @@ const ATTENTION_BIAS: (&str, &str) = ("blk.0.attn_q.bias", "attention_bias");
 const MLP_BIAS: (&str, &str) = ("blk.0.ffn_down.bias", "mlp_bias");
 const WINDOW: (&str, &str) = ("attention.sliding_window", "sliding_window");
 
-const ARCHITECTURES: &[Architecture] = &[
+pub(super) const ARCHITECTURES: &[Architecture] = &[
     Architecture {
         name: "llama",
         model_type: "llama",
@@ -153,7 +154,7 @@ const SANDWICH: NameTable = &[
 ];
 
 /// What GGUF files call their tensors.
-const NAMES: NameTable = &[
+pub(super) const NAMES: NameTable = &[
     (Role::Embed, EMBEDDING),
     (Role::FinalNorm, "output_norm.weight"),
     (Role::LmHead, "output.weight"),
@@ -175,7 +176,7 @@ const NAMES: NameTable = &[
 ];
 
 /// Keys that all architectures share, and what they are in a config.json.
-const KEYS: &[(&str, &str)] = &[
+pub(super) const KEYS: &[(&str, &str)] = &[
     ("block_count", "num_hidden_layers"),
     ("context_length", "max_position_embeddings"),
     ("embedding_length", "hidden_size"),
@@ -187,6 +188,19 @@ const KEYS: &[(&str, &str)] = &[
     ("rope.freq_base", "rope_theta"),
 ];
 
+/// What GGUF files call a tensor, whatever the architecture: by this name mixtures of formats go.
+pub(crate) fn tensor_name(role: Role, layer: usize) -> String {
+    let names = WeightNames::of(NAMES).with(&[
+        (Role::Qkv, "blk.{layer}.attn_qkv.weight"),
+        (Role::GateUp, "blk.{layer}.ffn_up.weight"),
+        (Role::ExpertGateUp, "blk.{layer}.ffn_gate_up_exps.weight"),
+        (Role::AttnPostNorm, "blk.{layer}.post_attention_norm.weight"),
+        (Role::FfnPostNorm, "blk.{layer}.post_ffw_norm.weight"),
+        (Role::Sinks, "blk.{layer}.attn_sinks.weight"),
+    ]);
+    names.layer(role, layer)
+}
+
 /// What `file` says of itself, with the tensors of all its parts in `weights`.
 ///
 /// # Errors
@@ -196,13 +210,31 @@ pub(crate) fn read(file: &GgufFile, weights: &dyn WeightStore) -> Result<ModelDe
     let architecture =
         ARCHITECTURES.iter().find(|architecture| Some(architecture.name) == name).ok_or_else(|| {
             let known: Vec<&str> = ARCHITECTURES.iter().map(|architecture| architecture.name).collect();
-            file.wrong(ARCHITECTURE, &format!("one of the supported: {}", known.join(", ")))
+            let unknown = not_understood(file, name.unwrap_or_default());
+            file.wrong(ARCHITECTURE, &format!("one of the supported: {}{unknown}", known.join(", ")))
         })?;
     let json = translate(file, architecture, weights)?;
     let (config, _) = read_options(file.path(), &json)?;
     let config = as_converted(config, file, architecture, weights)?;
     let names = WeightNames::of(NAMES).with(architecture.names);
-    Ok(ModelDescription { config, names, json })
+    Ok(ModelDescription { config, names, packing: None, json })
+}
+
+/// The keys of an unknown architecture that no known one has.
+fn not_understood(file: &GgufFile, name: &str) -> String {
+    const ROTARY: [&str; 2] = ["rope.dimension_count", "rope.scaling."];
+    let known = |key: &str| {
+        let own = ARCHITECTURES.iter().flat_map(|architecture| architecture.keys);
+        KEYS.iter().chain(own).any(|(known, _)| *known == key)
+            || ROTARY.iter().any(|known| key.starts_with(known))
+            || ["vocab_size", "attention.value_length"].contains(&key)
+    };
+    let keys = file.keys();
+    let own = keys.iter().filter_map(|key| key.strip_prefix(name)?.strip_prefix('.'));
+    match own.filter(|key| !known(key)).collect::<Vec<_>>().as_slice() {
+        [] => String::new(),
+        keys => format!("; these of its keys are not understood: {}", list_of_keys(keys)),
+    }
 }
 
 fn translate(

@@ -3,6 +3,7 @@
 
 mod gemma;
 pub(crate) mod gguf;
+pub(crate) mod gguf_write;
 mod glm4;
 mod gpt_oss;
 mod granite;
@@ -12,6 +13,7 @@ pub mod names;
 mod olmo2;
 mod options;
 mod phi3;
+mod quantization;
 mod qwen;
 mod rope;
 mod smollm3;
@@ -22,10 +24,11 @@ use std::path::Path;
 use serde_json::{Map, Value};
 
 use crate::files::read_json;
+use crate::weights::Packing;
 use crate::{DecoderConfig, ModelError};
 pub use names::{ExpertLayout, NameTable, Role, WeightNames};
-use options::Options;
 pub(crate) use options::describe;
+use options::{Options, list_of_keys};
 
 /// The file that describes a checkpoint.
 pub(crate) const CONFIG_FILE: &str = "config.json";
@@ -67,6 +70,8 @@ const FAMILIES: &[Family] = &[
 pub(crate) struct ModelDescription {
     pub(crate) config: DecoderConfig,
     pub(crate) names: WeightNames,
+    /// How matrices are packed, where they are.
+    pub(crate) packing: Option<Packing>,
     /// The file as it stands, for keys that are not the decoder's.
     pub(crate) json: Map<String, Value>,
 }
@@ -75,8 +80,13 @@ pub(crate) struct ModelDescription {
 pub(crate) fn read_config(dir: &Path) -> Result<ModelDescription, ModelError> {
     let path = dir.join(CONFIG_FILE);
     let json: Map<String, Value> = read_json(&path, MAX_CONFIG_BYTES)?;
-    let (config, names) = read_options(&path, &json)?;
-    Ok(ModelDescription { config, names, json })
+    let (config, mut names) = read_options(&path, &json)?;
+    let packing = quantization::read(&path, &json)?;
+    if packing == Some(Packing::Mxfp4) {
+        // Packed, the experts' matrices are not transposed.
+        names.expert_layout = ExpertLayout::PairedRows;
+    }
+    Ok(ModelDescription { config, names, packing, json })
 }
 
 /// The decoder that `json`, in the words of a `config.json`, describes, and what Hugging Face
@@ -101,7 +111,7 @@ pub(crate) fn read_options(
             let stated = json.get("text_config").and_then(Value::as_object);
             let stated = stated.ok_or_else(|| options.error("text_config", "an object"))?;
             // Some are in both places, some in one.
-            let shared = ["tie_word_embeddings", "quantization_config"];
+            let shared = ["tie_word_embeddings"];
             text.extend(shared.into_iter().filter_map(|key| Some((key.to_owned(), json.get(key)?.clone()))));
             text.extend(stated.clone());
             let text = Options::with_prefix(path, "text_config.", &text);
@@ -113,12 +123,64 @@ pub(crate) fn read_options(
     Ok((config, (family.names)()))
 }
 
+/// What an unknown model has that the plainest of the known ones has not: a hint at what would have to be
+/// written, and at whether another name for a known family would do.
+fn not_understood(options: &Options<'_>) -> String {
+    // What `Options::decoder_config` and the family of Llama read.
+    options.ignore(&[
+        "attention_bias",
+        "head_dim",
+        "hidden_act",
+        "hidden_size",
+        "intermediate_size",
+        "layer_types",
+        "max_position_embeddings",
+        "mlp_bias",
+        "num_attention_heads",
+        "num_hidden_layers",
+        "num_key_value_heads",
+        "partial_rotary_factor",
+        "quantization_config",
+        "rms_norm_eps",
+        "rope_parameters",
+        "rope_scaling",
+        "rope_theta",
+        "sliding_window",
+        "tie_word_embeddings",
+        "vocab_size",
+    ]);
+    match options.unread().as_slice() {
+        [] => "; but for that it reads like a llama".to_owned(),
+        keys => format!("; read as a llama, these of its keys are not understood: {}", list_of_keys(keys)),
+    }
+}
+
+/// The options of the text model in `json`, which may have them in an object of their own.
+pub(crate) fn text_options(json: &Map<String, Value>) -> Map<String, Value> {
+    let model_type = json.get("model_type").and_then(Value::as_str);
+    let family = FAMILIES.iter().find(|family| Some(family.model_type) == model_type);
+    let Some(Value::Object(mut text)) =
+        family.and_then(|family| family.text_config).map(|defaults| defaults())
+    else {
+        return json.clone();
+    };
+    text.extend(
+        json.get("text_config")
+            .and_then(Value::as_object)
+            .into_iter()
+            .flatten()
+            .map(|(k, v)| (k.clone(), v.clone())),
+    );
+    text.insert("model_type".to_owned(), model_type.into());
+    text
+}
+
 fn find_family(options: &Options<'_>) -> Result<&'static Family, ModelError> {
     let model_type = options.string("model_type")?;
     let architectures = options.strings("architectures")?;
     let known = |describe: fn(&Family) -> &str| {
         let names: Vec<&str> = FAMILIES.iter().map(describe).collect();
-        format!("one of the supported: {}", names.join(", "))
+        format!("one of the supported: {}{}", names.join(", "), not_understood(options))
     };
     let family = match model_type {
         Some(wanted) => FAMILIES

@@ -78,6 +78,8 @@ pub enum ExpertLayout {
     Rows,
     /// `[num_experts, in, out]`; gate and up of a channel side by side; biases named `..._bias`.
     Columns,
+    /// As [`ExpertLayout::Columns`], transposed to `[num_experts, out, in]`.
+    PairedRows,
 }
 
 /// The names that Hugging Face transformers gives to Llama and all that copied it.

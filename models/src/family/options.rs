@@ -114,6 +114,16 @@ impl<'a> Options<'a> {
         self.get(key).is_some()
     }
 
+    /// The keys that are there.
+    pub(super) fn keys(&self) -> impl Iterator<Item = &'a str> + use<'a> {
+        self.json.keys().map(String::as_str)
+    }
+
+    /// True if `key` is there and does not say that something is off.
+    pub(super) fn switches(&self, key: &str) -> bool {
+        self.get(key).is_some_and(|value| !says_nothing(value))
+    }
+
     /// True if there is nothing but what belongs to a rotary embedding without scaling.
     pub(super) fn is_plain(&self) -> bool {
         self.json.keys().all(|key| ["rope_theta", "partial_rotary_factor"].contains(&key.as_str()))
@@ -124,17 +134,22 @@ impl<'a> Options<'a> {
         self.read.borrow_mut().extend(keys.iter().map(|key| (*key).to_owned()));
     }
 
-    /// Refuses a key that nobody has read and that may mean something.
-    pub(super) fn refuse_unread(&self) -> Result<(), ModelError> {
-        let unread = self.json.iter().find(|(key, value)| {
+    /// The keys that nobody has read and that may mean something.
+    pub(super) fn unread(&self) -> Vec<&'a str> {
+        let unread = self.json.iter().filter(|(key, value)| {
             let harmless = HARMLESS.contains(&key.as_str())
                 || HARMLESS_PREFIXES.iter().any(|prefix| key.starts_with(prefix))
                 || HARMLESS_SUFFIXES.iter().any(|suffix| key.ends_with(suffix));
             !harmless && !says_nothing(value) && !self.read.borrow().contains(key.as_str())
         });
-        match unread {
+        unread.map(|(key, _)| key.as_str()).collect()
+    }
+
+    /// Refuses a key that nobody has read and that may mean something.
+    pub(super) fn refuse_unread(&self) -> Result<(), ModelError> {
+        match self.unread().first() {
             None => Ok(()),
-            Some((key, _)) => Err(self.error(
+            Some(key) => Err(self.error(
                 key,
                 "absent: this option is not supported for this family (remove the key if it does not change \
                  what the model computes)",
@@ -218,14 +233,6 @@ impl<'a> Options<'a> {
             .ok_or_else(wanted)
     }
 
-    /// Fails unless `key` is absent or null.
-    pub(super) fn require_absent(&self, key: &str, wanted: &str) -> Result<(), ModelError> {
-        match self.get(key) {
-            None => Ok(()),
-            Some(_) => Err(self.error(key, wanted)),
-        }
-    }
-
     /// An integer from 0 on.
     pub(super) fn count(&self, key: &str, default: usize) -> Result<usize, ModelError> {
         let Some(value) = self.get(key) else { return Ok(default) };
@@ -275,8 +282,8 @@ impl<'a> Options<'a> {
 
     /// As [`Options::decoder_config`] without the rotary embedding.
     pub(super) fn shape(&self) -> Result<DecoderConfig, ModelError> {
-        let wanted = "absent: quantised checkpoints are not supported, use one in f32, f16 or bf16";
-        self.require_absent("quantization_config", wanted)?;
+        // See `quantization.rs`.
+        self.ignore(&["quantization_config"]);
         let hidden_size = self.size("hidden_size", None, MAX_HIDDEN)?;
         let num_heads = self.size("num_attention_heads", None, MAX_HEADS)?;
         let num_kv_heads = self.size("num_key_value_heads", Some(num_heads), MAX_HEADS)?;
@@ -351,6 +358,19 @@ impl<'a> Options<'a> {
             Some(_) => Err(self.error(key, "an object or null")),
         }
     }
+}
+
+/// A list of keys for an error message: the first few, and how many more there are.
+pub(super) fn list_of_keys(keys: &[&str]) -> String {
+    const MAX_LISTED: usize = 12;
+    const MAX_CHARS: usize = 40;
+    let short = |key: &&str| format!("`{}`", key.chars().take(MAX_CHARS).collect::<String>());
+    let listed: Vec<String> = keys.iter().take(MAX_LISTED).map(short).collect();
+    let more = match keys.len().saturating_sub(MAX_LISTED) {
+        0 => String::new(),
+        more => format!(" and {more} more"),
+    };
+    format!("{}{more}", listed.join(", "))
 }
 
 /// A value that switches nothing on.

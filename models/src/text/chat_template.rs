@@ -6,7 +6,7 @@
 //!
 //! Costs: one compilation at load, then tens of microseconds a rendering of a short chat.
 
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::SystemTime;
 
@@ -68,18 +68,7 @@ impl ChatTemplate {
     /// # Errors
     /// If a file is damaged or a template does not compile.
     pub fn from_dir(dir: &Path, tokenizer: &Tokenizer) -> Result<Option<Self>, ModelError> {
-        let jinja = model_dir(dir).join(TEMPLATE_FILE);
-        let json = model_dir(dir).join(TEMPLATE_JSON_FILE);
-        let (path, value) = if jinja.exists() {
-            let source = read_text(&jinja, MAX_TEMPLATE_BYTES)?;
-            (jinja, Json::String(source))
-        } else if json.exists() {
-            let mut file: Map<String, Json> = read_json(&json, MAX_TEMPLATE_BYTES)?;
-            (json, file.remove("chat_template").unwrap_or_default())
-        } else {
-            let mut file = read_tokenizer_config(dir)?;
-            (dir.join(TOKENIZER_CONFIG_FILE), file.remove("chat_template").unwrap_or_default())
-        };
+        let (path, value) = read_template(dir)?;
         let error = |reason: String| ModelError::Template { path: path.clone(), reason };
         let compile = |source: &str| Template::compile(source).map_err(|source| error(describe(&source)));
         let named = match &value {
@@ -173,7 +162,23 @@ impl std::fmt::Debug for ChatTemplate {
     }
 }
 
-fn named_template(entry: &Json) -> Option<(&str, &str)> {
+/// The template of a model, a string or a list of named ones, and the file that it is in.
+pub(super) fn read_template(dir: &Path) -> Result<(PathBuf, Json), ModelError> {
+    let jinja = model_dir(dir).join(TEMPLATE_FILE);
+    let json = model_dir(dir).join(TEMPLATE_JSON_FILE);
+    if jinja.exists() {
+        let source = read_text(&jinja, MAX_TEMPLATE_BYTES)?;
+        return Ok((jinja, Json::String(source)));
+    }
+    if json.exists() {
+        let mut file: Map<String, Json> = read_json(&json, MAX_TEMPLATE_BYTES)?;
+        return Ok((json, file.remove("chat_template").unwrap_or_default()));
+    }
+    let mut file = read_tokenizer_config(dir)?;
+    Ok((dir.join(TOKENIZER_CONFIG_FILE), file.remove("chat_template").unwrap_or_default()))
+}
+
+pub(super) fn named_template(entry: &Json) -> Option<(&str, &str)> {
     Some((entry["name"].as_str()?, entry["template"].as_str()?))
 }
 

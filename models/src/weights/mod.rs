@@ -3,6 +3,7 @@
 
 pub mod gguf;
 mod map;
+mod packed;
 pub mod quantize;
 mod safetensors;
 
@@ -14,6 +15,8 @@ use tandem_kernels::quant::{BlockFormat, dequantize};
 use crate::ModelError;
 
 pub use gguf::{GgufFile, GgufStore};
+pub(crate) use packed::PackedStore;
+pub use packed::Packing;
 pub use safetensors::SafetensorsStore;
 pub(crate) use safetensors::{INDEX_FILE, SINGLE_FILE, read_index};
 
@@ -110,6 +113,32 @@ impl<'a> TensorView<'a> {
     }
 }
 
+/// A tensor as the loader takes it: its file's own bytes, or what a packed form stands for.
+///
+/// Invariant: as that of [`TensorView`].
+#[derive(Clone, Debug)]
+pub struct Tensor<'a> {
+    /// Element type.
+    pub dtype: Dtype,
+    /// Extents, outermost first.
+    pub shape: Vec<usize>,
+    /// The elements' bytes.
+    pub data: Cow<'a, [u8]>,
+}
+
+impl<'a> From<TensorView<'a>> for Tensor<'a> {
+    fn from(view: TensorView<'a>) -> Self {
+        Tensor { dtype: view.dtype, shape: view.shape.to_vec(), data: Cow::Borrowed(view.data) }
+    }
+}
+
+impl Tensor<'_> {
+    /// A view of it.
+    pub fn view(&self) -> TensorView<'_> {
+        TensorView { dtype: self.dtype, shape: &self.shape, data: &self.data }
+    }
+}
+
 /// A source of named tensors.
 pub trait WeightStore: Send + Sync {
     /// A view of tensor `name`.
@@ -118,6 +147,15 @@ pub trait WeightStore: Send + Sync {
     /// If there is no such tensor, or its element type is not one of [`Dtype`].
     fn tensor(&self, name: &str) -> Result<TensorView<'_>, ModelError>;
 
+    /// Tensor `name`, unpacked if its file has it in a form of its own. Costs nothing where the file has it
+    /// as one of [`Dtype`], else the unpacking.
+    ///
+    /// # Errors
+    /// As [`WeightStore::tensor`], or if the parts of a packed tensor do not fit together.
+    fn read(&self, name: &str) -> Result<Tensor<'_>, ModelError> {
+        self.tensor(name).map(Tensor::from)
+    }
+
     /// True if there is a tensor `name`.
     fn contains(&self, name: &str) -> bool;
 
@@ -125,10 +163,14 @@ pub trait WeightStore: Send + Sync {
     fn names(&self) -> Vec<String>;
 }
 
-/// Opens the weights of the checkpoint folder `dir`.
+/// Opens the weights of the checkpoint folder `dir`, whose matrices are packed as `packing` says.
 ///
 /// # Errors
 /// If there are none, or they are damaged; see [`SafetensorsStore::open`].
-pub fn open(dir: &Path) -> Result<Box<dyn WeightStore>, ModelError> {
-    Ok(Box::new(SafetensorsStore::open(dir)?))
+pub fn open(dir: &Path, packing: Option<Packing>) -> Result<Box<dyn WeightStore>, ModelError> {
+    let files = SafetensorsStore::open(dir)?;
+    Ok(match packing {
+        None => Box::new(files),
+        Some(packing) => Box::new(PackedStore::new(files, packing)),
+    })
 }

@@ -7,7 +7,10 @@
 use half::f16;
 use tandem_kernels::quant::BlockFormat;
 
-use super::Dtype;
+use super::{Dtype, TensorView};
+
+/// Elements widened at a time by [`reencode`], on each thread.
+const CHUNK_ELEMENTS: usize = 1 << 18;
 
 /// What weights can be written as.
 pub const WRITABLE: [Dtype; 8] = [
@@ -40,6 +43,41 @@ pub fn encode(dtype: Dtype, elements: &[f32], out: &mut Vec<u8>) -> bool {
         Dtype::Quantized(_) => return false,
     }
     true
+}
+
+/// The elements of `view` as `dtype`, encoded on every core; each block by itself, so that the bytes do not
+/// depend on how many there are. Needs the memory of the result and little more.
+///
+/// # Panics
+/// If `dtype` is not one of [`WRITABLE`], or a row is not whole blocks of it.
+pub fn reencode(view: &TensorView<'_>, dtype: Dtype) -> Vec<u8> {
+    let row = view.shape.last().copied().unwrap_or(1);
+    let size = |dtype: Dtype| dtype.bytes_for(row).expect("rows are whole blocks: this is a bug");
+    let (row_bytes, new_row_bytes) = (size(view.dtype), size(dtype));
+    if view.data.is_empty() {
+        return Vec::new();
+    }
+    let num_rows = view.data.len() / row_bytes;
+    let mut bytes = vec![0; num_rows * new_row_bytes];
+    let threads = std::thread::available_parallelism().map_or(1, usize::from);
+    let share = num_rows.div_ceil(threads);
+    let chunk = (CHUNK_ELEMENTS / row).clamp(1, share);
+    std::thread::scope(|scope| {
+        let shares = view.data.chunks(share * row_bytes).zip(bytes.chunks_mut(share * new_row_bytes));
+        for (from, to) in shares {
+            scope.spawn(move || {
+                let mut encoded = Vec::new();
+                for (from, to) in from.chunks(chunk * row_bytes).zip(to.chunks_mut(chunk * new_row_bytes)) {
+                    let shape = [from.len() / row_bytes, row];
+                    let rows = TensorView { dtype: view.dtype, shape: &shape, data: from };
+                    encoded.clear();
+                    assert!(encode(dtype, &rows.to_f32(), &mut encoded), "{} is not writable", dtype.name());
+                    to.copy_from_slice(&encoded);
+                }
+            });
+        }
+    });
+    bytes
 }
 
 fn blocks<const LEN: usize>(elements: &[f32], out: &mut Vec<u8>, encode: fn(&[f32; LEN], &mut Vec<u8>)) {

@@ -49,9 +49,26 @@ struct Entry {
     /// `Err` holds the format's name of a type that we do not read; it is reported when asked for, so
     /// that a stray integer buffer does not spoil a checkpoint.
     dtype: Result<Dtype, String>,
+    stored: safetensors::Dtype,
     shape: Vec<usize>,
     start: usize,
     end: usize,
+}
+
+/// A tensor of any type that the format has; `data` is `shape`'s product in bytes.
+#[derive(Clone, Copy, Debug)]
+pub(super) struct Raw<'a> {
+    pub(super) dtype: safetensors::Dtype,
+    pub(super) shape: &'a [usize],
+    pub(super) data: &'a [u8],
+}
+
+impl<'a> Raw<'a> {
+    /// The tensor if it is of floats that are read as they are.
+    pub(super) fn floats(&self) -> Option<TensorView<'a>> {
+        let dtype = supported_dtype(self.dtype).ok()?;
+        Some(TensorView { dtype, shape: self.shape, data: self.data })
+    }
 }
 
 impl SafetensorsStore {
@@ -87,6 +104,18 @@ impl SafetensorsStore {
         Ok(store)
     }
 
+    /// What errors name.
+    pub(super) fn path(&self) -> &Path {
+        &self.path
+    }
+
+    /// Tensor `name` of whatever type, if there is one.
+    pub(super) fn raw(&self, name: &str) -> Option<Raw<'_>> {
+        let entry = self.tensors.get(name)?;
+        let data = &self.shards[entry.shard].map[entry.start..entry.end];
+        Some(Raw { dtype: entry.stored, shape: &entry.shape, data })
+    }
+
     fn open_sharded(dir: &Path, index: PathBuf) -> Result<Self, ModelError> {
         let weight_map = read_index(&index)?;
         let files: BTreeSet<&String> = weight_map.values().collect();
@@ -114,6 +143,7 @@ impl SafetensorsStore {
             let entry = Entry {
                 shard,
                 dtype: supported_dtype(info.dtype),
+                stored: info.dtype,
                 shape: info.shape,
                 start: data_start + info.data_offsets.0,
                 end: data_start + info.data_offsets.1,

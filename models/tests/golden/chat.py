@@ -1,14 +1,14 @@
 """Renders chat templates with transformers and writes chat.json, to which chat_template.rs is held.
 
-    python models/tests/golden/chat.py                          # rewrites models/tests/golden/chat.json
+    python models/tests/golden/chat.py                          # rewrites chat.json and published.json beside it
     python models/tests/golden/chat.py FOLDER OUT.json          # the same conversations, all FOLDER/*.jinja
 
 Needs transformers 5 and jinja2. The second form is for templates whose licence keeps them out of this
 repository: check them with
     TANDEM_CHAT_GOLDEN=OUT.json cargo test -p tandem-models --test chat_template -- --ignored
 
-qwen2.5.jinja is the template of Qwen/Qwen2.5-7B-Instruct, (c) Alibaba Cloud, Apache-2.0, unchanged. The
-others were written for this repository in the style of well-known ones, to use the same features.
+Those in templates/ are published ones; templates/SOURCES.md says whose. The others, in this file, were written for
+this repository in the style of well-known ones, to use the same features.
 """
 
 import datetime
@@ -182,6 +182,11 @@ CONVERSATIONS = {
     "tool_result": ([{"role": "user", "content": "Weather?"}, CALL,
                      {"role": "tool", "name": "get_weather", "tool_call_id": "callid001", "content": "21"},
                      {"role": "assistant", "content": "21 degrees"}, {"role": "user", "content": "Thanks"}], TOOLS, True),
+    "parallel_calls": ([{"role": "user", "content": "Both?"},
+                        CALL | {"tool_calls": [CALL["tool_calls"][0], {"id": "callid002", "type": "function",
+                                                                       "function": {"name": "now", "arguments": {}}}]},
+                        {"role": "tool", "name": "get_weather", "tool_call_id": "callid001", "content": "21"},
+                        {"role": "tool", "name": "now", "tool_call_id": "callid002", "content": "{\"h\": 12}"}], TOOLS, True),
     "wrong_order": ([{"role": "assistant", "content": "a"}, {"role": "assistant", "content": "b"}], None, True),
 }
 EXTRA = {"extra_value": {"z": [1, {"y": None}], "a": "b", "f": 0.1, "t": True}}
@@ -201,17 +206,20 @@ def cases(templates):
             yield case
 
 
-def main():
-    if len(sys.argv) == 3:
-        templates = {path.name: path.read_text() for path in sorted(pathlib.Path(sys.argv[1]).glob("*.jinja"))}
-        out = pathlib.Path(sys.argv[2])
-    else:
-        templates = OWN | {"qwen2.5": (HERE / "qwen2.5.jinja").read_text()}
-        out = HERE / "chat.json"
+def write(templates, out, with_sources=True):
     conversations = {name: {"messages": m, "tools": t, "add_generation_prompt": p} for name, (m, t, p) in CONVERSATIONS.items()}
-    golden = {"templates": templates, "conversations": conversations, "extra": EXTRA, "cases": list(cases(templates))}
+    sources = templates if with_sources else {}
+    golden = {"templates": sources, "conversations": conversations, "extra": EXTRA, "cases": list(cases(templates))}
     out.write_text(json.dumps(golden, indent=1, ensure_ascii=False) + "\n")
 
 
+def read(folder):
+    return {path.name: path.read_text() for path in sorted(pathlib.Path(folder).glob("*.jinja"))}
+
+
 if __name__ == "__main__":
-    main()
+    if len(sys.argv) == 3:
+        write(read(sys.argv[1]), pathlib.Path(sys.argv[2]))
+    else:
+        write(OWN, HERE / "chat.json")
+        write(read(HERE / "templates"), HERE / "published.json", with_sources=False)

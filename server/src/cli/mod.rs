@@ -82,7 +82,7 @@ enum Command {
     Distill(distill::DistillArgs),
     /// Compare the fast backend with the reference backend on a model's own weights
     Verify(verify::VerifyArgs),
-    /// Write a GGUF model with smaller weights
+    /// Write a model as a GGUF file with smaller weights
     Quantize(quantize::QuantizeArgs),
     /// Write a model of a real one's shape with random weights, to size hardware with
     Synth(synth::SynthArgs),

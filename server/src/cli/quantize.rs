@@ -1,4 +1,4 @@
-//! `tandem quantize`: a GGUF model in f32, f16 or bf16 as one with smaller weights.
+//! `tandem quantize`: a model in f32, f16 or bf16, a folder or a GGUF file, as a GGUF file with smaller weights.
 
 use std::fs::File;
 use std::io::BufWriter;
@@ -7,19 +7,25 @@ use std::process::ExitCode;
 
 use anyhow::Context as _;
 use clap::Args;
+use tandem_models::export::to_gguf;
 use tandem_models::weights::gguf::{FileType, convert};
 
 use super::terminal;
 
 const LONG_ABOUT: &str = "\
-Write a GGUF model with smaller weights.
+Write a model as a GGUF file with smaller weights.
 
-The input is a GGUF file in f32, f16 or bf16 (or the first of several parts); one that is quantised already \
-is refused, because quantising twice loses more than the format says. Norms and biases stay as they are. \
-The output appears only when it is complete.";
+The input is a folder (config.json, *.safetensors, tokenizer.json) or a GGUF file in f32, f16 or bf16 (or the \
+first of several parts). A GGUF file that is quantised already is refused, because quantising twice loses more \
+than the format says; of a folder, matrices that are in blocks (GPTQ, AWQ, MXFP4) are written as these. Norms, \
+biases and routers stay as they are. Tokenizer and chat template are in the output, which appears only when it \
+is complete and, made of a folder, when it reads as the same model.
+
+`--quantize` of `tandem serve` makes the same of a model as it is loaded.";
 
 const EXAMPLES: &str = "\
 Examples:
+  tandem quantize ./Qwen2.5-Coder-7B-Instruct model-q8.gguf --format q8_0
   tandem quantize model-f16.gguf model-q8.gguf --format q8_0       half of the bytes, hardly a difference
   tandem quantize model-f16.gguf model-q4.gguf --format q4_k_m     less than a third";
 
@@ -27,7 +33,7 @@ Examples:
 #[derive(Args, Debug)]
 #[command(long_about = LONG_ABOUT, after_long_help = EXAMPLES)]
 pub(super) struct QuantizeArgs {
-    /// The GGUF file to read
+    /// The folder or GGUF file to read
     #[arg(value_name = "IN")]
     input: PathBuf,
 
@@ -35,15 +41,24 @@ pub(super) struct QuantizeArgs {
     #[arg(value_name = "OUT")]
     output: PathBuf,
 
-    /// What weights become: f32, f16, bf16, q8_0, q6_k, q4_k_m or q4_0
+    /// What weights become: f32, f16, bf16, q8_0 (or q8), q6_k, q4_k_m or q4_0 (or q4)
     #[arg(long, value_name = "FORMAT", value_parser = parse_format)]
     format: FileType,
 }
 
 pub(super) fn run(args: &QuantizeArgs) -> anyhow::Result<ExitCode> {
-    let (before, after) = write_then_rename(&args.output, |file| {
-        Ok(convert(&args.input, args.format, BufWriter::with_capacity(1 << 20, file))?)
-    })?;
+    let (before, after) = if args.input.is_dir() {
+        let mut partial = args.output.as_os_str().to_owned();
+        // It is opened by its name.
+        partial.push(".partial.gguf");
+        let partial = PathBuf::from(partial);
+        let written = to_gguf(&args.input, args.format, &partial).map_err(anyhow::Error::from);
+        finish(&partial, &args.output, written)?
+    } else {
+        write_then_rename(&args.output, |file| {
+            Ok(convert(&args.input, args.format, BufWriter::with_capacity(1 << 20, file))?)
+        })?
+    };
     println!("{}  {} -> {}", args.output.display(), terminal::bytes(before), terminal::bytes(after));
     Ok(ExitCode::SUCCESS)
 }
@@ -65,12 +80,21 @@ pub(super) fn write_then_rename<T>(
     partial.push(".partial");
     let partial = PathBuf::from(partial);
     let file = File::create(&partial).with_context(|| partial.display().to_string())?;
-    let result = work(file).and_then(|value| {
-        std::fs::rename(&partial, path).with_context(|| path.display().to_string())?;
+    finish(&partial, path, work(file))
+}
+
+/// Moves what was written to `partial` to `path` if all went well, and else takes it away.
+fn finish<T>(
+    partial: &std::path::Path,
+    path: &std::path::Path,
+    written: anyhow::Result<T>,
+) -> anyhow::Result<T> {
+    let result = written.and_then(|value| {
+        std::fs::rename(partial, path).with_context(|| path.display().to_string())?;
         Ok(value)
     });
     if result.is_err() {
-        let _ = std::fs::remove_file(&partial);
+        let _ = std::fs::remove_file(partial);
     }
     result
 }

@@ -49,6 +49,12 @@ pub(crate) struct ModelSettings {
     #[arg(long, value_name = "f32|f16|q8", help_heading = "Machine")]
     kv_dtype: Option<String>,
 
+    /// Store matrices that are floats in the file in blocks of fewer bits, as `tandem quantize` would: q8
+    /// (Q8_0, hardly a difference), q6_k, q4_k_m, or q4 (Q4_0, fastest to load). Norms, biases and routers
+    /// stay as they are, and so does what is quantised already. Both models [default: none]
+    #[arg(long, value_name = "q8|q4|FORMAT", help_heading = "Machine")]
+    quantize: Option<String>,
+
     /// Do not keep the keys and values of finished sequences for prompts that begin alike. Changes speed,
     /// never the output [default: false]
     #[arg(
@@ -164,6 +170,7 @@ impl ModelSettings {
             ("threads", &self.threads),
             ("kv-memory", &self.kv_memory),
             ("kv-dtype", &self.kv_dtype),
+            ("quantize", &self.quantize),
             ("no-prefix-cache", &self.no_prefix_cache),
             ("no-lane-isolation", &self.no_lane_isolation),
             ("log", &self.log),

@@ -5,8 +5,9 @@ use std::sync::Arc;
 
 use clap::Args;
 use tandem_models::verify::{Comparison, compare};
-use tandem_models::{BackendKind, Checkpoint, Dtype, HubOptions, Tokenizer};
+use tandem_models::{BackendKind, Checkpoint, Dtype, FileType, HubOptions, Tokenizer, WeightMemory};
 
+use super::quantize::parse_format;
 use crate::runtime;
 
 const LONG_ABOUT: &str = "\
@@ -58,6 +59,10 @@ pub(super) struct VerifyArgs {
     #[arg(long, value_name = "SHARE")]
     tolerance: Option<f32>,
 
+    /// Quantise both first, as `--quantize` of `tandem serve` would: q8, q4, q6_k or q4_k_m
+    #[arg(long, value_name = "FORMAT", value_parser = parse_format)]
+    quantize: Option<FileType>,
+
     /// Threads of the fast backend [default: one a CPU]
     #[arg(long, value_name = "N", value_parser = clap::value_parser!(u16).range(1..=1024))]
     threads: Option<u16>,
@@ -76,7 +81,10 @@ pub(super) fn run(args: &VerifyArgs) -> anyhow::Result<ExitCode> {
         dirs.extend([demo.join("target"), demo.join("draft")]);
     }
     // Opened first, so that a wrong name in the list does not cost the models before it.
-    let checkpoints = dirs.iter().map(|dir| Checkpoint::open(dir)).collect::<Result<Vec<_>, _>>()?;
+    let mut checkpoints = dirs.iter().map(|dir| Checkpoint::open(dir)).collect::<Result<Vec<_>, _>>()?;
+    for checkpoint in &mut checkpoints {
+        checkpoint.quantize = args.quantize;
+    }
     println!(
         "fast backend: cpu, {}, {threads} threads; reference: candle",
         tandem_kernels::isa::active().name()
@@ -91,7 +99,7 @@ pub(super) fn run(args: &VerifyArgs) -> anyhow::Result<ExitCode> {
         let mut fast = tandem_models::load(checkpoint, BackendKind::Cpu, Arc::clone(&pool))?;
         let mut reference = tandem_models::load(checkpoint, BackendKind::Reference, Arc::clone(&pool))?;
         let comparison = compare(fast.as_mut(), reference.as_mut(), &prompt, usize::from(args.tokens))?;
-        let tolerance = args.tolerance.unwrap_or_else(|| tolerance_of(checkpoint));
+        let tolerance = args.tolerance.unwrap_or_else(|| tolerance_of(&fast.weight_memory()));
         let passed = passes(&comparison, tolerance);
         all_passed &= passed;
         print!("{}", describe(&dir.display().to_string(), &comparison, tolerance, passed));
@@ -99,12 +107,9 @@ pub(super) fn run(args: &VerifyArgs) -> anyhow::Result<ExitCode> {
     Ok(if all_passed { ExitCode::SUCCESS } else { ExitCode::FAILURE })
 }
 
-fn tolerance_of(checkpoint: &Checkpoint) -> f32 {
-    let is_quantized = |name: &String| {
-        let tensor = checkpoint.weights.tensor(name);
-        tensor.is_ok_and(|tensor| matches!(tensor.dtype, Dtype::Quantized(_)))
-    };
-    if checkpoint.weights.names().iter().any(is_quantized) { QUANTIZED_TOLERANCE } else { FLOAT_TOLERANCE }
+fn tolerance_of(memory: &WeightMemory) -> f32 {
+    let is_quantized = memory.types.iter().any(|(dtype, ..)| matches!(dtype, Dtype::Quantized(_)));
+    if is_quantized { QUANTIZED_TOLERANCE } else { FLOAT_TOLERANCE }
 }
 
 /// The largest difference that is rounding.

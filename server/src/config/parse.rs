@@ -4,7 +4,7 @@ use std::path::PathBuf;
 use std::str::FromStr;
 
 use tandem_engine::DraftTokens;
-use tandem_models::{BackendKind, KvType};
+use tandem_models::{BackendKind, FileType, KvType};
 
 use super::RawValue;
 
@@ -55,6 +55,14 @@ pub(super) fn backend(value: &RawValue) -> Option<BackendKind> {
 
 pub(super) fn kv_dtype(value: &RawValue) -> Option<KvType> {
     only(value)?.parse().ok()
+}
+
+/// `none` takes a weaker layer's choice away.
+pub(super) fn quantize(value: &RawValue) -> Option<Option<FileType>> {
+    match only(value)? {
+        "none" => Some(None),
+        name => FileType::parse(name).filter(|kind| kind.is_quantized()).map(Some),
+    }
 }
 
 /// `512MiB`, `2GiB`, `1.5GB`, `4g`, or a plain number of bytes; at least one byte.

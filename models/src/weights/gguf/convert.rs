@@ -5,13 +5,13 @@ use std::io::{self, Write};
 use std::path::Path;
 use std::sync::Arc;
 
-use super::{FileType, GgufBuilder, GgufStore, Place, open_first_part};
+use super::{FileType, GgufBuilder, GgufStore, GgufWriter, Place, open_first_part};
 use crate::ModelError;
-use crate::weights::quantize::encode;
+use crate::weights::quantize::reencode;
 use crate::weights::{Dtype, TensorView, WeightStore};
 
 /// Elements widened at a time.
-const CHUNK_ELEMENTS: usize = 1 << 20;
+const CHUNK_ELEMENTS: usize = 1 << 24;
 /// Keys that speak of the file and not of the model.
 const OF_THE_FILE: [&str; 5] =
     ["general.alignment", "general.file_type", "split.no", "split.count", "split.tensors.count"];
@@ -57,21 +57,9 @@ pub fn convert(input: &Path, kind: FileType, out: impl Write) -> Result<(u64, u6
         plan.push(dtype);
     }
     let mut writer = builder.begin(out)?;
-    let mut bytes = Vec::new();
     for (name, dtype) in names.iter().zip(plan) {
         let view = weights.tensor(name)?;
-        if dtype == view.dtype {
-            writer.write(view.data)?;
-            continue;
-        }
-        for part in rows(&view) {
-            bytes.clear();
-            assert!(
-                encode(dtype, &part.to_f32(), &mut bytes),
-                "file types have writable formats: this is a bug"
-            );
-            writer.write(&bytes)?;
-        }
+        write_as(&mut writer, &view, dtype)?;
     }
     writer.finish()?;
     Ok((before, after))
@@ -94,25 +82,20 @@ fn num_layers(names: &[String]) -> usize {
     names.iter().filter_map(layer).max().map_or(0, |last| last.saturating_add(1))
 }
 
-/// Some whole rows of an unquantised tensor at a time, as vectors.
-fn rows<'a>(view: &TensorView<'a>) -> Vec<Rows<'a>> {
+/// Writes the elements of `view` as `dtype`, some whole rows at a time.
+pub(crate) fn write_as(
+    writer: &mut GgufWriter<impl Write>,
+    view: &TensorView<'_>,
+    dtype: Dtype,
+) -> io::Result<()> {
+    if dtype == view.dtype {
+        return writer.write(view.data);
+    }
     let row = view.shape.last().copied().unwrap_or(1);
     let row_bytes = view.dtype.bytes_for(row).unwrap_or(1).max(1);
-    let chunk = (CHUNK_ELEMENTS / row).max(1) * row_bytes;
-    view.data
-        .chunks(chunk)
-        .map(|data| Rows { dtype: view.dtype, shape: [data.len() / row_bytes, row], data })
-        .collect()
-}
-
-struct Rows<'a> {
-    dtype: Dtype,
-    shape: [usize; 2],
-    data: &'a [u8],
-}
-
-impl Rows<'_> {
-    fn to_f32(&self) -> Vec<f32> {
-        TensorView { dtype: self.dtype, shape: &self.shape, data: self.data }.to_f32()
+    for data in view.data.chunks((CHUNK_ELEMENTS / row.max(1)).max(1) * row_bytes) {
+        let shape = [data.len() / row_bytes, row];
+        writer.write(&reencode(&TensorView { dtype: view.dtype, shape: &shape, data }, dtype))?;
     }
+    Ok(())
 }

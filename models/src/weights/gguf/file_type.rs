@@ -49,9 +49,24 @@ impl FileType {
         (FileType::Q4KM, "q4_k_m", 15),
     ];
 
-    /// The kind with that name, whatever its case.
+    /// The kind with that name, whatever its case; `q8` and `q4` are short for `q8_0` and `q4_0`.
     pub fn parse(name: &str) -> Option<Self> {
+        match name.to_ascii_lowercase().as_str() {
+            "q8" => return Some(FileType::Q8_0),
+            "q4" => return Some(FileType::Q4_0),
+            _ => {}
+        }
         Self::ALL.into_iter().find(|(_, known, _)| known.eq_ignore_ascii_case(name)).map(|(kind, ..)| kind)
+    }
+
+    /// The name on the command line.
+    pub fn name(self) -> &'static str {
+        Self::ALL.into_iter().find(|(kind, ..)| *kind == self).map_or("", |(_, name, _)| name)
+    }
+
+    /// True if it stores matrices in blocks.
+    pub fn is_quantized(self) -> bool {
+        !matches!(self, FileType::F32 | FileType::F16 | FileType::Bf16)
     }
 
     /// ggml's number, for `general.file_type`.

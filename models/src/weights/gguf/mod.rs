@@ -25,6 +25,7 @@ use memmap2::Mmap;
 use super::TensorView;
 use super::map::map_file;
 use crate::ModelError;
+pub(crate) use convert::write_as;
 pub use convert::{ConvertError, convert};
 pub use file_type::{FileType, Place};
 use header::Header;

@@ -217,12 +217,9 @@ impl Bench {
         };
         let pool = runtime::thread_pool(runtime.threads)?;
         let load = |dir: &Path| -> anyhow::Result<Box<dyn Model>> {
-            Ok(tandem_models::load_with(
-                &Checkpoint::open(dir)?,
-                config.backend,
-                config.kv_dtype,
-                Arc::clone(&pool),
-            )?)
+            let mut checkpoint = Checkpoint::open(dir)?;
+            checkpoint.quantize = config.quantize;
+            Ok(tandem_models::load_with(&checkpoint, config.backend, config.kv_dtype, Arc::clone(&pool))?)
         };
         let (target, draft) = (load(&target_info.dir)?, load(&draft_info.dir)?);
         let rows = [&target, &draft].map(|model| model.config().vocab_size);

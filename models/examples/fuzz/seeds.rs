@@ -1,0 +1,93 @@
+//! Small good files to begin with: the golden checkpoints, and a GGUF file with all that readers look at.
+
+use serde_json::{Value, json};
+use tandem_kernels::quant::BlockFormat;
+use tandem_models::Dtype;
+use tandem_models::weights::gguf::{ArrayValues, GgufBuilder};
+use tandem_models::weights::quantize::encode;
+
+type Files = Vec<(&'static str, Vec<u8>)>;
+
+const CONFIG: &[u8] = include_bytes!("../../tests/golden/packed/gptq_sym/config.json");
+const WEIGHTS: &[u8] = include_bytes!("../../tests/golden/packed/gptq_sym/model.safetensors");
+const GPT_OSS: &[u8] = include_bytes!("../../tests/golden/gpt_oss/config.json");
+const GPT_OSS_WEIGHTS: &[u8] = include_bytes!("../../tests/golden/gpt_oss/model.safetensors");
+const TEMPLATE: &[u8] = include_bytes!("../../tests/golden/templates/Qwen3-Coder.jinja");
+
+/// A checkpoint that is packed, so that its unpacking is tried as well.
+pub fn safetensors() -> Files {
+    vec![("model.safetensors", WEIGHTS.to_vec()), ("config.json", CONFIG.to_vec())]
+}
+
+/// The configuration with the most options.
+pub fn config() -> Files {
+    vec![("config.json", GPT_OSS.to_vec()), ("model.safetensors", GPT_OSS_WEIGHTS.to_vec())]
+}
+
+pub fn template() -> Files {
+    vec![("chat_template.jinja", TEMPLATE.to_vec())]
+}
+
+pub fn tokenizer() -> Files {
+    let tokens = ["<|bos|>", "a", "b", "ab", "Ġ", "Ġa", "Ċ", "Ã", "¤"];
+    let vocab: serde_json::Map<String, Value> =
+        tokens.iter().enumerate().map(|(id, token)| ((*token).to_owned(), json!(id))).collect();
+    let split = json!({"type": "Split", "pattern": {"Regex": "\\p{L}+|\\s+|\\p{N}"}, "behavior": "Isolated",
+        "invert": false});
+    let bytes =
+        json!({"type": "ByteLevel", "add_prefix_space": false, "trim_offsets": true, "use_regex": false});
+    let json = json!({
+        "version": "1.0", "truncation": null, "padding": null, "normalizer": {"type": "NFC"},
+        "added_tokens": [{"id": 0, "content": "<|bos|>", "special": true, "single_word": false, "lstrip": false,
+            "rstrip": true, "normalized": false}],
+        "pre_tokenizer": {"type": "Sequence", "pretokenizers": [split, bytes]},
+        "post_processor": {"type": "TemplateProcessing",
+            "single": [{"SpecialToken": {"id": "<|bos|>", "type_id": 0}}, {"Sequence": {"id": "A", "type_id": 0}}],
+            "pair": [{"Sequence": {"id": "A", "type_id": 0}}, {"Sequence": {"id": "B", "type_id": 1}}],
+            "special_tokens": {"<|bos|>": {"id": "<|bos|>", "ids": [0], "tokens": ["<|bos|>"]}}},
+        "decoder": bytes,
+        "model": {"type": "BPE", "dropout": null, "unk_token": null, "continuing_subword_prefix": null,
+            "end_of_word_suffix": null, "fuse_unk": false, "byte_fallback": false, "ignore_merges": false,
+            "vocab": vocab, "merges": [["a", "b"], ["Ġ", "a"]]},
+    });
+    vec![("tokenizer.json", json.to_string().into_bytes())]
+}
+
+pub fn gguf() -> Files {
+    let tokens: Vec<String> =
+        ["<unk>", "<|bos|>", "</s>", "a", "b", "ab", "▁", "▁a", "<0x0A>"].map(str::to_owned).into();
+    let q8 = Dtype::Quantized(BlockFormat::Q8_0);
+    let mut file = GgufBuilder::new();
+    file.string("general.architecture", "llama")
+        .u32("general.alignment", 32)
+        .u32("llama.block_count", 1)
+        .u32("llama.context_length", 64)
+        .u32("llama.embedding_length", 32)
+        .u32("llama.feed_forward_length", 32)
+        .u32("llama.attention.head_count", 2)
+        .f32("llama.attention.layer_norm_rms_epsilon", 1e-5)
+        .bool("tokenizer.ggml.add_bos_token", true)
+        .string("tokenizer.ggml.model", "llama")
+        .array("tokenizer.ggml.tokens", ArrayValues::Strings(&tokens))
+        .array("tokenizer.ggml.scores", ArrayValues::F32(&[0.0, 0.0, 0.0, -3.0, -3.0, -1.0, -3.0, -2.0, 0.0]))
+        .array("tokenizer.ggml.token_type", ArrayValues::I32(&[2, 3, 3, 1, 1, 1, 1, 1, 6]))
+        .u32("tokenizer.ggml.bos_token_id", 1)
+        .u32("tokenizer.ggml.eos_token_id", 2)
+        .string("tokenizer.chat_template", "{{ messages[0].content }}");
+    let block = |name: &str| format!("blk.0.{name}.weight");
+    let mut tensors = vec![("token_embd.weight".to_owned(), q8, vec![9, 32])];
+    tensors.extend(["attn_norm", "ffn_norm"].map(|name| (block(name), Dtype::F32, vec![32])));
+    let square = ["attn_q", "attn_k", "attn_v", "attn_output", "ffn_gate", "ffn_up", "ffn_down"];
+    tensors.extend(square.map(|name| (block(name), q8, vec![32, 32])));
+    tensors.push(("output_norm.weight".to_owned(), Dtype::F32, vec![32]));
+    for (name, dtype, shape) in &tensors {
+        file.tensor(name, *dtype, shape);
+    }
+    let mut writer = file.begin(Vec::new()).expect("memory can be written");
+    for (_, dtype, shape) in &tensors {
+        let mut bytes = Vec::new();
+        assert!(encode(*dtype, &vec![0.5; shape.iter().product()], &mut bytes));
+        writer.write(&bytes).expect("memory can be written");
+    }
+    vec![("model.gguf", writer.finish().expect("memory can be written"))]
+}

@@ -28,7 +28,7 @@ pub use decoder::{Decoder, load, load_with};
 pub use error::ModelError;
 pub use generation::GenerationConfig;
 pub use model::Model;
-pub use pair::check_pair;
+pub use pair::{VocabMap, check_pair};
 pub use source::{HubOptions, resolve};
 pub use tandem_kernels::kv::KvType;
 pub use text::{

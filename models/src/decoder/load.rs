@@ -69,7 +69,16 @@ impl<B: Backend> Decoder<B> {
         let mut loader = Loader { checkpoint, config: &config, heads, row_order, backend };
         let weights = loader.weights()?;
         let backend = loader.backend;
-        Ok(Decoder { config, heads, weights, cache: None, workspace: None, pass: Pass::default(), backend })
+        Ok(Decoder {
+            config,
+            heads,
+            weights,
+            short_head: None,
+            cache: None,
+            workspace: None,
+            pass: Pass::default(),
+            backend,
+        })
     }
 }
 

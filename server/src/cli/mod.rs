@@ -3,6 +3,8 @@
 mod bench;
 mod distill;
 mod generate;
+mod pair;
+mod passes;
 mod quantize;
 mod serve;
 mod settings;
@@ -72,6 +74,8 @@ enum Command {
     Train(train::TrainArgs),
     /// Make a draft for a target: train a small model on the target's own distribution
     Distill(distill::DistillArgs),
+    /// Say whether two models work as target and draft, and what the pair would gain
+    Pair(pair::PairArgs),
     /// Compare the fast backend with the reference backend on a model's own weights
     Verify(verify::VerifyArgs),
     /// Write a GGUF model with smaller weights
@@ -91,6 +95,7 @@ pub(crate) fn run() -> ExitCode {
         Command::Generate(args) => generate::run(&args),
         Command::Train(args) => train::run(&args),
         Command::Distill(args) => distill::run(&args),
+        Command::Pair(args) => pair::run(&args),
         Command::Verify(args) => verify::run(&args),
         Command::Quantize(args) => quantize::run(&args),
         Command::Synth(args) => synth::run(&args),

@@ -19,7 +19,8 @@ fn first_special(tokenizer: &Value) -> u64 {
 
 /// The demo draft with its regular tokens in reverse order, in the tokenizer and in the weights.
 fn reversed_draft(dir: &Path) {
-    let read = |name: &str| std::fs::read(demo("draft").join(name)).expect("the demo pair is in the repository");
+    let read =
+        |name: &str| std::fs::read(demo("draft").join(name)).expect("the demo pair is in the repository");
     for name in ["config.json", "generation_config.json", "tokenizer_config.json"] {
         if demo("draft").join(name).exists() {
             std::fs::write(dir.join(name), read(name)).expect("written");
@@ -72,7 +73,8 @@ fn a_draft_of_another_vocabulary_changes_no_answer() {
     let dir = tempfile::tempdir().expect("a folder");
     reversed_draft(dir.path());
     for temperature in ["0", "0.8"] {
-        let arguments = ["--lane", "deep", "--temperature", temperature, "--seed", "3", "--draft-tokens", "3"];
+        let arguments =
+            ["--lane", "deep", "--temperature", temperature, "--seed", "3", "--draft-tokens", "3"];
         let (wanted, quiet) = generate(&demo("draft"), &arguments);
         let (found, warned) = generate(dir.path(), &arguments);
         assert_eq!(found, wanted, "temperature {temperature}");
@@ -98,5 +100,8 @@ fn the_verdict_is_explained() {
     let same = pair(&demo("draft"));
     assert!(same.contains("vocabulary the same") && same.contains("estimate"), "{same}");
     let other = pair(dir.path());
-    assert!(other.contains("vocabulary different") && other.contains("can propose 4096 of its 4096"), "{other}");
+    assert!(
+        other.contains("vocabulary different") && other.contains("can propose 4096 of its 4096"),
+        "{other}"
+    );
 }

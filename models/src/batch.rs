@@ -21,6 +21,9 @@ pub struct ForwardBatch {
     pub block_table_offsets: Vec<u32>,
     /// Rows whose logits are wanted, ascending. Only these pass through the head.
     pub logits_rows: Vec<u32>,
+    /// Rows of logits are those of the vocabulary's first tokens alone; see
+    /// [`crate::Model::set_short_head`].
+    pub short_head: bool,
 }
 
 impl ForwardBatch {
@@ -43,6 +46,7 @@ impl ForwardBatch {
         self.block_table_offsets.clear();
         self.block_table_offsets.push(0);
         self.logits_rows.clear();
+        self.short_head = false;
     }
 
     /// Appends `tokens`, which stand at `start_position..` of a sequence whose earlier tokens are in

@@ -29,10 +29,17 @@ pub struct Decoder<B: Backend> {
     heads: Heads,
     weights: Weights<B>,
     memory: WeightMemory,
+    short_head: Option<ShortHead<B>>,
     cache: Option<Cache<B>>,
     workspace: Option<Workspace<B>>,
     pass: Pass,
     backend: B,
+}
+
+/// The head over the first tokens of the vocabulary.
+struct ShortHead<B: Backend> {
+    weight: B::Matrix,
+    num_tokens: usize,
 }
 
 /// The pass that is under way.
@@ -71,6 +78,7 @@ impl<B: Backend> Ropes<B> {
 struct PassShape {
     num_tokens: usize,
     num_logits_rows: usize,
+    short_head: bool,
 }
 
 impl<B: Backend> Model for Decoder<B> {
@@ -105,6 +113,17 @@ impl<B: Backend> Model for Decoder<B> {
             inputs: self.backend.allocate_inputs(&kv)?,
         });
         Ok(())
+    }
+
+    fn set_short_head(&mut self, num_tokens: usize) -> Result<bool, ModelError> {
+        let vocab_size = self.config.vocab_size;
+        if num_tokens == 0 || num_tokens > vocab_size {
+            let reason = format!("of {num_tokens} tokens; wanted 1 to {vocab_size}");
+            return Err(ModelError::Backend { context: "short head", reason });
+        }
+        let weight = self.backend.first_outputs(self.weights.head(), num_tokens)?;
+        self.short_head = Some(ShortHead { weight, num_tokens });
+        Ok(true)
     }
 
     fn begin(&mut self, batch: &ForwardBatch) -> Result<(), ModelError> {
@@ -147,7 +166,15 @@ impl<B: Backend> Decoder<B> {
             reason: "no KV cache; call allocate_kv_cache first".to_owned(),
         })?;
         cache.bounds.check(batch)?;
-        let shape = PassShape { num_tokens: batch.num_tokens(), num_logits_rows: batch.logits_rows.len() };
+        if batch.short_head && self.short_head.is_none() {
+            let reason = "no short head; call set_short_head first".to_owned();
+            return Err(ModelError::Backend { context: "forward pass", reason });
+        }
+        let shape = PassShape {
+            num_tokens: batch.num_tokens(),
+            num_logits_rows: batch.logits_rows.len(),
+            short_head: batch.short_head,
+        };
         self.backend.upload(batch, &mut cache.inputs)?;
         self.reserve(shape)?;
         Ok(shape)
@@ -214,10 +241,14 @@ impl<B: Backend> Decoder<B> {
             logits.clear();
             return Ok(());
         }
-        let Decoder { config, weights, workspace, backend, .. } = self;
+        let Decoder { config, weights, short_head, workspace, backend, .. } = self;
         let ws = ready(workspace);
-        let len = shape.num_logits_rows * config.vocab_size;
-        let head = Linear { weight: weights.lm_head.as_ref().unwrap_or(&weights.embed), bias: None };
+        let (weight, num_tokens) = match short_head {
+            Some(short) if shape.short_head => (&short.weight, short.num_tokens),
+            _ => (weights.head(), config.vocab_size),
+        };
+        let len = shape.num_logits_rows * num_tokens;
+        let head = Linear { weight, bias: None };
         backend.matmul(shape.num_logits_rows, &ws.normed, head, &mut ws.logits)?;
         if config.logits_scale != 1.0 {
             backend.scale(len, &mut ws.logits, config.logits_scale)?;

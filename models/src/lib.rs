@@ -29,7 +29,7 @@ pub use decoder::{Decoder, load, load_with};
 pub use error::ModelError;
 pub use generation::GenerationConfig;
 pub use model::{Model, WeightMemory};
-pub use pair::check_pair;
+pub use pair::{VocabMap, check_pair};
 pub use source::{HubOptions, resolve};
 pub use tandem_kernels::kv::KvType;
 pub use text::{

@@ -63,6 +63,17 @@ pub trait Model: Send {
     /// If either number is 0, or if the storage is larger than the device can give.
     fn allocate_kv_cache(&mut self, num_blocks: usize, block_size: usize) -> Result<(), ModelError>;
 
+    /// Makes ready for passes with [`ForwardBatch::short_head`]: their rows of logits are those of the first
+    /// `num_tokens` tokens of the vocabulary, the same bits as in a whole row, for as much less work. False if
+    /// the model only has its whole head.
+    ///
+    /// # Errors
+    /// If `num_tokens` is 0 or more than the vocabulary has, or if the device fails.
+    fn set_short_head(&mut self, num_tokens: usize) -> Result<bool, ModelError> {
+        let _ = num_tokens;
+        Ok(false)
+    }
+
     /// Starts a pass that stores the batch's keys and values and yields the logits of its
     /// `logits_rows`. A pass that was not finished is forgotten; its keys and values may be half written.
     ///

@@ -13,7 +13,7 @@ mod lane_rules;
 mod parse;
 
 use tandem::http::lanes::{LanePolicy, LaneRule};
-use tandem_engine::{DraftTokens, MAX_DRAFT_TOKENS};
+use tandem_engine::{DraftHead, DraftTokens, MAX_DRAFT_TOKENS};
 use tandem_models::{BackendKind, FileType, KvType};
 
 /// Every setting, with its default value.
@@ -29,6 +29,8 @@ pub(crate) struct Config {
     pub(crate) draft: Option<String>,
     /// Draft tokens a verification.
     pub(crate) draft_tokens: DraftTokens,
+    /// Of how many tokens the draft chooses while it proposes.
+    pub(crate) draft_head: DraftHead,
     /// Which implementation computes.
     pub(crate) backend: BackendKind,
     /// Threads that compute; `None` is one a logical core.
@@ -74,6 +76,7 @@ impl Default for Config {
             target: None,
             draft: None,
             draft_tokens: DraftTokens::Auto,
+            draft_head: DraftHead::Auto,
             backend: BackendKind::Cpu,
             threads: None,
             kv_memory: None,
@@ -137,6 +140,9 @@ const SETTINGS: &[Setting] = &[
     one("draft", "a model folder or hub id", |c, v| put(&mut c.draft, parse::optional_text(v))),
     one("draft-tokens", "`auto` or a number from 0 to 32", |c, v| {
         put(&mut c.draft_tokens, parse::draft_tokens(v, MAX_DRAFT_TOKENS as u8))
+    }),
+    one("draft-head", "`auto`, `all` or a number of tokens from 1 up", |c, v| {
+        put(&mut c.draft_head, parse::draft_head(v))
     }),
     one("backend", "`cpu` or `reference`", |c, v| put(&mut c.backend, parse::backend(v))),
     one("threads", "a number from 1 to 1024", |c, v| {

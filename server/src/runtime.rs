@@ -14,7 +14,7 @@ use tandem_engine::{EngineConfig, EngineHandle, Models};
 use tandem_kernels::{ThreadPool, turns};
 use tandem_models::{
     BackendKind, ChatTemplate, Checkpoint, Dtype, FileType, FimTokens, HubOptions, KvType, Model, Tokenizer,
-    WeightMemory,
+    VocabMap, WeightMemory,
 };
 
 use crate::config::Config;
@@ -70,6 +70,10 @@ pub(crate) struct Runtime {
     pub(crate) draft: Option<Described>,
     pub(crate) kv: KvInfo,
     pub(crate) max_model_len: usize,
+    /// Ids below this are the target's tokens, or both models'.
+    pub(crate) num_token_ids: usize,
+    /// For a draft of another vocabulary.
+    pub(crate) vocab_map: Option<Arc<VocabMap>>,
     pub(crate) threads: usize,
     /// See [`Config::sharing`].
     pub(crate) sharing: bool,
@@ -103,11 +107,22 @@ impl Runtime {
 /// # Errors
 /// A model that is missing, broken or no match for the other; settings that cannot work with it.
 pub(crate) fn start(config: &Config) -> anyhow::Result<Runtime> {
+    start_with(config, |models| models)
+}
+
+/// As [`start`], with models that `adapt` has put something around: for benchmarks.
+///
+/// # Errors
+/// As [`start`].
+pub(crate) fn start_with(
+    config: &Config,
+    adapt: impl FnOnce(Models) -> Models + Send,
+) -> anyhow::Result<Runtime> {
     // Threads inherit their priority from who starts them.
     std::thread::scope(|scope| {
         let starting = scope.spawn(|| {
             yield_to_others();
-            load(config)
+            load(config, adapt)
         });
         starting.join().expect("loading does not panic: this is a bug")
     })
@@ -145,19 +160,29 @@ pub(crate) fn async_runtime() -> std::io::Result<tokio::runtime::Runtime> {
     tokio::runtime::Builder::new_multi_thread().worker_threads(2).enable_all().build()
 }
 
-fn load(config: &Config) -> anyhow::Result<Runtime> {
+fn load(config: &Config, adapt: impl FnOnce(Models) -> Models) -> anyhow::Result<Runtime> {
     let started = Instant::now();
     let (target_dir, draft_dir) = find_pair(config)?;
     let threads = config.threads.unwrap_or_else(default_threads);
     let pool = thread_pool(threads)?;
 
     let (target, draft) = side_by_side(target_dir, draft_dir, |dir| Opened::open(&dir, config.quantize))?;
+    let mut vocab_map = None;
     if let (Some(target), Some(draft)) = (&target, &draft) {
         // Before the weights: a wrong pair should not cost the minutes that large ones take.
-        tandem_models::check_pair(
+        vocab_map = tandem_models::check_pair(
             (&target.checkpoint, &target.text.tokenizer),
             (&draft.checkpoint, &draft.text.tokenizer),
-        )?;
+        )?
+        .map(Arc::new);
+    }
+    if let Some(map) = &vocab_map {
+        tracing::warn!(
+            "target and draft have different vocabularies: the draft proposes the {} of its {} tokens that the \
+             target has too, and each lane reads and writes its own model's; `tandem pair` says more",
+            map.num_shared(),
+            map.num_draft_ids()
+        );
     }
     let kv_type = kv_type(config);
     let load = |opened: Opened| opened.load(config.backend, kv_type, &pool);
@@ -176,10 +201,14 @@ fn load(config: &Config) -> anyhow::Result<Runtime> {
     }
 
     // Tokenizers may know fewer ids than embeddings have rows, which are padded, but never more.
-    let token_ids = loaded().map(|loaded| loaded.text.tokenizer.vocab_size());
-    let rows = loaded().map(|loaded| loaded.model.config().vocab_size);
-    let num_token_ids =
-        token_ids.chain(rows).min().expect("find_pair returns at least one model: this is a bug");
+    let num_token_ids = match &vocab_map {
+        Some(map) => map.num_target_ids(),
+        None => {
+            let token_ids = loaded().map(|loaded| loaded.text.tokenizer.vocab_size());
+            let rows = loaded().map(|loaded| loaded.model.config().vocab_size);
+            token_ids.chain(rows).min().expect("find_pair returns at least one model: this is a bug")
+        }
+    };
     let engine_config = EngineConfig {
         block_size: kv.block_size,
         num_blocks: kv.num_blocks,
@@ -188,7 +217,9 @@ fn load(config: &Config) -> anyhow::Result<Runtime> {
         max_waiting: config.max_waiting,
         max_model_len,
         num_token_ids,
+        vocab_map: vocab_map.clone(),
         draft_tokens: config.draft_tokens,
+        draft_head: config.draft_head,
         prefix_cache: config.prefix_cache,
         hash_key: rand::random(),
         hash_bits: 64,
@@ -196,7 +227,7 @@ fn load(config: &Config) -> anyhow::Result<Runtime> {
     };
     let (target_model, target) = split(target);
     let (draft_model, draft) = split(draft);
-    let models = Models { target: target_model, draft: draft_model };
+    let models = adapt(Models { target: target_model, draft: draft_model });
     let (engine, engine_thread) = EngineHandle::spawn(engine_config, models)?;
     Ok(Runtime {
         engine,
@@ -205,6 +236,8 @@ fn load(config: &Config) -> anyhow::Result<Runtime> {
         draft,
         kv,
         max_model_len,
+        num_token_ids,
+        vocab_map,
         threads,
         sharing: config.sharing,
         load_time: started.elapsed(),

@@ -32,7 +32,8 @@ fn succeeds(command: &mut Command) -> String {
 
 #[test]
 fn help_teaches_by_example() {
-    for command in ["serve", "generate", "train", "distill", "verify", "bench pair", ""] {
+    for command in ["serve", "generate", "train", "distill", "verify", "pair", "bench pair", "bench deep", ""]
+    {
         let command: Vec<&str> = command.split_whitespace().chain(["--help"]).collect();
         let help = succeeds(&mut tandem(&command));
         assert!(help.contains("Examples:\n"), "{command:?}: {help}");

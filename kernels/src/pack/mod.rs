@@ -21,6 +21,7 @@ pub(crate) mod memory;
 pub(crate) mod quantized;
 
 use std::fmt;
+use std::sync::Arc;
 
 use crate::LANES;
 use crate::quant::BlockFormat;
@@ -116,7 +117,8 @@ const _: () = assert!(LANES * size_of::<f32>() == LINE_BYTES);
 
 /// A weight matrix in panels; see the module's text for the order.
 pub struct PackedMatrix {
-    lines: Lines,
+    /// Never written once it is shared.
+    lines: Arc<Lines>,
     parts: Vec<Part>,
     out_features: usize,
     in_features: usize,
@@ -191,7 +193,7 @@ impl PackedMatrix {
         assert!(inp > 0, "a weight matrix has at least one input");
         assert!(!parts.is_empty(), "at least one part to pack");
         let mut packed = PackedMatrix {
-            lines: Lines::zeroed(0),
+            lines: Arc::new(Lines::zeroed(0)),
             parts: Vec::with_capacity(parts.len()),
             out_features: 0,
             in_features: inp,
@@ -200,7 +202,7 @@ impl PackedMatrix {
             packed.lay_out(part);
         }
         let last = packed.parts[packed.parts.len() - 1];
-        packed.lines = Lines::zeroed(last.first_line + last.num_panels() * last.panel_lines);
+        packed.lines = Arc::new(Lines::zeroed(last.first_line + last.num_panels() * last.panel_lines));
         let mut first_output = 0;
         for part in parts {
             packed.fill(first_output, part);
@@ -270,6 +272,27 @@ impl PackedMatrix {
         }
     }
 
+    /// The matrix of the first `num_outputs` outputs. It shares this one's memory.
+    ///
+    /// # Panics
+    /// If there are not so many, or none is asked for.
+    pub fn first_outputs(&self, num_outputs: usize) -> Self {
+        assert!(
+            (1..=self.out_features).contains(&num_outputs),
+            "the first {num_outputs} outputs of a matrix of {}",
+            self.out_features
+        );
+        let within = self.parts.iter().filter(|part| part.first_output < num_outputs);
+        let parts =
+            within.map(|part| Part { outputs: part.outputs.min(num_outputs - part.first_output), ..*part });
+        PackedMatrix {
+            lines: Arc::clone(&self.lines),
+            parts: parts.collect(),
+            out_features: num_outputs,
+            in_features: self.in_features,
+        }
+    }
+
     /// Outputs.
     pub fn out_features(&self) -> usize {
         self.out_features
@@ -287,7 +310,7 @@ impl PackedMatrix {
 
     /// Bytes that a pass reads, padding included.
     pub fn size_bytes(&self) -> usize {
-        self.lines.len() * LINE_BYTES
+        self.parts.iter().map(|part| part.num_panels() * part.panel_bytes()).sum()
     }
 
     /// The parts, from the first output on.
@@ -316,7 +339,8 @@ impl PackedMatrix {
 
     fn panel_mut(&mut self, output: usize) -> (Part, &mut [Line], usize) {
         let (part, first_line, lane) = self.locate(output);
-        (part, &mut self.lines[first_line..][..part.panel_lines], lane)
+        let lines = Arc::get_mut(&mut self.lines).expect("not shared before it is filled: this is a bug");
+        (part, &mut lines[first_line..][..part.panel_lines], lane)
     }
 
     /// Row `index` of the matrix as f32: the embedding of a token when the head is tied to it.

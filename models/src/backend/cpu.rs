@@ -108,6 +108,14 @@ impl Backend for CpuBackend {
         Ok(PackedMatrix::stack(&parts, in_features))
     }
 
+    fn first_outputs(
+        &mut self,
+        matrix: &PackedMatrix,
+        num_outputs: usize,
+    ) -> Result<PackedMatrix, ModelError> {
+        Ok(matrix.first_outputs(num_outputs))
+    }
+
     fn load_vector(&mut self, parts: &[TensorView<'_>]) -> Result<Vec<f32>, ModelError> {
         Ok(parts.iter().flat_map(TensorView::to_f32).collect())
     }

@@ -88,6 +88,13 @@ pub trait Backend: Send {
         in_features: usize,
     ) -> Result<Self::Matrix, ModelError>;
 
+    /// The matrix of the first `num_outputs` outputs of `matrix`; shares its memory where it can.
+    fn first_outputs(
+        &mut self,
+        matrix: &Self::Matrix,
+        num_outputs: usize,
+    ) -> Result<Self::Matrix, ModelError>;
+
     /// Loads the vector that is the concatenation of `parts`.
     fn load_vector(&mut self, parts: &[TensorView<'_>]) -> Result<Self::Vector, ModelError>;
 

@@ -99,6 +99,10 @@ impl Backend for ReferenceBackend {
         flat.reshape(((), in_features)).map_err(failed)
     }
 
+    fn first_outputs(&mut self, matrix: &Tensor, num_outputs: usize) -> Result<Tensor, ModelError> {
+        matrix.narrow(0, 0, num_outputs).and_then(|rows| rows.contiguous()).map_err(failed)
+    }
+
     fn load_vector(&mut self, parts: &[TensorView<'_>]) -> Result<Tensor, ModelError> {
         let elements: Vec<f32> = parts.iter().flat_map(TensorView::to_f32).collect();
         let len = elements.len();

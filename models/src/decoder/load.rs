@@ -77,6 +77,7 @@ impl<B: Backend> Decoder<B> {
             heads,
             weights,
             memory,
+            short_head: None,
             cache: None,
             workspace: None,
             pass: Pass::default(),

@@ -11,6 +11,12 @@ pub(super) struct Weights<B: Backend> {
     pub(super) lm_head: Option<B::Matrix>,
 }
 
+impl<B: Backend> Weights<B> {
+    pub(super) fn head(&self) -> &B::Matrix {
+        self.lm_head.as_ref().unwrap_or(&self.embed)
+    }
+}
+
 pub(super) struct LayerWeights<B: Backend> {
     pub(super) attn_norm: Option<NormWeights<B>>,
     pub(super) qkv: Projection<B>,

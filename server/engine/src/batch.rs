@@ -5,9 +5,10 @@
 //! prefills (in chunks, if the budget is short), one with draft tokens verifies. Whoever reaches its
 //! last token gets logits. Sequences that decode come first, so prefill never stops the others.
 
+use std::sync::Arc;
 use std::time::Duration;
 
-use tandem_models::ForwardBatch;
+use tandem_models::{ForwardBatch, VocabMap};
 
 use crate::api::{Lane, SequenceId};
 use crate::scheduler::Scheduler;
@@ -26,6 +27,8 @@ pub(crate) struct PassLimits {
     pub(crate) max_deep_prefill_tokens: [usize; 2],
     /// Prompt tokens a sequence with `prompt_logprobs` computes in one pass: each takes a row of logits.
     pub(crate) max_logits_rows: usize,
+    /// The draft's passes that only propose take its short head.
+    pub(crate) short_head: bool,
 }
 
 impl PassLimits {
@@ -57,6 +60,8 @@ pub(crate) struct ScheduledSequence {
 pub(crate) struct ScheduledBatch {
     pub(crate) sequences: Vec<ScheduledSequence>,
     pub(crate) inputs: ForwardBatch,
+    /// Of the draft's passes, if it has another vocabulary than the deep lane's sequences.
+    vocab_map: Option<Arc<VocabMap>>,
     /// Scratch: who may be in it, most urgent first.
     seats: Vec<usize>,
 }
@@ -116,6 +121,11 @@ impl Want {
 }
 
 impl ScheduledBatch {
+    /// For the draft's passes.
+    pub(crate) fn of_draft(vocab_map: Option<Arc<VocabMap>>) -> Self {
+        ScheduledBatch { vocab_map, ..ScheduledBatch::default() }
+    }
+
     /// Builds the pass. Makes sure of the blocks first, most urgent sequence first; others may be
     /// preempted for it.
     pub(crate) fn schedule(
@@ -141,6 +151,12 @@ impl ScheduledBatch {
             scheduler.grow(seat, want.computed + want.uncomputed.min(limits.most(&want, sequence, role)), now)
         });
         self.fill(role, &seats, scheduler, limits);
+        // Whoever answers with the draft has all of its head.
+        let only_proposes = |s: &ScheduledSequence| {
+            s.num_logits == 0 || scheduler.seats[s.seat].as_ref().is_none_or(|s| s.lane == Lane::Deep)
+        };
+        self.inputs.short_head =
+            limits.short_head && role == ModelRole::Draft && self.sequences.iter().all(only_proposes);
         self.seats = seats;
     }
 
@@ -199,6 +215,14 @@ impl ScheduledBatch {
             &sequence.block_table,
             num_logits,
         );
+        if let Some(map) = &self.vocab_map
+            && sequence.lane == Lane::Deep
+        {
+            let first = self.inputs.num_tokens() - num_tokens;
+            for id in &mut self.inputs.token_ids[first..] {
+                *id = map.to_draft(*id);
+            }
+        }
         self.sequences.push(ScheduledSequence { seat, id: sequence.id, num_tokens, num_logits });
     }
 

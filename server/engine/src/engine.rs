@@ -3,9 +3,10 @@
 //! [`Engine`] owns everything by value and is driven by one thread; the time is passed in. Buffers are
 //! sized at start or grow to the largest pass seen; a steady step does not allocate.
 
+use std::sync::Arc;
 use std::time::Duration;
 
-use tandem_models::Model;
+use tandem_models::{Model, VocabMap};
 
 use crate::api::{
     EngineError, EngineStats, FinishReason, Lane, MAX_TOKENS_PER_STEP, SequenceId, SubmitRequest,
@@ -17,7 +18,7 @@ use crate::prefix_cache::HashSettings;
 use crate::sampler::{LogprobScratch, Sampler};
 use crate::scheduler::Scheduler;
 use crate::sequence::{ModelRole, Sequence};
-use crate::speculation::{DraftPolicy, DraftTokens, Sessions, StepCosts, Trials};
+use crate::speculation::{DraftHead, DraftPolicy, DraftTokens, HeadPolicy, Sessions, StepCosts, Trials};
 use crate::step::Phase;
 
 /// What the engine is made with.
@@ -38,8 +39,13 @@ pub struct EngineConfig {
     /// Ids below this are tokens. Rows of the embedding beyond are padding, of which target and draft
     /// may have different amounts: they are never sampled, so each model knows the other's tokens.
     pub num_token_ids: usize,
+    /// For a draft of another vocabulary: how its tokens translate. Then `num_token_ids` are the target's,
+    /// and the fast lane's are all that the map knows of the draft.
+    pub vocab_map: Option<Arc<VocabMap>>,
     /// How many tokens to draft.
     pub draft_tokens: DraftTokens,
+    /// Of how many tokens the draft model chooses while it proposes.
+    pub draft_head: DraftHead,
     /// Keep the blocks of finished sequences and share those of equal prefixes.
     pub prefix_cache: bool,
     /// Key of the prefix cache's hash. Drawn anew at each start, so that nobody can choose prompts
@@ -50,6 +56,16 @@ pub struct EngineConfig {
     /// Suspend the target's pass between layers while the fast lane has work.
     pub lane_isolation: bool,
 }
+
+impl EngineConfig {
+    /// Ids below these are tokens, by [`Lane`].
+    pub(crate) fn num_token_ids_by_lane(&self) -> [usize; 2] {
+        [self.vocab_map.as_ref().map_or(self.num_token_ids, |map| map.num_draft_ids()), self.num_token_ids]
+    }
+}
+
+/// Salt of what the fast lane caches where its ids mean other tokens than the deep lane's.
+const OTHER_VOCABULARY: u128 = 0x9E37_79B9_7F4A_7C15_F39C_C060_5CED_C835;
 
 /// Most rows of prompt logits in one pass, so that scoring a long prompt over a large vocabulary
 /// does not take gigabytes (64 rows of 152,064 f32 are 39 MB).
@@ -85,6 +101,8 @@ pub struct Engine {
     pub(crate) models: Models,
     pub(crate) limits: PassLimits,
     pub(crate) policy: DraftPolicy,
+    pub(crate) draft_head: HeadPolicy,
+    pub(crate) draft_head_setting: DraftHead,
     pub(crate) trials: Trials,
     pub(crate) sessions: Sessions,
     pub(crate) plan: PlanScratch,
@@ -96,7 +114,11 @@ pub struct Engine {
     /// The target's pass, which may be under way while the draft runs.
     pub(crate) target_batch: ScheduledBatch,
     pub(crate) logits: Vec<f32>,
-    pub(crate) num_token_ids: usize,
+    /// By [`Lane`].
+    pub(crate) num_token_ids: [usize; 2],
+    pub(crate) vocab_map: Option<Arc<VocabMap>>,
+    /// A row of the draft's logits in the target's vocabulary.
+    pub(crate) translated: Vec<f32>,
     pub(crate) lane_isolation: bool,
     pub(crate) stats: EngineStats,
     max_model_len: usize,
@@ -108,13 +130,14 @@ impl Engine {
     /// # Errors
     /// If a model cannot allocate its cache.
     pub fn new(config: &EngineConfig, mut models: Models) -> Result<Self, EngineError> {
-        for model in models.target.iter_mut().chain(&mut models.draft) {
+        let num_token_ids = config.num_token_ids_by_lane();
+        for (model, num_token_ids) in
+            [(&mut models.draft, num_token_ids[0]), (&mut models.target, num_token_ids[1])]
+        {
+            let Some(model) = model else { continue };
             let vocab_size = model.config().vocab_size;
-            if config.num_token_ids == 0 || config.num_token_ids > vocab_size {
-                return Err(EngineError::VocabularyTooSmall {
-                    num_token_ids: config.num_token_ids,
-                    vocab_size,
-                });
+            if num_token_ids == 0 || num_token_ids > vocab_size {
+                return Err(EngineError::VocabularyTooSmall { num_token_ids, vocab_size });
             }
             model
                 .allocate_kv_cache(config.num_blocks, config.block_size)
@@ -126,33 +149,45 @@ impl Engine {
             max_num_batched_tokens,
             max_deep_prefill_tokens: [config.max_num_batched_tokens.max(1); 2],
             max_logits_rows: MAX_PROMPT_LOGITS_ROWS,
+            short_head: false,
         };
         let hashing = HashSettings { key: config.hash_key, bits: config.hash_bits.clamp(1, u64::BITS) };
         let blocks =
             BlockManager::new(config.num_blocks, config.block_size, config.prefix_cache.then_some(hashing));
-        Ok(Engine {
+        let mut engine = Engine {
             scheduler: Scheduler::new(config.max_num_seqs, blocks),
             models,
             limits,
             policy: DraftPolicy::new(config.draft_tokens, StepCosts::default()),
+            draft_head: HeadPolicy::default(),
+            draft_head_setting: config.draft_head,
             trials: Trials::default(),
             sessions: Sessions::default(),
             plan: PlanScratch::default(),
-            sampler: Sampler::new(config.num_token_ids),
+            sampler: Sampler::new(num_token_ids[0].max(num_token_ids[1])),
             logprobs: LogprobScratch::default(),
             phase: Phase::default(),
-            draft_batch: ScheduledBatch::default(),
+            draft_batch: ScheduledBatch::of_draft(config.vocab_map.clone()),
+            vocab_map: config.vocab_map.clone(),
+            translated: Vec::new(),
             target_batch: ScheduledBatch::default(),
             logits: Vec::new(),
-            num_token_ids: config.num_token_ids,
+            num_token_ids,
             lane_isolation: config.lane_isolation,
             stats: EngineStats { num_total_blocks: config.num_blocks as u64, ..EngineStats::default() },
             max_model_len: config.max_model_len,
-        })
+        };
+        if let DraftHead::First(_) = config.draft_head {
+            engine.fix_draft_head()?;
+        }
+        Ok(engine)
     }
 
     /// Queues a sequence. The caller has checked it against the models' limits.
-    pub fn submit(&mut self, request: SubmitRequest, now: Duration) {
+    pub fn submit(&mut self, mut request: SubmitRequest, now: Duration) {
+        if self.vocab_map.is_some() && request.lane == Lane::Fast {
+            request.cache_salt.0 ^= OTHER_VOCABULARY;
+        }
         self.scheduler.add(Box::new(Sequence::new(request, now)));
     }
 

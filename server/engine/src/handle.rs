@@ -13,7 +13,7 @@ use std::sync::mpsc::{Receiver, RecvTimeoutError, SyncSender, TryRecvError, TryS
 use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
-use crate::api::{Command, EngineError, EngineStats, Event, SequenceId, SubmitRequest};
+use crate::api::{Command, EngineError, EngineStats, Event, Lane, SequenceId, SubmitRequest};
 use crate::engine::{Engine, EngineConfig, Models};
 use crate::speculation::DraftTokens;
 
@@ -37,7 +37,8 @@ struct Shared {
 }
 
 struct Limits {
-    num_token_ids: usize,
+    /// By [`Lane`].
+    num_token_ids: [usize; 2],
     max_model_len: usize,
     max_waiting: usize,
     max_num_seqs: usize,
@@ -62,7 +63,6 @@ impl EngineHandle {
     /// # Errors
     /// If there is no model, a cache cannot be allocated or a measuring pass fails.
     pub fn spawn(config: EngineConfig, models: Models) -> Result<(Self, JoinHandle<()>), EngineError> {
-        use crate::api::Lane;
         let shared = Arc::new(Shared {
             next_id: AtomicU64::new(0),
             num_submitted: Default::default(),
@@ -71,7 +71,7 @@ impl EngineHandle {
             heartbeat: AtomicU64::new(0),
             stats: SharedStats::default(),
             limits: Limits {
-                num_token_ids: config.num_token_ids,
+                num_token_ids: config.num_token_ids_by_lane(),
                 max_model_len: config.max_model_len,
                 max_waiting: config.max_waiting,
                 max_num_seqs: config.max_num_seqs,
@@ -214,16 +214,15 @@ impl EngineHandle {
         self.shared.limits.block_size
     }
 
-    /// Ids below this are tokens.
-    pub fn vocab_size(&self) -> usize {
-        self.shared.limits.num_token_ids
+    /// Ids below this are tokens of a lane.
+    pub fn vocab_size(&self, lane: Lane) -> usize {
+        self.shared.limits.num_token_ids[lane as usize]
     }
 }
 
 impl Limits {
     /// Checks a request and limits `max_tokens` to what the context holds.
     fn check(&self, request: &mut SubmitRequest) -> Result<(), EngineError> {
-        use crate::api::Lane;
         let has_lane = match request.lane {
             Lane::Fast => self.has_fast,
             Lane::Deep => self.has_deep,
@@ -231,14 +230,15 @@ impl Limits {
         if !has_lane {
             return Err(EngineError::LaneUnavailable(request.lane));
         }
-        request.params.validate(self.num_token_ids)?;
+        let num_token_ids = self.num_token_ids[request.lane as usize];
+        request.params.validate(num_token_ids)?;
         let num_prompt_tokens = request.prompt.len();
         if num_prompt_tokens == 0 {
             return Err(EngineError::EmptyPrompt);
         }
         let mut ids = request.prompt.iter().chain(request.speculation.prediction.iter());
-        if let Some(&id) = ids.find(|&&id| id as usize >= self.num_token_ids) {
-            return Err(EngineError::TokenOutOfRange { id, vocab_size: self.num_token_ids });
+        if let Some(&id) = ids.find(|&&id| id as usize >= num_token_ids) {
+            return Err(EngineError::TokenOutOfRange { id, vocab_size: num_token_ids });
         }
         let room = self.max_model_len.saturating_sub(num_prompt_tokens);
         if num_prompt_tokens > self.max_model_len || (room == 0 && request.params.max_tokens > 0) {
@@ -415,7 +415,7 @@ impl SharedStats {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::api::{Lane, SamplingParams};
+    use crate::api::SamplingParams;
     use crate::common::{config, hash_pair, request};
 
     fn shared() -> Arc<Shared> {
@@ -427,7 +427,7 @@ mod tests {
             heartbeat: AtomicU64::new(0),
             stats: SharedStats::default(),
             limits: Limits {
-                num_token_ids: 48,
+                num_token_ids: [48, 48],
                 max_model_len: 1024,
                 max_waiting: 4,
                 max_num_seqs: 4,

@@ -22,7 +22,7 @@ mod step;
 pub use api::*;
 pub use engine::{Engine, EngineConfig, Models};
 pub use handle::EngineHandle;
-pub use speculation::DraftTokens;
+pub use speculation::{DraftHead, DraftTokens};
 
 #[cfg(test)]
 extern crate self as tandem_engine;

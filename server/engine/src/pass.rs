@@ -9,13 +9,14 @@ use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::time::Duration;
 
 use tandem_kernels::sampling;
+use tandem_models::VocabMap;
 
 use crate::api::{EngineError, EngineStats, FinishReason, Lane};
 use crate::batch::ScheduledSequence;
 use crate::engine::Engine;
 use crate::sampler::{Draw, LogprobScratch, Sampler};
 use crate::sequence::{ModelRole, Sequence};
-use crate::speculation::{DraftPolicy, verify};
+use crate::speculation::{DraftPolicy, HeadPolicy, verify};
 
 /// Turns a panic into an error.
 fn guard<T>(work: impl FnOnce() -> Result<T, EngineError>) -> Result<T, EngineError> {
@@ -172,21 +173,28 @@ impl Engine {
         now: Duration,
     ) -> &'a [f32] {
         let model = self.models.get(role).as_ref().expect("a lane has its model: this is a bug");
-        let row_width = model.config().vocab_size;
+        let row_width = match self.draft_head.current() {
+            Some((length, _)) if role == ModelRole::Draft && self.draft_batch.inputs.short_head => length,
+            _ => model.config().vocab_size,
+        };
         let (rows, rest) = logits.split_at(scheduled.num_logits * row_width);
         // It may have been aborted while the pass was under way.
         if !self.is_seated(&scheduled) {
             return rest;
         }
         let Some(sequence) = &mut self.scheduler.seats[scheduled.seat] else { return rest };
+        let sequence_lane = sequence.lane;
         let mut pass = SequencePass {
             sequence,
             sampler: &mut self.sampler,
             logprobs: &mut self.logprobs,
             policy: &mut self.policy,
+            draft_head: &mut self.draft_head,
             stats: &mut self.stats,
             row_width,
-            num_token_ids: self.num_token_ids,
+            num_token_ids: self.num_token_ids[sequence_lane as usize].min(row_width),
+            vocab_map: self.vocab_map.as_deref(),
+            translated: &mut self.translated,
             now,
         };
         match guard(|| pass.apply(role, scheduled.num_tokens, rows)) {
@@ -216,10 +224,13 @@ struct SequencePass<'a> {
     sampler: &'a mut Sampler,
     logprobs: &'a mut LogprobScratch,
     policy: &'a mut DraftPolicy,
+    draft_head: &'a mut HeadPolicy,
     stats: &'a mut EngineStats,
     /// Logits of a row; those of `num_token_ids` tokens, then padding.
     row_width: usize,
     num_token_ids: usize,
+    vocab_map: Option<&'a VocabMap>,
+    translated: &'a mut Vec<f32>,
     now: Duration,
 }
 
@@ -281,7 +292,11 @@ impl SequencePass<'_> {
         let new_tokens = u64::from(after.num_output_tokens - before.num_output_tokens);
         match sequence.lane {
             Lane::Fast => self.stats.num_fast_tokens += new_tokens,
-            Lane::Deep => self.stats.num_deep_tokens += new_tokens,
+            Lane::Deep => {
+                self.stats.num_deep_tokens += new_tokens;
+                let committed = sequence.committed_tokens();
+                self.draft_head.observe(&committed[committed.len() - new_tokens as usize..]);
+            }
         }
         let num_accepted_tokens = (after.total_accepted_tokens() - before.total_accepted_tokens()) as usize;
         self.learn(num_draft_tokens, num_accepted_tokens);
@@ -328,11 +343,17 @@ impl SequencePass<'_> {
             position: sequence.tokens().len(),
             num_output_tokens: sequence.num_output_tokens() + sequence.draft_tokens().len(),
         };
-        match self.sampler.draw(&rows[..self.num_token_ids], &draw) {
+        let logits = match self.vocab_map {
+            None => &rows[..self.num_token_ids],
+            Some(map) => {
+                map.translate(rows, self.translated);
+                self.translated.as_slice()
+            }
+        };
+        match self.sampler.draw(logits, &draw) {
             Ok(id) => {
                 sequence.push_draft_token(id);
                 if sequence.drafting.is_adaptive {
-                    let logits = &rows[..self.num_token_ids];
                     let log_probability = f64::from(logits[id as usize]) - sampling::log_sum_exp(logits);
                     sequence.drafting.confidences.push(log_probability.exp() as f32);
                 }

@@ -41,6 +41,10 @@ fn decodes_deep(sequence: &Sequence) -> bool {
 impl Engine {
     /// Plans the drafts of the deep sequences that decode.
     pub(crate) fn plan_drafts(&mut self, now: Duration) {
+        // A head that cannot be had is no reason to stop: the one before still works.
+        if self.draft_head.review(&self.policy) && self.take_draft_head().is_err() {
+            self.limits.short_head = false;
+        }
         let mut plan = std::mem::take(&mut self.plan);
         plan.seats.clear();
         plan.candidates.clear();

@@ -2,11 +2,13 @@
 
 use std::time::Duration;
 
-use crate::api::EngineError;
+use arrayvec::ArrayVec;
+
+use crate::api::{EngineError, Lane};
 use crate::block_manager::BlockTable;
 use crate::engine::Engine;
 use crate::sequence::ModelRole;
-use crate::speculation::{DraftPolicy, DraftTokens, PROFILED_ROWS, StepCosts};
+use crate::speculation::{DraftHead, DraftPolicy, DraftTokens, HeadPolicy, PROFILED_ROWS, StepCosts};
 
 /// Context before the measured rows.
 const CONTEXT: usize = 64;
@@ -36,7 +38,7 @@ impl Engine {
         let mut costs = [Vec::new(), Vec::new()];
         for role in [ModelRole::Target, ModelRole::Draft] {
             for rows in PROFILED_ROWS {
-                if let Some(time) = self.time_pass(role, rows, clock)? {
+                if let Some(time) = self.time_pass(role, rows, false, clock)? {
                     costs[role as usize].push((rows, time));
                 }
             }
@@ -51,8 +53,70 @@ impl Engine {
             }
         }
         let [target, draft] = costs;
+        let of_one_row = draft.first().map(|&(_, time)| time);
         self.policy = DraftPolicy::new(setting, StepCosts::from_measured(target, draft));
+        if self.draft_head_setting == DraftHead::Auto
+            && let Some(of_one_row) = of_one_row
+        {
+            self.measure_draft_heads(of_one_row, clock)?;
+        }
         Ok(())
+    }
+
+    /// Measures what short heads save of a draft pass that takes `of_one_row` with the whole one, and
+    /// chooses one.
+    fn measure_draft_heads(
+        &mut self,
+        of_one_row: Duration,
+        clock: &dyn Fn() -> Duration,
+    ) -> Result<(), EngineError> {
+        let mut measured = ArrayVec::<_, { HeadPolicy::MOST_LENGTHS }>::new();
+        for length in self.draft_head_lengths() {
+            if !self.set_short_head(length)? {
+                break;
+            }
+            if let Some(time) = self.time_pass(ModelRole::Draft, 1, true, clock)? {
+                measured.push((length, of_one_row.saturating_sub(time).as_secs_f64()));
+            }
+        }
+        self.draft_head = HeadPolicy::new(self.draft_head_setting, &measured, &self.policy);
+        self.take_draft_head()
+    }
+
+    /// Lengths that a short head may have. Through a map of vocabularies ids are in no order that says
+    /// anything.
+    fn draft_head_lengths(&self) -> ArrayVec<usize, { HeadPolicy::MOST_LENGTHS }> {
+        match self.vocab_map {
+            Some(_) => ArrayVec::new(),
+            None => HeadPolicy::lengths(self.draft_head_setting, self.num_token_ids[Lane::Deep as usize]),
+        }
+    }
+
+    /// Sets the length that the user has asked for.
+    pub(crate) fn fix_draft_head(&mut self) -> Result<(), EngineError> {
+        let lengths = self.draft_head_lengths();
+        let Some(&length) = lengths.first() else { return Ok(()) };
+        if self.set_short_head(length)? {
+            self.draft_head = HeadPolicy::new(self.draft_head_setting, &[(length, 0.0)], &self.policy);
+            self.take_draft_head()?;
+        }
+        Ok(())
+    }
+
+    /// Goes over to the head that the policy has chosen.
+    pub(crate) fn take_draft_head(&mut self) -> Result<(), EngineError> {
+        let chosen = self.draft_head.current();
+        if let Some((length, _)) = chosen {
+            self.set_short_head(length)?;
+        }
+        self.limits.short_head = chosen.is_some();
+        self.policy.costs_mut().set_draft_saving(chosen.map_or(0.0, |(_, saving)| saving));
+        Ok(())
+    }
+
+    fn set_short_head(&mut self, length: usize) -> Result<bool, EngineError> {
+        let Some(draft) = &mut self.models.draft else { return Ok(false) };
+        draft.set_short_head(length).map_err(|error| EngineError::Forward(error.to_string()))
     }
 
     fn num_target_layers(&self) -> usize {
@@ -64,6 +128,7 @@ impl Engine {
         &mut self,
         role: ModelRole,
         rows: usize,
+        short_head: bool,
         clock: &dyn Fn() -> Duration,
     ) -> Result<Option<Duration>, EngineError> {
         let blocks = &mut self.scheduler.blocks;
@@ -84,6 +149,7 @@ impl Engine {
             let (start, num_tokens, num_logits) =
                 if pass == 0 { (0, CONTEXT, 1) } else { (CONTEXT, rows, rows) };
             blocks.push_sequence(inputs, &vec![0; num_tokens], start, &table, num_logits);
+            inputs.short_head = short_head;
             let before = clock();
             outcome = model.forward(inputs, &mut self.logits);
             let time = clock().saturating_sub(before);

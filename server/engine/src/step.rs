@@ -101,8 +101,9 @@ impl Engine {
         self.stats.num_draft_passes += 1;
         self.run_pass(ModelRole::Draft, clock);
         self.retire();
-        let num_rows = self.draft_batch.inputs.num_tokens();
-        self.policy.costs_mut().observe_draft(num_rows, clock().saturating_sub(start));
+        let (num_rows, short_head) =
+            (self.draft_batch.inputs.num_tokens(), self.draft_batch.inputs.short_head);
+        self.policy.costs_mut().observe_draft(num_rows, short_head, clock().saturating_sub(start));
         true
     }
 

@@ -5,8 +5,8 @@ mod common;
 use common::{Answer, Ask, HashModel, STOP, Server, VOCAB_SIZE, config, hash_pair, run};
 use proptest::prelude::*;
 use tandem_engine::{
-    CacheSalt, DraftSource, DraftSources, DraftTokens, EngineConfig, Lane, Models, Priority, SamplingParams,
-    SpeculationParams, TokenId,
+    CacheSalt, DraftHead, DraftSource, DraftSources, DraftTokens, EngineConfig, Lane, Models, Priority,
+    SamplingParams, SpeculationParams, TokenId,
 };
 
 fn plain(lane: Lane, prompt: &[TokenId], params: &SamplingParams) -> Answer {
@@ -289,6 +289,24 @@ fn whoever_drafts_and_however_much() {
             accepted += server.engine.stats().num_accepted_tokens[source as usize];
         }
         assert!(accepted > 0, "{source:?} never found a token");
+    }
+}
+
+#[test]
+fn the_draft_chooses_among_all_tokens_or_the_first_ones() {
+    let asks = mixed(12);
+    let wanted = alone(&asks);
+    for length in [1, 7, 16, 40, 47, 48] {
+        for draft_tokens in [DraftTokens::Fixed(3), DraftTokens::Auto] {
+            let config = EngineConfig { draft_head: DraftHead::First(length), ..config(draft_tokens) };
+            let mut server = Server::new(&config, hash_pair(STRAY));
+            assert_same(&server.serve(&asks), &wanted, &format!("{length} tokens to draft from"));
+            let accepted = server.engine.stats().num_accepted_tokens[DraftSource::Draft as usize];
+            assert!(
+                accepted > 0 || length < 40 || draft_tokens == DraftTokens::Auto,
+                "{length}: none stands"
+            );
+        }
     }
 }
 

@@ -5,6 +5,8 @@ mod distill;
 mod generate;
 mod keys;
 mod lanes;
+mod pair;
+mod passes;
 mod quantize;
 mod serve;
 mod settings;
@@ -80,6 +82,8 @@ enum Command {
     Train(train::TrainArgs),
     /// Make a draft for a target: train a small model on the target's own distribution
     Distill(distill::DistillArgs),
+    /// Say whether two models work as target and draft, and what the pair would gain
+    Pair(pair::PairArgs),
     /// Compare the fast backend with the reference backend on a model's own weights
     Verify(verify::VerifyArgs),
     /// Write a model as a GGUF file with smaller weights
@@ -101,6 +105,7 @@ pub(crate) fn run() -> ExitCode {
         Command::Generate(args) => generate::run(&args),
         Command::Train(args) => train::run(&args),
         Command::Distill(args) => distill::run(&args),
+        Command::Pair(args) => pair::run(&args),
         Command::Verify(args) => verify::run(&args),
         Command::Quantize(args) => quantize::run(&args),
         Command::Synth(args) => synth::run(&args),

@@ -26,6 +26,12 @@ pub(crate) struct ModelSettings {
     #[arg(long, value_name = "auto|N", help_heading = "Models")]
     draft_tokens: Option<String>,
 
+    /// Tokens of the vocabulary that the draft chooses among while it proposes, the frequent ones first:
+    /// auto (what pays, by measured costs and the text), all, or a number. Changes speed, never the output
+    /// [default: auto]
+    #[arg(long, value_name = "auto|all|N", help_heading = "Models")]
+    draft_head: Option<String>,
+
     /// Longest prompt and output together, in tokens [default: what the model was made for]
     #[arg(long, value_name = "TOKENS", help_heading = "Models")]
     max_model_len: Option<String>,
@@ -165,6 +171,7 @@ impl ModelSettings {
             ("target", &self.target),
             ("draft", &self.draft),
             ("draft-tokens", &self.draft_tokens),
+            ("draft-head", &self.draft_head),
             ("max-model-len", &self.max_model_len),
             ("backend", &self.backend),
             ("threads", &self.threads),

@@ -3,7 +3,7 @@
 use std::path::PathBuf;
 use std::str::FromStr;
 
-use tandem_engine::DraftTokens;
+use tandem_engine::{DraftHead, DraftTokens};
 use tandem_models::{BackendKind, FileType, KvType};
 
 use super::RawValue;
@@ -42,6 +42,14 @@ pub(super) fn draft_tokens(value: &RawValue, most: u8) -> Option<DraftTokens> {
     match only(value)? {
         "auto" => Some(DraftTokens::Auto),
         _ => number(value, 0, most).map(DraftTokens::Fixed),
+    }
+}
+
+pub(super) fn draft_head(value: &RawValue) -> Option<DraftHead> {
+    match only(value)? {
+        "auto" => Some(DraftHead::Auto),
+        "all" => Some(DraftHead::Whole),
+        _ => number(value, 1, usize::MAX).map(DraftHead::First),
     }
 }
 

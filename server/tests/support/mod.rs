@@ -20,7 +20,7 @@ use serde_json::Value;
 use tandem::http::lanes::LanePolicy;
 use tandem::http::{AppConfig, AppState, LaneModel, Limits, Listener, ServeOptions, Tls, serve};
 use tandem::keys::Keyring;
-use tandem_engine::{DraftTokens, EngineConfig, EngineHandle, Models};
+use tandem_engine::{DraftHead, DraftTokens, EngineConfig, EngineHandle, Models};
 use tandem_kernels::ThreadPool;
 use tandem_models::{BackendKind, ChatTemplate, Checkpoint, FimTokens, Model, Tokenizer};
 use tempfile::TempDir;
@@ -161,7 +161,9 @@ impl TestServer {
             max_waiting: options.max_waiting,
             max_model_len: options.max_model_len,
             num_token_ids: target_model.config().vocab_size,
+            vocab_map: None,
             draft_tokens: DraftTokens::Fixed(3),
+            draft_head: DraftHead::Auto,
             prefix_cache: options.prefix_cache,
             hash_key: [5, 6],
             hash_bits: 64,

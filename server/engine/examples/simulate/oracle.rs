@@ -6,7 +6,8 @@ use std::rc::Rc;
 use std::time::Duration;
 
 use tandem_engine::{
-    DraftTokens, Engine, EngineConfig, EngineError, FinishReason, Lane, Models, SamplingParams, TokenId,
+    DraftHead, DraftTokens, Engine, EngineConfig, EngineError, FinishReason, Lane, Models, SamplingParams,
+    TokenId,
 };
 use tandem_models::Model;
 
@@ -81,7 +82,9 @@ impl Oracle {
             max_waiting: 1,
             max_model_len: MAX_MODEL_LEN,
             num_token_ids: VOCAB_SIZE,
+            vocab_map: None,
             draft_tokens: DraftTokens::Fixed(0),
+            draft_head: DraftHead::Whole,
             prefix_cache: false,
             hash_key: [0; 2],
             hash_bits: 64,

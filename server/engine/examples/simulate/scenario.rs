@@ -1,6 +1,9 @@
 //! What a seed stands for: an engine's configuration, a pair of models, and the clients that will come.
 
-use tandem_engine::{DraftTokens, EngineConfig};
+use std::sync::Arc;
+
+use tandem_engine::{DraftHead, DraftTokens, EngineConfig};
+use tandem_models::VocabMap;
 
 use super::oracle::{ModelSpec, Oracle, PairSpec};
 use super::rng::Rng;
@@ -73,16 +76,34 @@ fn engine_config(rng: &Rng, shape: Shape) -> EngineConfig {
         max_waiting: 1_000,
         max_model_len: if rng.one_in(2) { longest } else { num_blocks * shape.block_size },
         num_token_ids: VOCAB_SIZE,
+        vocab_map: rng.one_in(4).then(|| Arc::new(vocab_map(rng))),
         draft_tokens: if rng.one_in(3) {
             DraftTokens::Fixed(rng.range(0, 8) as u8)
         } else {
             DraftTokens::Auto
+        },
+        draft_head: match rng.range(0, 2) {
+            0 => DraftHead::First(rng.range(1, VOCAB_SIZE)),
+            1 => DraftHead::Whole,
+            _ => DraftHead::Auto,
         },
         prefix_cache: !rng.one_in(4),
         hash_key: [rng.next(), rng.next()],
         hash_bits: rng.pick(&[1, 8, 8, 64]),
         lane_isolation: rng.one_in(2),
     }
+}
+
+/// A draft that has the target's tokens under other ids, and lacks some of them.
+fn vocab_map(rng: &Rng) -> VocabMap {
+    let shift = rng.range(0, VOCAB_SIZE - 1);
+    let lacking = rng.range(1, 20);
+    let to_draft: Vec<u32> = (0..VOCAB_SIZE).map(|id| ((id * 5 + shift) % VOCAB_SIZE) as u32).collect();
+    let mut to_target = vec![None; VOCAB_SIZE];
+    for (id, &draft) in to_draft.iter().enumerate() {
+        to_target[draft as usize] = (id % lacking != 0).then_some(id as u32);
+    }
+    VocabMap::from_parts(to_draft, to_target)
 }
 
 fn pair(rng: &Rng) -> PairSpec {

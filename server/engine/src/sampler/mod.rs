@@ -177,7 +177,10 @@ fn adjust(adjusted: &mut Vec<f32>, logits: &[f32], draw: &Draw<'_>, mask_stops: 
     adjusted.clear();
     adjusted.extend_from_slice(logits);
     for &(id, bias) in &params.logit_bias {
-        adjusted[id as usize] += bias;
+        // A short head does not have every token.
+        if let Some(logit) = adjusted.get_mut(id as usize) {
+            *logit += bias;
+        }
     }
     if let Some(counts) = draw.counts {
         let mut penalise = |id: TokenId, in_prompt: bool, in_output: u32| {

@@ -18,6 +18,8 @@ pub(crate) struct StepCosts {
     /// As measured at start, for the draft.
     draft: Vec<(usize, f64)>,
     draft_factor: Factor,
+    /// What a short head takes off a draft pass that only proposes.
+    draft_saving: f64,
 }
 
 /// What the engine does for a target pass beyond what was measured, in seconds.
@@ -158,9 +160,20 @@ impl StepCosts {
         measured + self.target_overhead.of_pass + rows as f64 * self.target_overhead.of_row
     }
 
-    /// Notes what a draft pass over `rows` rows took.
-    pub(crate) fn observe_draft(&mut self, rows: usize, time: Duration) {
-        self.draft_factor.observe(Self::lookup(&self.draft, rows), time.as_secs_f64());
+    /// Notes what a draft pass over `rows` rows took, with the short head or the whole one.
+    pub(crate) fn observe_draft(&mut self, rows: usize, short_head: bool, time: Duration) {
+        let saving = if short_head { self.draft_saving } else { 0.0 };
+        self.draft_factor.observe(Self::lookup(&self.draft, rows) - saving, time.as_secs_f64());
+    }
+
+    /// Draft passes that only propose take `seconds` less than with the whole head.
+    pub(crate) fn set_draft_saving(&mut self, seconds: f64) {
+        self.draft_saving = seconds;
+    }
+
+    /// Seconds of a draft pass over `rows` rows with the whole head.
+    pub(crate) fn whole_draft(&self, rows: usize) -> f64 {
+        self.draft_factor.0 * Self::lookup(&self.draft, rows)
     }
 
     /// The least that any row beyond the first `rows` adds to a target pass.
@@ -172,9 +185,12 @@ impl StepCosts {
             .fold(f64::INFINITY, f64::min)
     }
 
-    /// Seconds that `rows` more rows add to a draft pass over `others` rows.
+    /// Seconds that `rows` more rows add to a draft pass over `others` rows, which are the fast lane's and
+    /// have the whole head.
     pub(crate) fn draft_beside(&self, rows: usize, others: usize) -> f64 {
-        self.draft_factor.0 * (Self::lookup(&self.draft, rows + others) - Self::lookup(&self.draft, others))
+        let saving = if rows > 0 && others == 0 { self.draft_saving } else { 0.0 };
+        let added = Self::lookup(&self.draft, rows + others) - Self::lookup(&self.draft, others);
+        self.draft_factor.0 * (added - saving).max(0.0)
     }
 
     /// Between measured points linearly, beyond them in proportion.

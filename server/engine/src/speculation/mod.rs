@@ -3,6 +3,7 @@
 mod acceptance;
 mod costs;
 mod draft_rounds;
+mod head;
 mod ngram;
 mod policy;
 mod prediction;
@@ -15,6 +16,8 @@ mod verifier;
 pub(crate) use acceptance::{Acceptance, ProposalKind};
 pub(crate) use costs::{PROFILED_ROWS, StepCosts};
 pub(crate) use draft_rounds::{Drafting, MAX_MODEL_DRAFT_TOKENS};
+pub use head::DraftHead;
+pub(crate) use head::HeadPolicy;
 pub use policy::DraftTokens;
 pub(crate) use policy::{Candidate, DraftPolicy, StepLoad};
 pub(crate) use proposers::{Offer, TextProposers};

@@ -9,8 +9,9 @@ use std::sync::mpsc::{Receiver, sync_channel};
 use std::time::Duration;
 
 use tandem_engine::{
-    CacheSalt, DraftTokens, Engine, EngineConfig, EngineError, Event, Finished, Lane, Models, OutputToken,
-    Priority, SamplingParams, SequenceId, SpeculationParams, SubmitRequest, TokenId, TokenLogprobs,
+    CacheSalt, DraftHead, DraftTokens, Engine, EngineConfig, EngineError, Event, Finished, Lane, Models,
+    OutputToken, Priority, SamplingParams, SequenceId, SpeculationParams, SubmitRequest, TokenId,
+    TokenLogprobs,
 };
 
 pub(crate) use model::{Fault, FaultKind, HashModel, Recipe, STOP, VOCAB_SIZE};
@@ -68,7 +69,9 @@ pub(crate) fn config(draft_tokens: DraftTokens) -> EngineConfig {
         max_waiting: 1024,
         max_model_len: 1024,
         num_token_ids: VOCAB_SIZE,
+        vocab_map: None,
         draft_tokens,
+        draft_head: DraftHead::Auto,
         prefix_cache: true,
         hash_key: [1, 2],
         hash_bits: 64,

@@ -81,6 +81,8 @@ pub(crate) struct HashModel {
     pub(crate) fault: Option<Fault>,
     /// Rows of padding after the vocabulary, with the greatest logits of all.
     padding: usize,
+    /// Tokens of the short head.
+    short_head: usize,
     block_size: usize,
     /// The cache: what the first and the second layer wrote.
     tokens: Vec<TokenId>,
@@ -115,6 +117,7 @@ impl HashModel {
             recipe,
             fault: None,
             padding: 0,
+            short_head: 0,
             block_size: 0,
             tokens: Vec::new(),
             states: Vec::new(),
@@ -204,8 +207,13 @@ impl HashModel {
                 let nan = if self.fault == Some(poison) { f32::NAN } else { 0.0 };
                 // A cache that contradicts itself gives other logits than the context it claims to hold.
                 let state = if is_whole { state } else { !state };
-                logits.extend(self.recipe.logits(context, state).map(|logit| logit + nan));
-                logits.extend(std::iter::repeat_n(1e3, self.padding));
+                let row = self.recipe.logits(context, state).map(|logit| logit + nan);
+                if batch.short_head {
+                    logits.extend(row.take(self.short_head));
+                } else {
+                    logits.extend(row);
+                    logits.extend(std::iter::repeat_n(1e3, self.padding));
+                }
             }
         }
     }
@@ -230,6 +238,11 @@ impl Model for HashModel {
         self.states = vec![0; num_blocks * block_size];
         self.block_size = block_size;
         Ok(())
+    }
+
+    fn set_short_head(&mut self, num_tokens: usize) -> Result<bool, ModelError> {
+        self.short_head = num_tokens;
+        Ok(true)
     }
 
     fn begin(&mut self, batch: &ForwardBatch) -> Result<(), ModelError> {

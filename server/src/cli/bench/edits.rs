@@ -211,8 +211,7 @@ impl Bench {
     fn start(config: &Config, runtime: Runtime) -> anyhow::Result<Self> {
         runtime.engine.shutdown();
         runtime.engine_thread.join().map_err(|_| anyhow::anyhow!("the engine's thread panicked"))?;
-        let (Some((target_info, text)), Some((draft_info, draft_text))) = (runtime.target, runtime.draft)
-        else {
+        let (Some((target_info, text)), Some((draft_info, _))) = (runtime.target, runtime.draft) else {
             bail!("this benchmark measures a pair: name both --target and --draft");
         };
         let pool = runtime::thread_pool(runtime.threads)?;
@@ -222,9 +221,6 @@ impl Bench {
             Ok(tandem_models::load_with(&checkpoint, config.backend, config.kv_dtype, Arc::clone(&pool))?)
         };
         let (target, draft) = (load(&target_info.dir)?, load(&draft_info.dir)?);
-        let rows = [&target, &draft].map(|model| model.config().vocab_size);
-        let token_ids = [&text, &draft_text].map(|text| text.tokenizer.vocab_size());
-        let num_token_ids = rows.into_iter().chain(token_ids).min().expect("there are two models");
         let engine_config = EngineConfig {
             block_size: runtime.kv.block_size,
             num_blocks: runtime.kv.num_blocks,
@@ -232,8 +228,10 @@ impl Bench {
             max_num_batched_tokens: MAX_NUM_BATCHED_TOKENS,
             max_waiting: 1,
             max_model_len: runtime.max_model_len,
-            num_token_ids,
+            num_token_ids: runtime.num_token_ids,
+            vocab_map: runtime.vocab_map,
             draft_tokens: DraftTokens::Auto,
+            draft_head: config.draft_head,
             // An answer must not begin where the last one has been.
             prefix_cache: false,
             hash_key: [0; 2],

@@ -18,7 +18,7 @@ use serde_json::{Value, json};
 use tandem::http::lanes::LanePolicy;
 use tandem::http::{AppConfig, AppState, LaneModel, Limits, ServeOptions, serve};
 use tandem::keys::Keyring;
-use tandem_engine::{DraftTokens, EngineConfig, EngineHandle, Models};
+use tandem_engine::{DraftHead, DraftTokens, EngineConfig, EngineHandle, Models};
 use tandem_models::{Checkpoint, Tokenizer};
 use tokio::io::{AsyncReadExt as _, AsyncWriteExt as _};
 use tokio::net::{TcpListener, TcpStream};
@@ -145,7 +145,9 @@ impl Server {
             max_waiting: 256,
             max_model_len,
             num_token_ids: tokenizer.vocab_size(),
+            vocab_map: None,
             draft_tokens: DraftTokens::Fixed(0),
+            draft_head: DraftHead::default(),
             prefix_cache: false,
             hash_key: [1, 2],
             hash_bits: 64,

@@ -6,6 +6,7 @@
 //! drifts by more than what is measured. The exit status tells right from wrong, never fast from slow.
 
 mod client;
+mod deep;
 mod edits;
 mod http;
 mod isolation;
@@ -19,6 +20,7 @@ mod scrape;
 mod server;
 mod soak;
 mod stats;
+mod synthetic;
 
 use std::process::ExitCode;
 
@@ -29,6 +31,8 @@ use clap::Subcommand;
 pub(super) enum BenchCommand {
     /// What speculation gains: deep with and without it, and fast, in turns
     Pair(pair::PairArgs),
+    /// The deep lane end to end on random weights too, and beside llama.cpp's speculative decoding
+    Deep(deep::DeepArgs),
     /// Whether deep work delays the fast lane: time to first token, idle and under load
     Isolation(isolation::IsolationArgs),
     /// What Predicted Outputs save: target passes a token, with and without `prediction`
@@ -46,6 +50,7 @@ pub(super) enum BenchCommand {
 pub(super) fn run(command: &BenchCommand) -> anyhow::Result<ExitCode> {
     match command {
         BenchCommand::Pair(args) => pair::run(args),
+        BenchCommand::Deep(args) => deep::run(args),
         BenchCommand::Isolation(args) => isolation::run(args),
         BenchCommand::Edits(args) => edits::run(args),
         BenchCommand::Policy(args) => policy::run(args),

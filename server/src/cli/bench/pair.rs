@@ -18,6 +18,7 @@ use super::client::{Client, Completion, Endpoint};
 use super::prompts::{self, BenchPrompt};
 use super::report::{self, Header};
 use super::server::{LocalServer, configure};
+use super::synthetic::SyntheticArgs;
 use crate::cli::settings::ModelSettings;
 use crate::runtime;
 use summary::{Mismatch, Row};
@@ -32,7 +33,8 @@ in turn: deep with speculation (draft tokens chosen as it runs, and each fixed n
 without speculation, and fast. Speed is output tokens per second of the whole request, from sending it \
 to the last byte. The ratio compares each prompt with deep without speculation on the same prompt.
 
-The run also checks that speculation changed no answer; the exit status is 1 if it did.";
+The run also checks that speculation changed no answer; the exit status is 1 if it did. (With \
+--synthetic-acceptance answers depend on a coin and are not compared.)";
 
 const EXAMPLES: &str = "\
 Examples:
@@ -75,6 +77,9 @@ pub(in crate::cli) struct PairArgs {
     /// Write every sample and the summary to this file
     #[arg(long, value_name = "FILE")]
     json: Option<PathBuf>,
+
+    #[command(flatten)]
+    synthetic: SyntheticArgs,
 
     #[command(flatten)]
     model: ModelSettings,
@@ -126,6 +131,10 @@ impl Setting {
             Setting::DeepPlain => body["speculative"] = json!({ "max_draft_tokens": 0 }),
             Setting::DeepAuto | Setting::Fast => {}
         }
+        if args.synthetic.acceptance(args.seed).is_some() && self.is_deep() {
+            // Where a coin decides, text proposers would win without any cost.
+            body["speculative"]["sources"] = json!(["draft"]);
+        }
         body
     }
 }
@@ -167,7 +176,8 @@ struct Report<'a> {
     max_tokens: u32,
     seed: u64,
     num_prompts: usize,
-    lossless: bool,
+    /// `None` if a coin decides what the answers are.
+    lossless: Option<bool>,
     num_compared: usize,
     mismatches: &'a [Mismatch],
     rows: &'a [Row],
@@ -181,8 +191,12 @@ pub(super) fn run(args: &PairArgs) -> anyhow::Result<ExitCode> {
     }
     let prompts = prompts::load(args.prompts.as_deref(), args.limit)?;
     config.max_num_seqs = 1;
-    let runtime = runtime::start(&config)?;
-    let header = Header::of("pair", &runtime)?;
+    let synthetic = args.synthetic.acceptance(args.seed);
+    let runtime = match synthetic {
+        Some(synthetic) => runtime::start_with(&config, |models| synthetic.adapt(models))?,
+        None => runtime::start(&config)?,
+    };
+    let header = Header { synthetic, ..Header::of("pair", &runtime)? };
     header.print();
 
     let (samples, mismatches) = runtime::async_runtime()?.block_on(async {
@@ -202,7 +216,10 @@ pub(super) fn run(args: &PairArgs) -> anyhow::Result<ExitCode> {
         args.max_tokens
     );
     let num_compared = samples.iter().filter(|sample| sample.key.setting.is_deep()).count();
-    println!("{}", summary::verdict(num_compared, &mismatches));
+    match synthetic {
+        Some(_) => println!("lossless: not checked; a coin decides what the answers are"),
+        None => println!("{}", summary::verdict(num_compared, &mismatches)),
+    }
     if let Some(path) = &args.json {
         let report = Report {
             header,
@@ -210,7 +227,7 @@ pub(super) fn run(args: &PairArgs) -> anyhow::Result<ExitCode> {
             max_tokens: args.max_tokens,
             seed: args.seed,
             num_prompts: prompts.len(),
-            lossless: mismatches.is_empty(),
+            lossless: synthetic.is_none().then_some(mismatches.is_empty()),
             num_compared,
             mismatches: &mismatches,
             rows: &rows,
@@ -261,7 +278,7 @@ async fn measure(
                         .await
                         .with_context(|| format!("prompt {}, {}", prompt.id, setting.name()))?;
                     progress.inc(1);
-                    if setting.is_deep() {
+                    if setting.is_deep() && args.synthetic.acceptance(args.seed).is_none() {
                         let (reference, wanted) = answers
                             .entry((temperature_index, prompt_index))
                             .or_insert_with(|| (setting, completion.clone()));

@@ -7,18 +7,15 @@
 
 use std::path::{Path, PathBuf};
 use std::process::{Command, ExitCode};
-use std::sync::Arc;
-use std::time::{Duration, Instant};
 
 use anyhow::{Context as _, bail};
 use clap::Args;
 use serde::{Deserialize, Serialize};
-use tandem_kernels::ThreadPool;
-use tandem_kernels::kv::KvType;
-use tandem_models::{BackendKind, Checkpoint, ForwardBatch, HubOptions, Model};
 
 use super::report::{self, Machine};
 use super::stats::{Spread, median};
+use crate::cli::passes::{LEAST_PASSES, Passes};
+use crate::runtime;
 
 const LONG_ABOUT: &str = "\
 Compare passes of Tandem with those of llama.cpp over the same GGUF file on this machine.
@@ -33,15 +30,6 @@ Examples:
   tandem synth --like qwen2.5-coder-1.5b --format q4_k_m --out model.gguf
   tandem bench peer --llama-bin ~/llama.cpp/build/bin --model model.gguf
   tandem bench peer --llama-bin ~/llama.cpp/build/bin --model model.gguf --context 16384 --rows 1,4";
-
-const BLOCK_SIZE: usize = 16;
-
-/// Tandem repeats a pass within a round for this long, and at least [`LEAST_PASSES`] times.
-const TIME_A_PASS: Duration = Duration::from_millis(300);
-const LEAST_PASSES: usize = 3;
-
-/// Prompts are computed in pieces of this many tokens, as llama.cpp's default is.
-const PREFILL_CHUNK: usize = 512;
 
 /// Arguments of `tandem bench peer`.
 #[derive(Args, Debug)]
@@ -107,14 +95,16 @@ pub(super) fn run(args: &PeerArgs) -> anyhow::Result<ExitCode> {
     let threads = args
         .threads
         .map_or_else(|| std::thread::available_parallelism().map_or(1, std::num::NonZero::get), usize::from);
-    let mut passes = Passes::load(args, threads)?;
+    let most = args.rows.iter().copied().max().map_or(1, usize::from);
+    let pool = runtime::thread_pool(threads)?;
+    let mut passes = Passes::load(&args.model, pool, args.context as usize, most)?;
     let llama_bench = args.llama_bin.join("llama-bench");
     let bar = report::progress_bar(args.rounds as usize, "rounds");
     let mut times: Vec<Vec<[f64; 2]>> = vec![Vec::new(); args.rows.len()];
     for _ in 0..args.rounds {
         let peer = peer_times(&llama_bench, args, threads)?;
         for ((&rows, times), peer) in args.rows.iter().zip(&mut times).zip(peer) {
-            times.push([passes.time_ms(usize::from(rows))?, peer]);
+            times.push([median(passes.times_ms(usize::from(rows), 1)?), peer]);
         }
         bar.inc(1);
     }
@@ -161,63 +151,6 @@ fn peer_times(llama_bench: &Path, args: &PeerArgs, threads: usize) -> anyhow::Re
             Ok(median(samples) / 1e6)
         })
         .collect()
-}
-
-/// Tandem's side: a model and one sequence whose context is computed.
-struct Passes {
-    model: Box<dyn Model>,
-    context: usize,
-    table: Vec<u32>,
-    batch: ForwardBatch,
-    logits: Vec<f32>,
-}
-
-impl Passes {
-    fn load(args: &PeerArgs, threads: usize) -> anyhow::Result<Self> {
-        let spec = args.model.to_str().context("the file's name is no Unicode text")?;
-        let checkpoint = Checkpoint::open(&tandem_models::resolve(spec, &HubOptions::from_env())?)?;
-        let pool = Arc::new(ThreadPool::new(threads));
-        let mut model = tandem_models::decoder::load_with(&checkpoint, BackendKind::Cpu, KvType::F16, pool)?;
-        let context = args.context as usize;
-        let most = args.rows.iter().copied().max().map_or(1, usize::from);
-        let most_positions = model.config().max_position_embeddings;
-        if context + most > most_positions {
-            bail!(
-                "a context of {context} and a pass of {most} tokens are more than the model's {most_positions} \
-                 positions; choose --context and --rows within them"
-            );
-        }
-        let num_blocks = (context + most).div_ceil(BLOCK_SIZE);
-        model.allocate_kv_cache(num_blocks, BLOCK_SIZE)?;
-        let table = (0..num_blocks).map(|block| block as u32).collect();
-        let mut passes = Passes { model, context, table, batch: ForwardBatch::new(), logits: Vec::new() };
-        for start in (0..context).step_by(PREFILL_CHUNK) {
-            passes.pass(start, PREFILL_CHUNK.min(context - start), 0)?;
-        }
-        Ok(passes)
-    }
-
-    fn pass(&mut self, start: usize, rows: usize, num_logits: usize) -> anyhow::Result<()> {
-        let vocab_size = self.model.config().vocab_size;
-        // Any tokens will do; neighbours differ, so that experts do.
-        let tokens: Vec<u32> = (start..start + rows).map(|i| ((i * 7919 + 13) % vocab_size) as u32).collect();
-        self.batch.clear();
-        self.batch.push_sequence(&tokens, start, &self.table, BLOCK_SIZE, num_logits);
-        Ok(self.model.forward(&self.batch, &mut self.logits)?)
-    }
-
-    /// The median of some passes, in milliseconds.
-    fn time_ms(&mut self, rows: usize) -> anyhow::Result<f64> {
-        self.pass(self.context, rows, 1)?;
-        let begin = Instant::now();
-        let mut times = Vec::new();
-        while begin.elapsed() < TIME_A_PASS || times.len() < LEAST_PASSES {
-            let pass = Instant::now();
-            self.pass(self.context, rows, 1)?;
-            times.push(pass.elapsed().as_secs_f64() * 1e3);
-        }
-        Ok(median(times))
-    }
 }
 
 fn summarise(rows: &[u16], times: &[Vec<[f64; 2]>]) -> Vec<Row> {

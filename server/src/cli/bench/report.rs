@@ -11,6 +11,7 @@ use indicatif::{ProgressBar, ProgressDrawTarget, ProgressStyle};
 use serde::Serialize;
 
 use super::stats::Percentiles;
+use super::synthetic::Synthetic;
 use crate::cli::terminal;
 
 /// Where a measurement was taken.
@@ -44,6 +45,9 @@ impl fmt::Display for Machine {
 /// The first lines of a report: which benchmark, of what, and where.
 #[derive(Clone, Debug, Serialize)]
 pub(super) struct Header {
+    /// Said before anything else.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub(super) synthetic: Option<Synthetic>,
     pub(super) benchmark: &'static str,
     pub(super) machine: Machine,
     pub(super) target: String,
@@ -52,6 +56,9 @@ pub(super) struct Header {
 
 impl Header {
     pub(super) fn print(&self) {
+        if let Some(synthetic) = self.synthetic {
+            println!("{synthetic}");
+        }
         println!("{} with draft {}", self.target, self.draft);
         println!("{}", self.machine);
     }

@@ -39,7 +39,7 @@ impl Header {
         };
         let [target, draft] = [target, draft]
             .map(|info| format!("{} ({} parameters)", info.name, terminal::count(info.num_parameters)));
-        Ok(Header { benchmark, machine: Machine::this(runtime.threads), target, draft })
+        Ok(Header { synthetic: None, benchmark, machine: Machine::this(runtime.threads), target, draft })
     }
 }
 

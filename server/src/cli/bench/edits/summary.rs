@@ -186,6 +186,7 @@ mod tests {
 
     fn report(with_is_right: bool) -> Report {
         let header = Header {
+            synthetic: None,
             benchmark: "edits",
             machine: Machine::this(1),
             target: "target".to_owned(),

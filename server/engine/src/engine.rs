@@ -153,7 +153,7 @@ impl Engine {
 
     /// Queues a sequence. The caller has checked it against the models' limits.
     pub fn submit(&mut self, request: SubmitRequest, now: Duration) {
-        self.scheduler.add(Box::new(Sequence::new(request, now)));
+        self.scheduler.add(Box::new(Sequence::new(request, self.num_token_ids, now)));
     }
 
     /// Ends a sequence; its client is given the closing account, if it still listens.

@@ -10,6 +10,7 @@ use tandem_engine::CacheSalt;
 use super::error::ApiError;
 use super::fields::{Common, CommonFields, Prediction};
 use super::generation::{Generation, Prompt, Shared};
+use super::grammars::GrammarPlan;
 use super::lanes::{AUTO, LANE_HEADER, Work, lane_name, resolve};
 use super::state::{AppState, ServedModel};
 
@@ -78,7 +79,7 @@ impl<'a> Intake<'a> {
     /// Starts a sequence for every choice of every prompt.
     ///
     /// # Errors
-    /// If the prediction is refused, or what the engine refuses.
+    /// If the prediction or the form is refused, or what the engine refuses.
     pub(super) async fn start(mut self, prompts: Vec<Prompt>) -> Result<(Generation, Reply), ApiError> {
         if let Some(prediction) = self.prediction.take() {
             self.common.speculation.prediction = prediction.encode(self.state, self.served).await?;
@@ -92,7 +93,15 @@ impl<'a> Intake<'a> {
             include_usage: self.common.include_usage,
             continuous_usage: self.common.continuous_usage,
         };
-        let request = self.common.into_request(prompts, self.cache_salt);
+        let plan = match (self.common.grammar.take(), &self.common.format) {
+            (None, Some(asked)) => Some(GrammarPlan::plain(asked)?),
+            (plan, _) => plan,
+        };
+        let grammar = match plan {
+            Some(plan) => Some(plan.compile(self.served).await?),
+            None => None,
+        };
+        let request = self.common.into_request(prompts, self.cache_salt, grammar);
         let generation = Generation::start(self.state, self.served, &request)?;
         // A joined sequence has its own seed.
         reply.seed = generation.joined_seed().map_or(reply.seed, i128::from);

@@ -12,6 +12,7 @@ mod error;
 mod error_shape;
 mod fields;
 pub mod generation;
+mod grammars;
 mod health;
 mod heavy;
 mod intake;

@@ -3,6 +3,7 @@
 //! `null` is the same as absent. Fields not named here are ignored.
 
 mod bounded;
+mod format;
 mod json;
 mod speculation;
 
@@ -14,6 +15,8 @@ use serde::Deserialize;
 use tandem_engine::{CacheSalt, Priority, SamplingParams, SpeculationParams};
 
 pub(super) use bounded::{Bounded, bounded_from_str, object, objects, wrong_type};
+use format::FormatFields;
+pub(super) use format::{AskedFormat, fault, response_format};
 use json::{Entries, Ids, canonical_id, number};
 pub(super) use json::{Integer, Strings, in_range, integer, one_of};
 pub(super) use speculation::Prediction;
@@ -21,7 +24,9 @@ use speculation::Speculative;
 
 use super::error::ApiError;
 use super::generation::{GenerationRequest, Prompt};
+use super::grammars::GrammarPlan;
 use super::state::{Limits, ServedModel};
+use crate::text::grammar::Grammar;
 
 /// Longest `cache_salt`: a hash or a few ids in any notation.
 const MAX_SALT_BYTES: usize = 256;
@@ -69,6 +74,15 @@ pub(super) struct CommonFields {
     cache_salt: Option<String>,
     speculative: Option<Speculative>,
     prediction: Option<Prediction>,
+    parallel_tool_calls: Option<bool>,
+    response_format: Option<Bounded>,
+    structured_outputs: Option<Bounded>,
+    guided_json: Option<Bounded>,
+    guided_regex: Option<Bounded>,
+    guided_choice: Option<Bounded>,
+    guided_grammar: Option<Bounded>,
+    grammar: Option<Bounded>,
+    json_schema: Option<Bounded>,
 }
 
 /// What they become. `params.max_tokens` and the logprobs are left to the endpoint.
@@ -89,11 +103,22 @@ pub(super) struct Common {
     pub(super) continuous_usage: bool,
     /// Control tokens that show in the text.
     pub(super) markers: Arc<[u32]>,
+    /// The form that the client asks for.
+    pub(super) format: Option<AskedFormat>,
+    /// What follows from it and from the tools of a chat.
+    pub(super) grammar: Option<GrammarPlan>,
+    /// The client takes one tool call at a time.
+    pub(super) one_call: bool,
 }
 
 impl Common {
     /// The request for these prompts.
-    pub(super) fn into_request(self, prompts: Vec<Prompt>, cache_salt: CacheSalt) -> GenerationRequest {
+    pub(super) fn into_request(
+        self,
+        prompts: Vec<Prompt>,
+        cache_salt: CacheSalt,
+        grammar: Option<Arc<Grammar>>,
+    ) -> GenerationRequest {
         GenerationRequest {
             prompts,
             num_choices: self.num_choices,
@@ -105,6 +130,7 @@ impl Common {
             max_predict_time: self.max_predict_time,
             speculation: self.speculation,
             markers: self.markers,
+            grammar,
         }
     }
 }
@@ -148,7 +174,24 @@ impl CommonFields {
                 .and_then(|o| o.continuous_usage_stats)
                 .unwrap_or(false),
             markers: Arc::from([]),
+            format: self.format()?,
+            grammar: None,
+            one_call: self.parallel_tool_calls == Some(false),
         })
+    }
+
+    fn format(&self) -> Result<Option<AskedFormat>, ApiError> {
+        let fields = FormatFields {
+            response_format: self.response_format.as_ref(),
+            structured_outputs: self.structured_outputs.as_ref(),
+            guided_json: self.guided_json.as_ref(),
+            guided_regex: self.guided_regex.as_ref(),
+            guided_choice: self.guided_choice.as_ref(),
+            guided_grammar: self.guided_grammar.as_ref(),
+            grammar: self.grammar.as_ref(),
+            json_schema: self.json_schema.as_ref(),
+        };
+        fields.resolve()
     }
 
     /// What the client expects, for [`Prediction::encode`]. Taken, because it can be long.

@@ -18,6 +18,7 @@ use tandem_engine::{CacheSalt, Priority, SamplingParams, SpeculationParams, Toke
 use super::error::ApiError;
 use super::metrics::TokenClock;
 use super::state::{AppState, ServedModel};
+use crate::text::grammar::Grammar;
 use choice::{Choice, TextRules};
 use flight::FlightPlan;
 pub(super) use sharing::Flights;
@@ -45,6 +46,8 @@ pub struct GenerationRequest {
     pub speculation: SpeculationParams,
     /// Control tokens that show in the text; all others do not.
     pub markers: Arc<[u32]>,
+    /// The form of every answer.
+    pub grammar: Option<Arc<Grammar>>,
 }
 
 /// One prompt of a request.
@@ -183,6 +186,7 @@ impl Generation {
                     cache_salt: request.cache_salt,
                     max_predict_time: request.max_predict_time,
                     speculation: request.speculation.clone(),
+                    grammar: request.grammar.clone(),
                 };
                 let clock = TokenClock::start(state.metrics.lane(served.lane));
                 let tokenizer = &served.model.tokenizer;

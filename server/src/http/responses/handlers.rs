@@ -14,9 +14,9 @@ use super::request::{ResponseFields, message, messages};
 use super::store::Stored;
 use super::wire::ResponsesWire;
 use crate::http::body::JsonBody;
-use crate::http::chat::{ChatStream, Conversation, ToolChoice, ToolFields, only_text, reasoning_variables};
+use crate::http::chat::{ChatStream, Conversation, ToolChoice, ToolFields, reasoning_variables};
 use crate::http::error::{ApiError, ErrorKind};
-use crate::http::fields::{Bounded, CommonFields, bounded_from_str, in_range};
+use crate::http::fields::{Bounded, CommonFields, bounded_from_str, in_range, response_format};
 use crate::http::generation::Prompt;
 use crate::http::intake::{Intake, answer_tokens};
 use crate::http::lanes::{AUTO, Work};
@@ -36,7 +36,6 @@ pub(super) async fn create(
         let message = "background is true; responses are not made in the background here";
         return Err(ApiError::invalid("background", message));
     }
-    only_text("text.format", fields.text.as_ref().and_then(|Bounded(text)| text.get("format")))?;
     let asked =
         fields.max_output_tokens.map(|value| in_range("max_output_tokens", value, 1, i64::MAX.into()));
     let asked = asked.transpose()?;
@@ -44,6 +43,12 @@ pub(super) async fn create(
     let mut response = echoed(&fields, common.model.as_deref());
     let mut intake = Intake::new(&state, &headers, common, Work::Chat, false)?;
     intake.common.num_choices = 1;
+    if let Some(format) =
+        fields.text.as_ref().and_then(|Bounded(text)| text.get("format")).filter(|format| !format.is_null())
+    {
+        response.insert("text".to_owned(), json!({ "format": format }));
+        intake.common.format = response_format("text.format", format.clone())?;
+    }
     response.insert("temperature".to_owned(), json!(intake.common.params.temperature));
     response.insert("top_p".to_owned(), json!(intake.common.params.top_p));
 

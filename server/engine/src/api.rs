@@ -284,7 +284,8 @@ pub enum SinkError {
     Closed,
 }
 
-/// The most tokens one step can yield for a sequence: the longest draft and the bonus token.
+/// The most tokens of one event, and of one verification: the longest draft and the bonus token. Tokens to which
+/// an output's form leaves no alternative come in addition.
 pub const MAX_TOKENS_PER_STEP: usize = MAX_DRAFT_TOKENS + 1;
 
 /// The longest draft that one verification takes.

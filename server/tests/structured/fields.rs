@@ -49,6 +49,7 @@ async fn each_name_for_it_is_understood() {
         (json!({ "guided_regex": "(left|right)" }), ["left", "right"]),
         (json!({ "structured_outputs": { "choice": ["left", "right"] } }), ["left", "right"]),
         (json!({ "guided_grammar": "start: \"left\" | \"right\"" }), ["left", "right"]),
+        (json!({ "grammar": "root ::= \"left\" | right\nright ::= [r] \"ight\"" }), ["left", "right"]),
         (json!({ "response_format": { "type": "text" }, "guided_choice": ["a", "b"] }), ["a", "b"]),
     ] {
         let answer = server.post("/v1/completions", &completion(extra.clone())).await.json();
@@ -68,6 +69,16 @@ async fn each_name_for_it_is_understood() {
     let answer = server.post("/v1/responses", &response).await.json();
     assert!(is_right(&answer["output"][0]["content"][0]["text"]), "{answer}");
     assert_eq!(answer["text"]["format"]["type"], "json_schema");
+    for name in ["output_format", "output_config"] {
+        let mut format = json!({ "type": "json_schema", "schema": schema() });
+        if name == "output_config" {
+            format = json!({ "format": format });
+        }
+        let message =
+            json!({ "messages": [{ "role": "user", "content": "x" }], "max_tokens": 200, name: format });
+        let answer = server.post("/v1/messages", &message).await.json();
+        assert!(is_right(&answer["content"][0]["text"]), "{answer}");
+    }
     server.stop().await;
 }
 
@@ -96,7 +107,7 @@ async fn what_cannot_be_kept_is_refused_by_name() {
         (json!({ "guided_choice": [1] }), "guided_choice[0]", "a string"),
         (json!({ "guided_json": "{" }), "guided_json", "JSON"),
         (json!({ "guided_grammar": "start: missing" }), "guided_grammar", "missing"),
-        (json!({ "grammar": "root ::= \"x\"" }), "grammar", "::="),
+        (json!({ "grammar": "root ::= other" }), "grammar", "other"),
         (
             json!({ "structured_outputs": { "structural_tag": "{}" } }),
             "structured_outputs.structural_tag",
@@ -138,6 +149,23 @@ async fn an_answer_that_is_cut_says_so_and_one_that_is_whole_ends() {
     assert_eq!(scored["choices"][0]["text"], text);
     let scores = scored["choices"][0]["logprobs"]["token_logprobs"].as_array().expect("scores").len();
     assert_eq!(scores as u64, scored["usage"]["completion_tokens"].as_u64().expect("a count"));
+    server.stop().await;
+}
+
+#[tokio::test]
+async fn a_form_beyond_its_limits_ends_its_own_answer_only() {
+    let server = demo().await;
+    for regex in ["(.*a.{200}){8}b", "((a|b)*c(a|b){60}){20}", "([a-z]*[0-9]{0,300}x){40}"] {
+        let asked = json!({ "prompt": "x = ", "guided_regex": regex, "max_tokens": 300, "temperature": 1 });
+        let answer = server.post("/v1/completions", &asked).await;
+        assert!(answer.status == 200 || answer.status == 400, "{}", answer.status);
+        if answer.status == 400 {
+            let message = answer.error()["message"].as_str().expect("a message").to_owned();
+            assert!(message.contains("cannot be"), "{message}");
+        }
+    }
+    let answer = server.post("/v1/completions", &json!({ "prompt": "x = ", "max_tokens": 5 })).await;
+    assert_eq!(answer.status, 200);
     server.stop().await;
 }
 

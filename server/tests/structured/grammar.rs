@@ -99,8 +99,40 @@ fn each_kind_of_format_takes_what_it_should() {
     let lark = plain(&Format::grammar("start: \"(\" start \")\" | \"x\"").expect("Lark"));
     takes(&lark, "((x))");
     refuses(&lark, "((x)");
-    assert!(Format::grammar("root ::= \"x\"").expect_err("GBNF").to_string().contains("::="));
     assert!(answer_text(&Format::Regex("a\\".to_owned())).is_err());
+}
+
+#[test]
+fn gbnf_is_translated() {
+    let of = |text: &str| plain(&Format::grammar(text).unwrap_or_else(|error| panic!("{error}")));
+    let sums = of("root ::= sum # an expression\nsum ::= term ([-+] term)*\n\
+        term ::= number | \"(\" space sum space \")\"\nnumber ::= [0-9]{1,3} (\".\" [0-9]+)?\nspace ::= \" \"?\n");
+    takes(&sums, "12+(3.25-( 4 ))");
+    refuses(&sums, "1234");
+    refuses(&sums, "(1");
+    let data = of("root ::=\n  list\nvalue ::= list | word | (\"true\" | \"false\") ws\n\
+        list ::= \"[\" ws (value (\",\" ws value)*)? \"]\" ws\n\
+        word ::= \"\\\"\" ([^\"\\\\\\n] | \"\\\\\" [\"\\\\nu])* \"\\\"\" ws\nws ::= | \" \" | \"\\n\" [ \\t]{0,20}\n");
+    takes(&data, "[\"a b\", [true,\n  \"\\n\"], []]");
+    refuses(&data, "[true,]");
+    refuses(&data, "{}");
+    let letters = of("root ::= [a-cx\\x41\\u00e4-\\u00f6^\\]]+ .");
+    takes(&letters, "abcxAäö^]/");
+    refuses(&letters, "dd");
+    for (text, word) in [
+        ("rule ::= \"x\"", "root"),
+        ("root ::= missing", "missing"),
+        ("root ::= \"x", "line 1"),
+        ("root ::= \"a\"\nroot ::= \"b\"", "twice"),
+        ("root ::= [z-a]", "range"),
+        ("root ::= (\"a\"", "\")\""),
+        ("root ::= \"a\"{3,1}", "{m,n}"),
+        ("root ::= \"a\" ::=", "line 1"),
+    ] {
+        let error = Format::grammar(text).expect_err(text).to_string();
+        assert!(error.contains(word), "{error}");
+    }
+    assert!(Format::grammar(&format!("root ::= {}", "(".repeat(100_000))).is_err());
 }
 
 #[test]

@@ -5,6 +5,7 @@ use serde_json::{Map, Value, json};
 use super::GrammarError;
 use super::alternatives::inline_alternatives;
 use super::calls::Calling;
+use super::gbnf::gbnf_to_lark;
 
 /// White space between the parts of JSON: none, a blank, or a line break and an indentation, so that a
 /// model cannot go on with white space for ever.
@@ -32,17 +33,15 @@ impl Format {
         Format::Json(Map::from_iter([("type".to_owned(), Value::from("object"))]))
     }
 
-    /// A grammar in Lark.
+    /// A grammar, in Lark or in llama.cpp's GBNF (`NAME ::= ...`).
     ///
     /// # Errors
-    /// If it is written in GBNF, whose rules have `::=`.
+    /// If it is GBNF with a fault.
     pub fn grammar(text: &str) -> Result<Format, GrammarError> {
-        if text.contains("::=") {
-            let message = "its rules have \"::=\", as in GBNF; grammars are taken in llguidance's dialect of Lark \
-                (\"start: ...\")";
-            return Err(GrammarError::Unsupported(message.to_owned()));
-        }
-        Ok(Format::Lark(text.to_owned()))
+        let is_name = |name: &str| name.chars().all(|c| c.is_ascii_alphanumeric() || c == '-' || c == '_');
+        let is_gbnf_rule = |line: &str| line.split_once("::=").is_some_and(|(name, _)| is_name(name.trim()));
+        let lark = if text.lines().any(is_gbnf_rule) { gbnf_to_lark(text)? } else { text.to_owned() };
+        Ok(Format::Lark(lark))
     }
 
     /// The same, where keys of a schema that nothing is known of do no harm.

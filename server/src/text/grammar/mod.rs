@@ -16,6 +16,7 @@ mod calls;
 mod compile;
 mod follow;
 mod format;
+mod gbnf;
 mod vocabulary;
 
 pub use calls::{CallFormat, Calling, ToolShape};

@@ -189,6 +189,11 @@ impl Tokenizer {
         }
     }
 
+    /// True if [`Tokenizer::token_bytes`] is all that decides what a token adds to a text.
+    pub fn has_exact_bytes(&self) -> bool {
+        self.scheme != Scheme::Other
+    }
+
     /// The id of `token`, spelled as in the vocabulary.
     pub fn token_to_id(&self, token: &str) -> Option<u32> {
         self.inner.token_to_id(token)

@@ -8,6 +8,8 @@ use std::time::Duration;
 use arrayvec::ArrayVec;
 use bytemuck::{Pod, Zeroable};
 
+use crate::constraint::Constraint;
+
 /// A token id in the vocabulary that target and draft share.
 pub type TokenId = u32;
 
@@ -152,6 +154,8 @@ pub struct SubmitRequest {
     pub max_predict_time: Option<Duration>,
     /// How to speculate. Never changes the output.
     pub speculation: SpeculationParams,
+    /// The form that the output is to have; `None`: any.
+    pub constraint: Option<Box<dyn Constraint>>,
     /// Where the events go.
     pub events: Box<dyn EventSink>,
 }
@@ -283,7 +287,8 @@ pub enum SinkError {
     Closed,
 }
 
-/// The most tokens one step can yield for a sequence: the longest draft and the bonus token.
+/// The most tokens of one event, and of one verification: the longest draft and the bonus token. Tokens to which
+/// an output's form leaves no alternative come in addition.
 pub const MAX_TOKENS_PER_STEP: usize = MAX_DRAFT_TOKENS + 1;
 
 /// The longest draft that one verification takes.
@@ -340,6 +345,8 @@ pub enum Event {
 pub enum FinishReason {
     /// A stop token came up.
     Stop(TokenId),
+    /// The output is whole by its [`SubmitRequest::constraint`], and nothing can follow.
+    Complete,
     /// `max_tokens` were produced, or the context is full.
     Length,
     /// [`SubmitRequest::max_predict_time`] is over.
@@ -453,6 +460,9 @@ pub enum EngineError {
     /// The model gave logits that are not numbers.
     #[error("the model produced logits that are not finite for this request")]
     NonFiniteLogits,
+    /// The form that was asked for cannot be kept any further.
+    #[error("the answer's grammar cannot be followed: {0}")]
+    Constraint(String),
     /// A forward pass failed.
     #[error("the forward pass failed: {0}")]
     Forward(String),

@@ -114,7 +114,7 @@ impl Want {
         Want {
             computed,
             uncomputed: sequence.tokens().len() - computed,
-            is_prefill: sequence.num_tokens() > computed + 1 + catch_up,
+            is_prefill: sequence.num_tokens() > computed + 1 + catch_up + sequence.num_jumped_tokens(),
             scores_prompt: sequence.scores_prompt() && role == sequence.lane.answered_by(),
         }
     }

@@ -188,7 +188,8 @@ impl Engine {
         if self.vocab_map.is_some() && request.lane == Lane::Fast {
             request.cache_salt.0 ^= OTHER_VOCABULARY;
         }
-        self.scheduler.add(Box::new(Sequence::new(request, now)));
+        let num_token_ids = self.num_token_ids[request.lane as usize];
+        self.scheduler.add(Box::new(Sequence::new(request, num_token_ids, now)));
     }
 
     /// Ends a sequence; its client is given the closing account, if it still listens.

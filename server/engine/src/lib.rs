@@ -7,6 +7,7 @@
 mod api;
 mod batch;
 mod block_manager;
+mod constraint;
 mod engine;
 mod handle;
 mod pass;
@@ -20,6 +21,7 @@ mod speculation;
 mod step;
 
 pub use api::*;
+pub use constraint::{Constraint, ConstraintError, Ending, TokenMask};
 pub use engine::{Engine, EngineConfig, Models};
 pub use handle::EngineHandle;
 pub use speculation::{DraftHead, DraftTokens};

@@ -8,13 +8,12 @@
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::time::Duration;
 
-use tandem_kernels::sampling;
 use tandem_models::VocabMap;
 
 use crate::api::{EngineError, EngineStats, FinishReason, Lane};
 use crate::batch::ScheduledSequence;
 use crate::engine::Engine;
-use crate::sampler::{Draw, LogprobScratch, Sampler};
+use crate::sampler::{LogprobScratch, Sampler};
 use crate::sequence::{ModelRole, Sequence};
 use crate::speculation::{DraftPolicy, HeadPolicy, verify};
 
@@ -336,13 +335,6 @@ impl SequencePass<'_> {
             sequence.num_planned_draft_tokens = 0;
             return Ok(());
         }
-        let draw = Draw {
-            params: &sequence.params,
-            counts: sequence.counts.as_ref(),
-            provisional: sequence.draft_tokens(),
-            position: sequence.tokens().len(),
-            num_output_tokens: sequence.num_output_tokens() + sequence.draft_tokens().len(),
-        };
         let logits = match self.vocab_map {
             None => &rows[..self.num_token_ids],
             Some(map) => {
@@ -350,15 +342,19 @@ impl SequencePass<'_> {
                 self.translated.as_slice()
             }
         };
-        match self.sampler.draw(logits, &draw) {
-            Ok(id) => {
+        let is_adaptive = sequence.drafting.is_adaptive;
+        let drawn = sequence.draw_after(sequence.draft_tokens().len()).and_then(|draw| {
+            let id = self.sampler.draw(logits, &draw)?;
+            Ok((id, is_adaptive.then(|| draw.probability(logits, id))))
+        });
+        match drawn {
+            Ok((id, confidence)) => {
                 sequence.push_draft_token(id);
-                if sequence.drafting.is_adaptive {
-                    let log_probability = f64::from(logits[id as usize]) - sampling::log_sum_exp(logits);
-                    sequence.drafting.confidences.push(log_probability.exp() as f32);
-                }
-                // Nothing follows a stop token.
-                if sequence.params.stop_token_ids.contains(&id) {
+                sequence.drafting.confidences.extend(confidence);
+                // Nothing follows a stop token, or the end of what was asked for.
+                let is_last = sequence.params.stop_token_ids.contains(&id)
+                    || sequence.is_complete_after(sequence.draft_tokens().len()).unwrap_or(true);
+                if is_last {
                     sequence.num_planned_draft_tokens = 0;
                 }
             }

@@ -156,10 +156,13 @@ impl Engine {
         if source == DraftSource::Draft {
             sequence.num_planned_draft_tokens = room;
         } else if let Some(proposers) = sequence.proposers.take() {
-            for &id in proposers.propose(source, room) {
-                sequence.push_draft_token(id);
-            }
+            sequence.push_draft_text(proposers.propose(source, room));
             sequence.proposers = Some(proposers);
+            if sequence.draft_tokens().is_empty() && room > 0 {
+                // Its form forbids what was proposed: as good as a proposal that fell.
+                let kind = sequence.drafting.kind;
+                self.policy.record(&mut sequence.acceptance, kind, 1, 0);
+            }
         }
     }
 

@@ -11,7 +11,8 @@ use crate::api::{
     SubmitRequest, TokenChunk, TokenId, TokenLogprobs, Usage,
 };
 use crate::block_manager::{BlockTable, CachedPrefix};
-use crate::sampler::TokenCounts;
+use crate::constraint::Constrained;
+use crate::sampler::{Draw, TokenCounts};
 use crate::speculation::{Acceptance, Offer, ProposalKind, TextProposers};
 
 /// One of the pair.
@@ -72,6 +73,10 @@ impl Urgency {
     }
 }
 
+/// Tokens that a step commits without drawing them, at most: with the longest draft they fit the share of
+/// a pass that every seat is sure of.
+const MAX_JUMPED_TOKENS: usize = 24;
+
 /// A sequence, waiting or running. A preempted one waits again, with its output so far.
 ///
 /// `tokens` is the prompt, then the committed output, then this step's draft tokens, which are
@@ -90,6 +95,9 @@ pub(crate) struct Sequence {
     num_computed: [usize; 2],
     pub(crate) block_table: BlockTable,
     pub(crate) counts: Option<TokenCounts>,
+    constraint: Option<Constrained>,
+    /// Committed tokens that nobody had to draw, since the last pass of the answering model.
+    num_jumped_tokens: usize,
     /// Tokens that the draft model is to propose in this step.
     pub(crate) num_planned_draft_tokens: usize,
     /// What this step's draft is.
@@ -113,7 +121,8 @@ struct Clock {
 }
 
 impl Sequence {
-    pub(crate) fn new(request: SubmitRequest, now: Duration) -> Self {
+    /// `num_token_ids`: ids below this are tokens.
+    pub(crate) fn new(request: SubmitRequest, num_token_ids: usize, now: Duration) -> Self {
         Sequence {
             id: request.id,
             lane: request.lane,
@@ -122,6 +131,8 @@ impl Sequence {
             num_computed: [0; 2],
             block_table: BlockTable::default(),
             counts: TokenCounts::for_sequence(&request.prompt, &request.params),
+            constraint: request.constraint.map(|constraint| Constrained::new(constraint, num_token_ids)),
+            num_jumped_tokens: 0,
             priority: request.priority,
             cache_salt: request.cache_salt,
             max_predict_time: request.max_predict_time,
@@ -185,6 +196,7 @@ impl Sequence {
     pub(crate) fn preempt(&mut self) -> BlockTable {
         self.rollback();
         self.in_flight = false;
+        self.num_jumped_tokens = 0;
         self.num_computed = [0; 2];
         std::mem::take(&mut self.block_table)
     }
@@ -269,7 +281,102 @@ impl Sequence {
 
     /// True while the answering model has not seen the whole prompt.
     pub(crate) fn is_prefilling(&self) -> bool {
-        self.num_tokens > self.num_computed(self.lane.answered_by()) + 1
+        self.num_tokens > self.num_computed(self.lane.answered_by()) + 1 + self.num_jumped_tokens
+    }
+
+    /// Committed tokens that nobody had to draw, since the last pass of the answering model: they are
+    /// computed with the next, as draft tokens are.
+    pub(crate) fn num_jumped_tokens(&self) -> usize {
+        self.num_jumped_tokens
+    }
+
+    /// What the token after the first `num_provisional` draft tokens is drawn with.
+    ///
+    /// # Errors
+    /// If the constraint cannot say what may stand there.
+    pub(crate) fn draw_after(&mut self, num_provisional: usize) -> Result<Draw<'_>, EngineError> {
+        let position = self.num_tokens + num_provisional;
+        let output = &self.tokens[self.prompt.len()..position];
+        let allowed = match &mut self.constraint {
+            Some(constraint) => Some(constraint.allowed(output, &self.params)?),
+            None => None,
+        };
+        Ok(Draw {
+            params: &self.params,
+            counts: self.counts.as_ref(),
+            provisional: &self.tokens[self.num_tokens..position],
+            position,
+            num_output_tokens: output.len(),
+            allowed,
+        })
+    }
+
+    /// True if nothing can follow the first `num_provisional` draft tokens.
+    ///
+    /// # Errors
+    /// As [`Sequence::draw_after`].
+    pub(crate) fn is_complete_after(&mut self, num_provisional: usize) -> Result<bool, EngineError> {
+        let output = &self.tokens[self.prompt.len()..self.num_tokens + num_provisional];
+        match &mut self.constraint {
+            Some(constraint) => constraint.is_complete(output, &self.params),
+            None => Ok(false),
+        }
+    }
+
+    /// Drafts `ids`, up to the first that cannot stand there.
+    pub(crate) fn push_draft_text(&mut self, ids: &[TokenId]) {
+        for &id in ids {
+            if self.constraint.is_some() {
+                let num_provisional = self.draft_tokens().len();
+                let can_stand = self.draw_after(num_provisional).is_ok_and(|draw| draw.allows(id));
+                if !can_stand {
+                    break;
+                }
+            }
+            self.push_draft_token(id);
+            if self.constraint.is_some() && self.params.stop_token_ids.contains(&id) {
+                break;
+            }
+        }
+    }
+
+    /// Commits the tokens to which there is no alternative: whatever the logits, they would be drawn.
+    /// Not if their log-probabilities are wanted, which take a pass.
+    ///
+    /// # Errors
+    /// As [`Sequence::draw_after`].
+    pub(crate) fn jump(&mut self, now: Duration) -> Result<(), EngineError> {
+        self.num_jumped_tokens = 0;
+        if self.constraint.is_none() || self.params.logprobs.is_some() {
+            return Ok(());
+        }
+        while self.finished.is_none() && self.num_jumped_tokens < MAX_JUMPED_TOKENS {
+            let only = self.draw_after(0)?.only_token();
+            let Some(id) = only else { break };
+            self.num_jumped_tokens += 1;
+            self.take_token(id, false, None, now)?;
+        }
+        Ok(())
+    }
+
+    /// Commits a token that was drawn, and ends the sequence if it was the last.
+    ///
+    /// # Errors
+    /// If the constraint cannot say whether it was.
+    pub(crate) fn take_token(
+        &mut self,
+        id: TokenId,
+        drafted: bool,
+        logprobs: Option<TokenLogprobs>,
+        now: Duration,
+    ) -> Result<(), EngineError> {
+        self.commit(id, drafted, logprobs, now);
+        if self.is_complete_after(0)? {
+            self.finished = Some(FinishReason::Complete);
+        } else if self.num_remaining_tokens() == 0 {
+            self.finished = Some(FinishReason::Length);
+        }
+        Ok(())
     }
 
     /// Forgets the draft tokens, in the text and in both caches.
@@ -283,13 +390,7 @@ impl Sequence {
 
     /// Makes `id` the next token. Draft tokens must have been rolled back, or `id` must equal the
     /// first of them.
-    pub(crate) fn commit(
-        &mut self,
-        id: TokenId,
-        drafted: bool,
-        logprobs: Option<TokenLogprobs>,
-        now: Duration,
-    ) {
+    fn commit(&mut self, id: TokenId, drafted: bool, logprobs: Option<TokenLogprobs>, now: Duration) {
         if self.tokens.len() > self.num_tokens {
             debug_assert_eq!(
                 self.tokens[self.num_tokens], id,

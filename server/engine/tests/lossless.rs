@@ -2,7 +2,7 @@
 
 mod common;
 
-use common::{Answer, Ask, HashModel, STOP, Server, VOCAB_SIZE, config, hash_pair, run};
+use common::{Answer, Ask, Grammar, HashModel, STOP, Server, VOCAB_SIZE, config, hash_pair, run};
 use proptest::prelude::*;
 use tandem_engine::{
     CacheSalt, DraftHead, DraftSource, DraftSources, DraftTokens, EngineConfig, Lane, Models, Priority,
@@ -176,12 +176,13 @@ fn mixed(num: usize) -> Vec<Ask> {
                 temperature: [0.0, 0.9, 0.0][i % 3],
                 seed: i as u64,
                 repetition_penalty: if i % 4 == 0 { 1.2 } else { 1.0 },
-                logprobs: Some(2),
+                logprobs: (i % 5 != 2 || i % 2 == 0).then_some(2),
                 prompt_logprobs: if i % 8 == 0 { Some(1) } else { None },
                 max_tokens: 20 + i as u32 % 9,
                 ..SamplingParams::default()
             };
-            Ask::new(if i % 3 == 1 { Lane::Fast } else { Lane::Deep }, &prompt, &params)
+            let grammar = (i % 5 == 2).then(|| Grammar::new(i as u64));
+            Ask { grammar, ..Ask::new(if i % 3 == 1 { Lane::Fast } else { Lane::Deep }, &prompt, &params) }
         })
         .collect()
 }

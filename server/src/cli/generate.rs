@@ -153,6 +153,7 @@ pub(super) fn run(args: &GenerateArgs) -> anyhow::Result<ExitCode> {
         cache_salt: CacheSalt::default(),
         max_predict_time: None,
         speculation: SpeculationParams::default(),
+        constraint: None,
         events: Box::new(sender),
     })?;
     let finished = show(&events, detokenizer)?;
@@ -281,7 +282,7 @@ fn closing_line(finished: &Finished, lane: Lane, seed: Option<u64>) -> String {
         parts.push(format!("seed {seed}"));
     }
     parts.push(match finished.reason {
-        FinishReason::Stop(_) => "ended by itself".to_owned(),
+        FinishReason::Stop(_) | FinishReason::Complete => "ended by itself".to_owned(),
         FinishReason::Length => "stopped at the length limit".to_owned(),
         FinishReason::Deadline => "stopped at the time limit".to_owned(),
         FinishReason::Aborted => "aborted".to_owned(),

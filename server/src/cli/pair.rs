@@ -270,6 +270,7 @@ impl Tried {
                     sources: DraftSources::NONE.with(DraftSource::Draft),
                     ..SpeculationParams::default()
                 },
+                constraint: None,
                 events: Box::new(sender),
             })?;
             loop {

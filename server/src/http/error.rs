@@ -136,6 +136,8 @@ impl From<EngineError> for ApiError {
                 retry_after: Some(whole_seconds(retry_after)),
                 ..ApiError::new(ErrorKind::Busy, message)
             },
+            // Its client wrote it.
+            EngineError::Constraint(_) => ApiError::new(ErrorKind::InvalidRequest, message),
             EngineError::ShuttingDown => ApiError::shutting_down(),
             EngineError::NonFiniteLogits
             | EngineError::Forward(_)

@@ -10,6 +10,7 @@ use tandem_engine::CacheSalt;
 use super::error::ApiError;
 use super::fields::{Common, CommonFields, Prediction, in_range};
 use super::generation::{Generation, Prompt, Shared};
+use super::grammars::GrammarPlan;
 use super::lanes::{AUTO, Escalation, LANE_HEADER, REASON_HEADER, Reason, Work, lane_name, route};
 use super::state::{AppState, ServedModel};
 use super::{auth, lanes};
@@ -98,7 +99,7 @@ impl<'a> Intake<'a> {
     /// awaited here, before anything is sent.
     ///
     /// # Errors
-    /// If the prediction is refused, the client's budget is spent, or what the engine refuses.
+    /// If the prediction or the form is refused, the client's budget is spent, or what the engine refuses.
     pub(super) async fn start(mut self, prompts: Vec<Prompt>) -> Result<(Generation, Reply), ApiError> {
         if let Some(prediction) = self.prediction.take() {
             self.common.speculation.prediction = prediction.encode(self.state, self.served).await?;
@@ -121,8 +122,16 @@ impl<'a> Intake<'a> {
             include_usage: self.common.include_usage,
             continuous_usage: self.common.continuous_usage,
         };
+        let plan = match (self.common.grammar.take(), &self.common.format) {
+            (None, Some(asked)) => Some(GrammarPlan::plain(asked)?),
+            (plan, _) => plan,
+        };
+        let grammar = match plan {
+            Some(plan) => Some(plan.compile(self.served).await?),
+            None => None,
+        };
         let common = std::mem::take(&mut self.common);
-        let mut request = common.into_request(prompts, self.cache_salt, self.client.clone());
+        let mut request = common.into_request(prompts, self.cache_salt, self.client.clone(), grammar);
         let mut generation = Generation::start(self.state, self.served, &request)?;
         if let Some(escalation) = watched
             && generation.mean_margin(escalation.tokens).await.is_some_and(|mean| mean < escalation.margin)

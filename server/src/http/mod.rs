@@ -14,6 +14,7 @@ mod error_shape;
 mod fields;
 mod gap;
 pub mod generation;
+mod grammars;
 mod health;
 mod heavy;
 mod intake;

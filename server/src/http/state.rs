@@ -18,6 +18,7 @@ use super::responses::ResponseStore;
 use super::tenant::Tenants;
 use crate::keys::Keyring;
 use crate::text::answer::{Dialect, ToolFormat};
+use crate::text::grammar::Grammars;
 
 /// One of the pair's models, as far as text is concerned.
 pub struct LaneModel {
@@ -99,6 +100,8 @@ pub struct ServedModel {
     pub fim_stop_token_ids: Vec<u32>,
     /// How its answers show reasoning and tool calls.
     pub dialect: Arc<Dialect>,
+    /// The forms that its answers have been held to.
+    pub grammars: Arc<Grammars>,
     /// Bytes of the longest token's spelling. A spelling is not shorter than the text it stands for
     /// (an unknown word's aside), so it bounds the text that a number of tokens can hold.
     pub max_token_bytes: usize,
@@ -152,11 +155,13 @@ impl ServedModel {
         let spellings =
             (0..model.tokenizer.vocab_size() as u32).filter_map(|id| model.tokenizer.id_to_token(id));
         let max_token_bytes = spellings.map(|token| token.len()).max().unwrap_or(1);
+        let tokenizer = model.tokenizer.clone();
         ServedModel {
             lane,
             model,
             stop_token_ids,
             fim_stop_token_ids,
+            grammars: Arc::new(Grammars::new(tokenizer, dialect.markers())),
             dialect: Arc::new(dialect),
             max_token_bytes,
         }

@@ -221,7 +221,7 @@ async fn faults_name_the_item() {
         (json!({ "max_output_tokens": 1e308 }), "max_output_tokens"),
         (json!({ "background": true }), "background"),
         (json!({ "reasoning": { "effort": "huge" } }), "reasoning_effort"),
-        (json!({ "text": { "format": { "type": "json_schema" } } }), "text.format"),
+        (json!({ "text": { "format": { "type": "json_schema" } } }), "text.format.schema"),
     ] {
         let answer = server.post(PATH, &body(extra.clone())).await;
         assert_eq!(answer.status, 400, "{extra}");

@@ -126,7 +126,7 @@ async fn a_call_can_be_forced() {
     let answer = server.post(PATH, &request).await.json();
     let call = &answer["choices"][0]["message"]["tool_calls"][0]["function"];
     assert_eq!(*call, json!({ "name": "weather", "arguments": "{\"city\": \"Rome\"}" }), "{answer}");
-    server.say("now\"}\n</tool_call>");
+    server.say("now\", \"arguments\": {}}\n</tool_call>");
     let request = body(json!({ "tool_choice": "required", "stream": true, "reasoning_effort": "none" }));
     let streamed = joined(&server.post(PATH, &request).await.events());
     assert_eq!(streamed["tool_calls"][0]["function"]["name"], "now", "{streamed}");
@@ -160,7 +160,7 @@ async fn broken_calls_and_wrong_tools_have_an_answer() {
         ),
         (json!({ "tool_choice": "required", "tools": [] }), "tool_choice", "none"),
         (json!({ "reasoning_effort": "huge" }), "reasoning_effort", "low"),
-        (json!({ "response_format": { "type": "json_object" } }), "response_format", "json_object"),
+        (json!({ "response_format": { "type": "yaml" } }), "response_format.type", "json_object"),
         (
             json!({ "messages": [{ "role": "assistant", "tool_calls": [{}] }] }),
             "messages[0].tool_calls[0].function",

@@ -52,6 +52,8 @@ pub(crate) struct TestOptions {
     pub(crate) checkpoint: CheckpointSpec,
     /// The target says what [`TestServer::say`] asks for.
     pub(crate) scripted: bool,
+    /// The shipped pair answers.
+    pub(crate) demo: bool,
 }
 
 impl Default for TestOptions {
@@ -72,6 +74,7 @@ impl Default for TestOptions {
             with_draft: true,
             checkpoint: CheckpointSpec::default(),
             scripted: false,
+            demo: false,
         }
     }
 }
@@ -137,10 +140,15 @@ pub(crate) async fn finish(response: http::Response<Incoming>) -> Answer {
 impl TestServer {
     pub(crate) async fn start(options: TestOptions) -> TestServer {
         let folder = tempfile::tempdir().expect("a temporary folder");
-        let target_dir = folder.path().join("big-model");
-        let draft_dir = folder.path().join("small-model");
-        options.checkpoint.write(&target_dir, 2, 7);
-        options.checkpoint.write(&draft_dir, 1, 8);
+        let mut target_dir = folder.path().join("big-model");
+        let mut draft_dir = folder.path().join("small-model");
+        if options.demo {
+            let demo = std::path::Path::new(env!("CARGO_MANIFEST_DIR")).join("../models/demo");
+            (target_dir, draft_dir) = (demo.join("target"), demo.join("draft"));
+        } else {
+            options.checkpoint.write(&target_dir, 2, 7);
+            options.checkpoint.write(&draft_dir, 1, 8);
+        }
         let pool = Arc::new(ThreadPool::new(1));
         let (mut target_model, target) = load(&target_dir, &pool);
         let script = Script::default();

@@ -7,7 +7,7 @@ use tandem_engine::{Engine, Event, SequenceId, SubmitRequest};
 
 use super::rng::Rng;
 use super::workload::{AMPLE_CAPACITY, Deed, Plan};
-use crate::common::Answer;
+use crate::common::{Answer, Grammar};
 
 /// One client and its sequence.
 pub(crate) struct Client<'a> {
@@ -49,6 +49,7 @@ impl<'a> Client<'a> {
             cache_salt: plan.salt,
             max_predict_time: plan.max_predict_time,
             speculation: plan.speculation.clone(),
+            constraint: plan.grammar.as_ref().map(Grammar::start),
             events: Box::new(sender),
         };
         engine.submit(request, now);

@@ -6,12 +6,12 @@ use std::rc::Rc;
 use std::time::Duration;
 
 use tandem_engine::{
-    DraftHead, DraftTokens, Engine, EngineConfig, EngineError, FinishReason, Lane, Models, SamplingParams,
-    TokenId,
+    DraftHead, DraftTokens, Ending, Engine, EngineConfig, EngineError, FinishReason, Lane, Models,
+    SamplingParams, SubmitRequest, TokenId,
 };
 use tandem_models::Model;
 
-use crate::common::{Answer, Fault, HashModel, Recipe, VOCAB_SIZE, clock, request};
+use crate::common::{Answer, Fault, Grammar, HashModel, Recipe, VOCAB_SIZE, clock, request};
 
 /// What makes a model of the pair.
 #[derive(Clone, Copy, Debug)]
@@ -60,20 +60,35 @@ impl Oracle {
     }
 
     /// The whole answer to a prompt.
-    pub(crate) fn answer(&mut self, lane: Lane, prompt: &[TokenId], params: &SamplingParams) -> Rc<Answer> {
-        let key = (lane, prompt.to_vec(), format!("{params:?}"));
+    pub(crate) fn answer(
+        &mut self,
+        lane: Lane,
+        prompt: &[TokenId],
+        params: &SamplingParams,
+        grammar: Option<&Grammar>,
+    ) -> Rc<Answer> {
+        let key = (lane, prompt.to_vec(), format!("{params:?} {grammar:?}"));
         if let Some(known) = self.known.get(&key) {
             return Rc::clone(known);
         }
-        let answer = Rc::new(self.run(lane, prompt, params));
-        if params.temperature == 0.0 && self.pair.answering(lane).fault.is_none() {
+        let answer = Rc::new(self.run(lane, prompt, params, grammar));
+        if let Some(grammar) = grammar {
+            check_form(grammar, &answer);
+        }
+        if params.temperature == 0.0 && grammar.is_none() && self.pair.answering(lane).fault.is_none() {
             check_greedy(&self.pair.answering(lane).recipe, prompt, params, &answer);
         }
         self.known.insert(key, Rc::clone(&answer));
         answer
     }
 
-    fn run(&self, lane: Lane, prompt: &[TokenId], params: &SamplingParams) -> Answer {
+    fn run(
+        &self,
+        lane: Lane,
+        prompt: &[TokenId],
+        params: &SamplingParams,
+        grammar: Option<&Grammar>,
+    ) -> Answer {
         let config = EngineConfig {
             block_size: 32,
             num_blocks: (prompt.len() + params.max_tokens as usize).div_ceil(32) + 1,
@@ -97,7 +112,8 @@ impl Oracle {
         };
         let mut engine = Engine::new(&config, models).expect("the oracle's engine starts");
         let (request, receiver) = request(0, lane, prompt, params.clone(), params.max_tokens as usize + 3);
-        engine.submit(request, Duration::ZERO);
+        let constraint = grammar.map(Grammar::start);
+        engine.submit(SubmitRequest { constraint, ..request }, Duration::ZERO);
         let clock = clock();
         let mut answer = Answer::default();
         while answer.finished.is_none() && answer.failed.is_none() {
@@ -106,6 +122,19 @@ impl Oracle {
         }
         answer
     }
+}
+
+/// Holds an answer to its form, by the automaton alone.
+///
+/// # Panics
+/// If the oracle's engine is wrong.
+fn check_form(grammar: &Grammar, answer: &Answer) {
+    let ended = match answer.finished.map(|finished| finished.reason) {
+        Some(FinishReason::Stop(_)) => Some(Ending::Allowed),
+        Some(FinishReason::Complete) => Some(Ending::Forced),
+        _ => None,
+    };
+    grammar.check(&answer.tokens, ended).unwrap_or_else(|wrong| panic!("the oracle's form: {wrong}"));
 }
 
 /// Says what is wrong with a greedy answer, by the model's formula alone. Penalties are left to the

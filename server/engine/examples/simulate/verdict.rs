@@ -14,7 +14,7 @@ pub(crate) fn judge(client: &Client<'_>, config: &EngineConfig, oracle: &mut Ora
     let saw = &client.answer;
     let raised = raised_limit(client, config);
     let params = SamplingParams { max_tokens: raised, ..plan.params.clone() };
-    let truth = oracle.answer(plan.lane, &plan.prompt, &params);
+    let truth = oracle.answer(plan.lane, &plan.prompt, &params, plan.grammar.as_ref());
     is_prefix(saw, &truth)?;
     check_form(saw, &plan.params)?;
     if !client.closed && !client.hung_up {
@@ -86,8 +86,9 @@ fn check_form(saw: &Answer, params: &SamplingParams) -> Result<(), String> {
         return Err(format!("{} log-probabilities, {wanted_logprobs} wanted", saw.logprobs.len()));
     }
     let scores = params.prompt_logprobs.is_some();
-    let is_complete =
-        saw.finished.is_some_and(|f| matches!(f.reason, FinishReason::Stop(_) | FinishReason::Length));
+    let ends_by_itself =
+        |reason| matches!(reason, FinishReason::Stop(_) | FinishReason::Complete | FinishReason::Length);
+    let is_complete = saw.finished.is_some_and(|f| ends_by_itself(f.reason));
     if saw.prompt_logprobs.is_some() && !scores {
         return Err("nobody asked for prompt log-probabilities".into());
     }
@@ -113,8 +114,12 @@ fn check_reason(
         ))
     };
     match reason {
-        FinishReason::Stop(_) if right != Some(reason) => wrong("a stop nobody else sees"),
-        FinishReason::Stop(_) if saw.tokens.len() != truth.tokens.len() => wrong("too early"),
+        FinishReason::Stop(_) | FinishReason::Complete if right != Some(reason) => {
+            wrong("an end nobody else sees")
+        }
+        FinishReason::Stop(_) | FinishReason::Complete if saw.tokens.len() != truth.tokens.len() => {
+            wrong("too early")
+        }
         FinishReason::Length => {
             let surely_raised = client.extended.is_some_and(|(_, surely)| surely);
             let at_first = client.plan.params.max_tokens as usize;

@@ -12,7 +12,7 @@ use tandem_engine::{
 use super::oracle::{Oracle, PairSpec};
 use super::rng::Rng;
 use super::scenario::Shape;
-use crate::common::{Fault, STOP, VOCAB_SIZE};
+use crate::common::{Fault, Grammar, STOP, VOCAB_SIZE};
 
 /// A channel that is never full, if it is read after every step.
 pub(crate) const AMPLE_CAPACITY: usize = 256;
@@ -29,6 +29,8 @@ pub(crate) struct Plan {
     pub(crate) salt: CacheSalt,
     pub(crate) max_predict_time: Option<Duration>,
     pub(crate) speculation: SpeculationParams,
+    /// The form of its answer.
+    pub(crate) grammar: Option<Grammar>,
     /// Events that fit its channel.
     pub(crate) capacity: usize,
     /// It reads after one step in so many.
@@ -86,9 +88,10 @@ impl Workload {
         let lane = if rng.percent(self.fast) { Lane::Fast } else { Lane::Deep };
         let mut params = self.params(rng);
         let mut prompt = self.prompt(rng, oracle);
+        let mut grammar = self.grammar(rng);
         let twin = rng.one_in(8).then(|| self.earlier.get(self.earlier.len().wrapping_sub(1))).flatten();
         if let Some(twin) = twin {
-            (prompt, params) = (twin.prompt.to_vec(), twin.params.clone());
+            (prompt, params, grammar) = (twin.prompt.to_vec(), twin.params.clone(), twin.grammar.clone());
         }
         prompt.truncate(self.shape.max_prompt.min(self.capacity - params.max_tokens as usize));
         let meets_fault = self.fault.is_some() && rng.percent(20);
@@ -96,7 +99,7 @@ impl Workload {
             avoid(fault, &mut prompt, &mut params);
         }
         let prompt: Arc<[TokenId]> = prompt.into();
-        let mut prediction = self.prediction(rng, oracle, lane, &prompt, &params);
+        let mut prediction = self.prediction(rng, oracle, lane, &prompt, (&params, grammar.as_ref()));
         if let Some(fault) = self.fault.filter(|_| !meets_fault) {
             prediction.retain(|&id| id != fault.token);
         }
@@ -124,6 +127,7 @@ impl Workload {
                     .fold(DraftSources::NONE, DraftSources::with),
                 prediction: prediction.into(),
             },
+            grammar,
             capacity: if slow { rng.range(1, 3) } else { AMPLE_CAPACITY },
             reads_one_in: if slow { rng.range(1, 40) } else { 1 },
         };
@@ -148,6 +152,7 @@ impl Workload {
             salt: CacheSalt(1),
             max_predict_time: None,
             speculation: SpeculationParams::default(),
+            grammar: None,
             capacity: AMPLE_CAPACITY,
             reads_one_in: 1,
             deed: None,
@@ -193,6 +198,12 @@ impl Workload {
         Some((when, deed))
     }
 
+    /// None that could lead to a fault's token, which bias cannot avoid where there is no alternative.
+    fn grammar(&self, rng: &Rng) -> Option<Grammar> {
+        let wanted = self.fault.is_none() && rng.one_in(4);
+        wanted.then(|| Grammar { forgets: rng.one_in(4), ..Grammar::new(rng.range(0, 30) as u64) })
+    }
+
     fn fresh(&self, rng: &Rng, length: usize) -> Vec<TokenId> {
         (0..length).map(|_| rng.range(0, self.alphabet - 1) as TokenId).collect()
     }
@@ -215,7 +226,8 @@ impl Workload {
             }
             // The next turn, or the next keystroke.
             kind @ 3..=5 => {
-                let answer = oracle.answer(before.lane, &before.prompt, &before.params);
+                let answer =
+                    oracle.answer(before.lane, &before.prompt, &before.params, before.grammar.as_ref());
                 let kept = if kind == 3 { answer.tokens.len() } else { rng.range(0, answer.tokens.len()) };
                 prompt.extend(&answer.tokens[..kept]);
                 let turn = if kind == 5 { 0 } else { rng.range(0, 6) };
@@ -238,12 +250,12 @@ impl Workload {
         oracle: &mut Oracle,
         lane: Lane,
         prompt: &[TokenId],
-        params: &SamplingParams,
+        (params, grammar): (&SamplingParams, Option<&Grammar>),
     ) -> Vec<TokenId> {
         if rng.one_in(2) {
             return Vec::new();
         }
-        let mut prediction = oracle.answer(lane, prompt, params).tokens.clone();
+        let mut prediction = oracle.answer(lane, prompt, params, grammar).tokens.clone();
         for _ in 0..rng.pick(&[0, 0, 1, 2, 5]) {
             let at = rng.range(0, prediction.len());
             match rng.range(0, 3) {

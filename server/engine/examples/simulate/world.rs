@@ -68,7 +68,7 @@ impl Summary {
         self.sequences += clients.len() as u64;
         for finished in clients.iter().filter_map(|c| c.answer.finished) {
             *match finished.reason {
-                FinishReason::Stop(_) => &mut self.stopped,
+                FinishReason::Stop(_) | FinishReason::Complete => &mut self.stopped,
                 FinishReason::Length => &mut self.at_length,
                 FinishReason::Deadline => &mut self.at_deadline,
                 FinishReason::Aborted => continue,
@@ -351,7 +351,7 @@ impl<'a> World<'a> {
                 let plan = client.plan;
                 let mut params = plan.params.clone();
                 params.max_tokens = params.max_tokens.max(client.answer.tokens.len() as u32);
-                let answer = oracle.answer(plan.lane, &plan.prompt, &params);
+                let answer = oracle.answer(plan.lane, &plan.prompt, &params, plan.grammar.as_ref());
                 (plan.prompt.iter().chain(&answer.tokens).copied().collect(), client)
             })
             .collect();

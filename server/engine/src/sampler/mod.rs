@@ -1,7 +1,7 @@
 //! From a row of logits to a token.
 //!
 //! Order, as in Hugging Face transformers: logit bias, repetition penalty, presence and frequency
-//! penalties, temperature, top-k, top-p, min-p, then the draw. The draw is Gumbel-max with common
+//! penalties, the mask of what may come next, temperature, top-k, top-p, min-p, then the draw. The draw is Gumbel-max with common
 //! random numbers, carried out as the exponential race it is equivalent to: with `e_i = -ln u_i`
 //! and weights `w_i = exp(z_i - max z)`, `argmax(z_i + gumbel_i) == argmin(e_i / w_i)`. The race
 //! allows most tokens to be passed over without an exponential or a logarithm, because
@@ -18,6 +18,7 @@ use std::collections::HashMap;
 use tandem_kernels::sampling;
 
 use crate::api::{EngineError, SamplingParams, TokenId};
+use crate::constraint::TokenMask;
 pub(crate) use logprobs::{LogprobScratch, margin};
 use noise::NoiseRow;
 
@@ -66,6 +67,31 @@ pub(crate) struct Draw<'a> {
     pub(crate) position: usize,
     /// Output tokens before it.
     pub(crate) num_output_tokens: usize,
+    /// The tokens that may stand there, stop tokens included, if not all; not empty.
+    pub(crate) allowed: Option<&'a TokenMask>,
+}
+
+impl Draw<'_> {
+    /// True if the token may stand there.
+    pub(crate) fn allows(&self, id: TokenId) -> bool {
+        self.allowed.is_none_or(|allowed| allowed.allows(id))
+    }
+
+    /// The token that is drawn whatever the logits, if there is one and it does not end the output.
+    pub(crate) fn only_token(&self) -> Option<TokenId> {
+        let only = self.allowed?.only()?;
+        (!self.params.stop_token_ids.contains(&only)).then_some(only)
+    }
+
+    /// The token's share among those that may stand there, by the bare logits.
+    pub(crate) fn probability(&self, logits: &[f32], id: TokenId) -> f32 {
+        let logit = f64::from(logits[id as usize]);
+        let Some(allowed) = self.allowed else {
+            return (logit - sampling::log_sum_exp(logits)).exp() as f32;
+        };
+        let total: f64 = allowed.iter().map(|id| (f64::from(logits[id as usize]) - logit).exp()).sum();
+        total.recip() as f32
+    }
 }
 
 /// Draws tokens; owns the scratch that this takes.
@@ -95,8 +121,10 @@ impl Sampler {
             return Err(EngineError::NonFiniteLogits);
         }
         let params = draw.params;
-        let mask_stops = draw.num_output_tokens < params.min_tokens as usize;
-        let logits = if params.logit_bias.is_empty() && draw.counts.is_none() && !mask_stops {
+        // A mask says itself where stop tokens may stand.
+        let mask_stops = draw.allowed.is_none() && draw.num_output_tokens < params.min_tokens as usize;
+        let is_bare = params.logit_bias.is_empty() && draw.counts.is_none() && draw.allowed.is_none();
+        let logits = if is_bare && !mask_stops {
             logits
         } else {
             adjust(&mut self.adjusted, logits, draw, mask_stops);
@@ -215,6 +243,9 @@ fn adjust(adjusted: &mut Vec<f32>, logits: &[f32], draw: &Draw<'_>, mask_stops: 
                 *logit = f32::NEG_INFINITY;
             }
         }
+    }
+    if let Some(allowed) = draw.allowed {
+        allowed.apply(adjusted);
     }
 }
 

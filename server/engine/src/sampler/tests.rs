@@ -2,7 +2,7 @@ use super::*;
 use proptest::prelude::*;
 
 fn draw_at(logits: &[f32], params: &SamplingParams, position: usize) -> TokenId {
-    let draw = Draw { params, counts: None, provisional: &[], position, num_output_tokens: 0 };
+    let draw = Draw { params, counts: None, provisional: &[], position, num_output_tokens: 0, allowed: None };
     Sampler::default().draw(logits, &draw).expect("finite logits")
 }
 
@@ -93,8 +93,14 @@ fn logits_that_are_not_numbers_are_refused() {
         let mut logits = vec![0.0; 130];
         logits[129] = bad;
         let params = SamplingParams::default();
-        let draw =
-            Draw { params: &params, counts: None, provisional: &[], position: 0, num_output_tokens: 0 };
+        let draw = Draw {
+            params: &params,
+            counts: None,
+            provisional: &[],
+            position: 0,
+            num_output_tokens: 0,
+            allowed: None,
+        };
         assert_eq!(Sampler::default().draw(&logits, &draw), Err(EngineError::NonFiniteLogits));
     }
 }
@@ -103,12 +109,45 @@ fn logits_that_are_not_numbers_are_refused() {
 fn min_tokens_masks_stop_tokens() {
     let params = SamplingParams { min_tokens: 2, stop_token_ids: vec![1], ..SamplingParams::default() };
     for (num_output_tokens, expected) in [(0, 2), (1, 2), (2, 1)] {
-        let draw = Draw { params: &params, counts: None, provisional: &[], position: 7, num_output_tokens };
+        let draw = Draw {
+            params: &params,
+            counts: None,
+            provisional: &[],
+            position: 7,
+            num_output_tokens,
+            allowed: None,
+        };
         assert_eq!(Sampler::default().draw(&[0.0, 9.0, 3.0], &draw), Ok(expected));
     }
 }
 
 proptest! {
+    /// A mask leaves a draw among what it allows, as if the others were not there.
+    #[test]
+    fn a_masked_draw_is_one_among_the_allowed(
+        logits in prop::collection::vec(-4.0f32..4.0, 40),
+        allowed in prop::collection::btree_set(0u32..40, 1..40),
+        temperature in prop_oneof![Just(0.0f32), Just(0.9f32)],
+        top_k in prop_oneof![Just(0u32), 1u32..5], top_p in prop_oneof![Just(1.0f32), Just(0.7f32)],
+        position in 0usize..100,
+    ) {
+        let params = SamplingParams { temperature, top_k, top_p, seed: 5, ..SamplingParams::default() };
+        let mut mask = TokenMask::new(40);
+        allowed.iter().for_each(|&id| mask.allow(id));
+        let draw = Draw {
+            params: &params, counts: None, provisional: &[], position, num_output_tokens: 0, allowed: Some(&mask),
+        };
+        let got = Sampler::default().draw(&logits, &draw).expect("finite logits");
+        prop_assert!(allowed.contains(&got));
+        let mut others_unlikely = logits.clone();
+        for id in (0..40).filter(|id| !allowed.contains(id)) {
+            others_unlikely[id as usize] = -1e4;
+        }
+        prop_assert_eq!(got, draw_at(&others_unlikely, &params, position));
+        let total: f32 = allowed.iter().map(|&id| draw.probability(&logits, id)).sum();
+        prop_assert!((total - 1.0).abs() < 1e-4);
+    }
+
     /// Drawing with draft tokens provisional equals drawing once they are committed.
     #[test]
     fn provisional_tokens_count_like_committed_ones(
@@ -128,7 +167,7 @@ proptest! {
             committed.iter().for_each(|&id| counts.push(id));
             let draw = Draw {
                 params: &params, counts: Some(&counts), provisional,
-                position: prompt.len() + output.len(), num_output_tokens: output.len(),
+                position: prompt.len() + output.len(), num_output_tokens: output.len(), allowed: None,
             };
             Sampler::default().draw(&logits, &draw).expect("finite logits")
         };
@@ -182,7 +221,7 @@ proptest! {
         let mut counts = TokenCounts::for_sequence(&[0], &params).expect("penalties are on");
         counts.push(0);
         let draw =
-            Draw { params: &params, counts: Some(&counts), provisional: &[0], position: 3, num_output_tokens: 1 };
+            Draw { params: &params, counts: Some(&counts), provisional: &[0], position: 3, num_output_tokens: 1, allowed: None };
         let id = Sampler::default().draw(&logits, &draw).expect("finite logits");
         prop_assert!((id as usize) < logits.len());
     }

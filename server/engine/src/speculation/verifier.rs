@@ -2,11 +2,14 @@
 //! draws at that position (drafter-invariant speculative decoding, Daliri, Musco, Suresh,
 //! arXiv 2408.07978). The draw uses noise that depends only on seed, position and token id, so the
 //! committed tokens are the ones that plain decoding would have drawn, whatever was drafted.
+//!
+//! Where the output has a form, each draw is under the mask of what may follow the tokens before it, and
+//! tokens to which the form leaves no alternative are committed without a draw ([`Sequence::jump`]).
 
 use std::time::Duration;
 
 use crate::api::{EngineError, FinishReason};
-use crate::sampler::{Draw, LogprobScratch, Sampler, margin};
+use crate::sampler::{LogprobScratch, Sampler, margin};
 use crate::sequence::Sequence;
 
 /// Draws at each of the `1 + num_draft_tokens` rows of logits (`[num_token_ids]`, row `i` predicting the token
@@ -14,7 +17,7 @@ use crate::sequence::Sequence;
 /// drawn and rolls the rest back. Without draft tokens this is plain decoding.
 ///
 /// # Errors
-/// If logits are not finite; the tokens before them are committed.
+/// If logits are not finite, or the output's form cannot be followed; the tokens before are committed.
 pub(crate) fn verify<'a>(
     sequence: &mut Sequence,
     rows: impl Iterator<Item = &'a [f32]>,
@@ -25,15 +28,14 @@ pub(crate) fn verify<'a>(
     let num_draft_tokens = sequence.draft_tokens().len();
     let mut num_accepted_tokens = 0;
     let is_decode_step = sequence.num_output_tokens() > 0;
+    if sequence.is_complete_after(0)? {
+        sequence.finished = Some(FinishReason::Complete);
+    }
     for row in rows {
-        let draw = Draw {
-            params: &sequence.params,
-            counts: sequence.counts.as_ref(),
-            provisional: &[],
-            position: sequence.num_tokens(),
-            num_output_tokens: sequence.num_output_tokens(),
-        };
-        let id = sampler.draw(row, &draw)?;
+        if sequence.finished.is_some() {
+            break;
+        }
+        let id = sampler.draw(row, &sequence.draw_after(0)?)?;
         if sequence.params.stop_token_ids.contains(&id) {
             // The stop token is not output, but a draft that foresaw it was right.
             num_accepted_tokens += usize::from(sequence.draft_tokens().first() == Some(&id));
@@ -46,20 +48,17 @@ pub(crate) fn verify<'a>(
             sequence.rollback();
         }
         let is_watched = sequence.num_output_tokens() < sequence.params.num_margins as usize;
-        sequence.commit(id, accepted, reported, now);
+        num_accepted_tokens += usize::from(accepted);
+        sequence.take_token(id, accepted, reported, now)?;
         if is_watched {
             sequence.push_margin(margin(row));
-        }
-        num_accepted_tokens += usize::from(accepted);
-        if sequence.num_remaining_tokens() == 0 {
-            sequence.finished = Some(FinishReason::Length);
-            break;
         }
         if !accepted {
             break;
         }
     }
     sequence.rollback();
+    sequence.jump(now)?;
     sequence.usage.num_decode_steps += u32::from(is_decode_step);
     let source = sequence.drafting.source as usize;
     sequence.usage.num_draft_tokens[source] += num_draft_tokens as u32;

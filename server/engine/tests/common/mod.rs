@@ -1,6 +1,7 @@
 //! A model for tests, a collector for events, and a driver for the synchronous engine.
 #![allow(dead_code, unused_imports)] // Each test file uses its own part.
 
+mod grammar;
 mod model;
 
 use std::cell::Cell;
@@ -14,6 +15,7 @@ use tandem_engine::{
     TokenLogprobs,
 };
 
+pub(crate) use grammar::Grammar;
 pub(crate) use model::{Fault, FaultKind, HashModel, Recipe, STOP, VOCAB_SIZE};
 
 /// Everything a client saw of one sequence.
@@ -102,6 +104,7 @@ pub(crate) fn request(
         cache_salt: CacheSalt::default(),
         max_predict_time: None,
         speculation: SpeculationParams::default(),
+        constraint: None,
         events,
     };
     (request, receiver)
@@ -125,6 +128,7 @@ pub(crate) struct Ask {
     pub(crate) priority: Priority,
     pub(crate) salt: CacheSalt,
     pub(crate) speculation: SpeculationParams,
+    pub(crate) grammar: Option<Grammar>,
     /// Steps before it is submitted.
     pub(crate) arrives: usize,
 }
@@ -138,6 +142,7 @@ impl Ask {
             priority: Priority::default(),
             salt: CacheSalt::default(),
             speculation: SpeculationParams::default(),
+            grammar: None,
             arrives: 0,
         }
     }
@@ -187,6 +192,7 @@ impl Server {
             priority: ask.priority,
             cache_salt: ask.salt,
             speculation: ask.speculation.clone(),
+            constraint: ask.grammar.as_ref().map(Grammar::start),
             ..request
         };
         self.engine.submit(request, (self.clock)());

@@ -277,6 +277,7 @@ impl Bench {
                 sources: setting.sources,
                 prediction,
             },
+            constraint: None,
             events: Box::new(events),
         };
         let start = self.start;

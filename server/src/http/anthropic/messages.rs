@@ -32,6 +32,10 @@ pub(super) async fn messages(
     common.stop = fields.stop_sequences.take();
     let mut intake = Intake::new(&state, &headers, common, Work::Chat, false)?;
     let (one_call, shows_thinking) = (fields.one_call(), fields.shows_thinking()?);
+    intake.common.one_call = one_call;
+    if let Some(format) = fields.take_format()? {
+        intake.common.format = Some(format);
+    }
     let rendered = fields.conversation(size_bytes)?.render(&mut intake).await?;
     let num_prompt_tokens = rendered.tokens.len();
     let max_model_len = intake.max_model_len();

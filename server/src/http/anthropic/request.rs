@@ -9,7 +9,7 @@ use crate::http::chat::{
     Conversation, MAX_TOOL_NAME_BYTES, ToolChoice, function_tool, invalid_part, text_of_agents_parts,
 };
 use crate::http::error::ApiError;
-use crate::http::fields::{Bounded, Strings, objects, one_of, wrong_type};
+use crate::http::fields::{AskedFormat, Bounded, Strings, objects, one_of, response_format, wrong_type};
 
 /// The fields that only messages have.
 #[derive(Deserialize, ToSchema)]
@@ -20,12 +20,14 @@ pub(super) struct MessagesFields {
     tools: Option<Bounded>,
     tool_choice: Option<Choice>,
     thinking: Option<Thinking>,
+    output_format: Option<Bounded>,
     output_config: Option<OutputConfig>,
 }
 
 #[derive(Deserialize, ToSchema)]
 struct OutputConfig {
     effort: Option<String>,
+    format: Option<Bounded>,
 }
 
 #[derive(Deserialize, ToSchema)]
@@ -55,6 +57,16 @@ impl MessagesFields {
                 let message = "thinking.type must be \"enabled\", \"adaptive\" or \"disabled\"";
                 Err(ApiError::invalid("thinking.type", message))
             }
+        }
+    }
+
+    /// The form that the answer is to have, under its present name or the one it had first.
+    pub(super) fn take_format(&mut self) -> Result<Option<AskedFormat>, ApiError> {
+        let config = self.output_config.as_mut().and_then(|config| config.format.take());
+        let given = config.map(|format| ("output_config.format", format));
+        match given.or_else(|| Some(("output_format", self.output_format.take()?))) {
+            Some((param, Bounded(format))) if !format.is_null() => response_format(param, format),
+            _ => Ok(None),
         }
     }
 
@@ -212,7 +224,11 @@ fn tools(field: Option<Bounded>) -> Result<Vec<Value>, ApiError> {
         if let Some(schema) = schema.filter(|schema| !schema.is_object()) {
             return Err(wrong_type(&format!("tools[{i}].input_schema"), "an object", schema));
         }
-        tools.push(function_tool(name, tool.get("description"), schema));
+        let mut function = function_tool(name, tool.get("description"), schema);
+        if tool.get("strict") == Some(&Value::Bool(true)) {
+            function["function"]["strict"] = Value::Bool(true);
+        }
+        tools.push(function);
     }
     Ok(tools)
 }

@@ -7,6 +7,7 @@ use tandem_models::{ChatTemplate, Tokenizer};
 
 use super::messages::normalise;
 use crate::http::error::ApiError;
+use crate::http::grammars::ChatForm;
 use crate::http::intake::Intake;
 use crate::http::prompt::{INLINE_TEXT_BYTES, check_text_fits, encode};
 use crate::text::answer::{AnswerReader, Dialect, ToolFormat, ToolSet};
@@ -123,18 +124,31 @@ impl Conversation {
         self.check_choice(&served.dialect)?;
         let (state_there, lane) = (state.clone(), served.lane);
         let is_long = self.size_bytes > INLINE_TEXT_BYTES;
+        let (asked, one_call) = (intake.common.format.clone(), intake.common.one_call);
         let render = move || {
             let served = state_there.served(lane).expect("it was found before: this is a bug");
             let path = self.path;
+            let (tools, tool_choice) = (self.tools.clone(), self.tool_choice.clone());
             let (text, mut plan) = self.write(&template, &served.dialect)?;
             plan.tokenizer = Some(served.model.tokenizer.clone());
+            let form = ChatForm {
+                asked: asked.as_ref(),
+                tools: &tools,
+                tool_choice: &tool_choice,
+                one_call,
+                is_forced: !plan.forced.is_empty(),
+                prompt: &text,
+                is_begun: !plan.prefill.is_empty(),
+            };
+            let grammar = form.plan(served)?;
             let whole = format!("{text}{}{}", plan.prefill, plan.forced);
             check_text_fits(path, whole.len(), served, state_there.engine.max_model_len())?;
             // The template writes the special tokens itself.
             let tokens = encode(&served.model.tokenizer, &whole, false).map(Arc::from)?;
-            Ok(Rendered { tokens, text, plan })
+            Ok((Rendered { tokens, text, plan }, grammar))
         };
-        let rendered = state.heavy.run_if(is_long, render).await?;
+        let (rendered, grammar) = state.heavy.run_if(is_long, render).await?;
+        intake.common.grammar = grammar;
         intake.common.markers = served.dialect.markers().into();
         Ok(rendered)
     }
@@ -179,6 +193,10 @@ impl Conversation {
         }
         let with_tools = self.tool_choice != ToolChoice::None && !self.tools.is_empty();
         let tools = with_tools.then(|| Arc::new(ToolSet::new(&self.tools)));
+        for tool in &mut self.tools {
+            // The template shows all there is of a tool, and this is not for the model.
+            tool["function"].as_object_mut().and_then(|function| function.remove("strict"));
+        }
         let messages = Value::Array(self.messages.into_iter().map(Value::Object).collect());
         let listed = with_tools.then(|| Value::Array(self.tools));
         let text = template.render(&messages, listed.as_ref(), true, &self.variables).map_err(|error| {

@@ -42,7 +42,11 @@ impl ToolFields {
             {
                 return Err(wrong_type(&format!("{path}.parameters"), "an object", parameters));
             }
-            tools.push(function_tool(name, function.get("description"), function.get("parameters")));
+            let mut tool = function_tool(name, function.get("description"), function.get("parameters"));
+            if function.get("strict") == Some(&Value::Bool(true)) {
+                tool["function"]["strict"] = Value::Bool(true);
+            }
+            tools.push(tool);
         }
         let tool_choice = match self.tool_choice.map(|Bounded(value)| value) {
             None | Some(Value::Null) => ToolChoice::Auto,

@@ -3,6 +3,7 @@
 //! `null` is the same as absent. Fields not named here are ignored.
 
 mod bounded;
+mod format;
 mod json;
 mod schema;
 mod speculation;
@@ -15,6 +16,8 @@ use serde::Deserialize;
 use tandem_engine::{CacheSalt, Priority, SamplingParams, SpeculationParams};
 
 pub(super) use bounded::{Bounded, bounded_from_str, object, objects, wrong_type};
+use format::FormatFields;
+pub(super) use format::{AskedFormat, fault, response_format};
 use json::{Entries, Ids, canonical_id, number};
 pub(super) use json::{Integer, Strings, in_range, integer, one_of};
 pub(super) use speculation::Prediction;
@@ -23,9 +26,11 @@ use utoipa::ToSchema;
 
 use super::error::ApiError;
 use super::generation::{GenerationRequest, Prompt};
+use super::grammars::GrammarPlan;
 use super::lanes::{AUTO, Hints};
 use super::state::{Limits, ServedModel};
 use crate::keys::Client;
+use crate::text::grammar::Grammar;
 
 /// Longest `cache_salt`: a hash or a few ids in any notation.
 const MAX_SALT_BYTES: usize = 256;
@@ -80,6 +85,15 @@ pub(super) struct CommonFields {
     /// What the rules for lanes look at, in whatever fields it stands.
     #[serde(skip)]
     hints: Hints,
+    parallel_tool_calls: Option<bool>,
+    response_format: Option<Bounded>,
+    structured_outputs: Option<Bounded>,
+    guided_json: Option<Bounded>,
+    guided_regex: Option<Bounded>,
+    guided_choice: Option<Bounded>,
+    guided_grammar: Option<Bounded>,
+    grammar: Option<Bounded>,
+    json_schema: Option<Bounded>,
 }
 
 /// What they become. `params.max_tokens` and the logprobs are left to the endpoint.
@@ -103,6 +117,12 @@ pub(super) struct Common {
     pub(super) markers: Arc<[u32]>,
     /// An answer that fills a gap ends where it meets what follows.
     pub(super) fits_gaps: bool,
+    /// The form that the client asks for.
+    pub(super) format: Option<AskedFormat>,
+    /// What follows from it and from the tools of a chat.
+    pub(super) grammar: Option<GrammarPlan>,
+    /// The client takes one tool call at a time.
+    pub(super) one_call: bool,
 }
 
 impl Common {
@@ -112,6 +132,7 @@ impl Common {
         prompts: Vec<Prompt>,
         cache_salt: CacheSalt,
         client: Option<Arc<Client>>,
+        grammar: Option<Arc<Grammar>>,
     ) -> GenerationRequest {
         GenerationRequest {
             prompts,
@@ -126,6 +147,7 @@ impl Common {
             markers: self.markers,
             fits_gaps: self.fits_gaps,
             client,
+            grammar,
         }
     }
 }
@@ -173,6 +195,9 @@ impl CommonFields {
                 Some(fill) => one_of("fill", fill, FILLS)?,
                 None => true,
             },
+            format: self.format()?,
+            grammar: None,
+            one_call: self.parallel_tool_calls == Some(false),
         })
     }
 
@@ -187,6 +212,20 @@ impl CommonFields {
     /// See [`CommonFields::take_hints`].
     pub(super) fn hints(&self) -> &Hints {
         &self.hints
+    }
+
+    fn format(&self) -> Result<Option<AskedFormat>, ApiError> {
+        let fields = FormatFields {
+            response_format: self.response_format.as_ref(),
+            structured_outputs: self.structured_outputs.as_ref(),
+            guided_json: self.guided_json.as_ref(),
+            guided_regex: self.guided_regex.as_ref(),
+            guided_choice: self.guided_choice.as_ref(),
+            guided_grammar: self.guided_grammar.as_ref(),
+            grammar: self.grammar.as_ref(),
+            json_schema: self.json_schema.as_ref(),
+        };
+        fields.resolve()
     }
 
     /// What the client expects, for [`Prediction::encode`]. Taken, because it can be long.

@@ -295,7 +295,7 @@ impl Choice {
         }
         self.delta.tokens.extend(self.held_tokens.drain(..).map(|(_, token)| token));
         match reason {
-            Some(FinishReason::Stop(_)) => Ok(EndReason::Stop),
+            Some(FinishReason::Stop(_) | FinishReason::Complete) => Ok(EndReason::Stop),
             Some(FinishReason::Length | FinishReason::Deadline) => Ok(EndReason::Length),
             // Nobody but the server's own shutdown aborts a sequence that has a listener.
             Some(FinishReason::Aborted) => Err(ApiError::shutting_down()),

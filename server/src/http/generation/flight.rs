@@ -16,6 +16,7 @@ use tandem_engine::{
 };
 
 use super::PromptText;
+use crate::text::grammar::Grammar;
 
 /// What a sequence is asked to do.
 #[derive(Clone)]
@@ -31,6 +32,8 @@ pub(super) struct FlightPlan {
     pub(super) cache_salt: CacheSalt,
     pub(super) max_predict_time: Option<Duration>,
     pub(super) speculation: SpeculationParams,
+    /// The form of the output.
+    pub(super) grammar: Option<Arc<Grammar>>,
 }
 
 /// A sequence and what it has said so far.
@@ -119,6 +122,7 @@ impl Flight {
             cache_salt: plan.cache_salt,
             max_predict_time: plan.max_predict_time,
             speculation: plan.speculation,
+            constraint: plan.grammar.map(|grammar| grammar.start()),
             events: Box::new(FlightSink(flight.clone())),
         })?;
         Ok(flight.read().expect("nobody else can have closed it: this is a bug"))

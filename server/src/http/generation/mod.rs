@@ -21,6 +21,7 @@ use super::metrics::TokenClock;
 use super::state::{AppState, ServedModel, unix_seconds};
 use crate::keys::Client;
 use crate::text::GapRules;
+use crate::text::grammar::Grammar;
 use choice::{Choice, TextRules};
 use flight::FlightPlan;
 pub(super) use sharing::Flights;
@@ -52,6 +53,8 @@ pub struct GenerationRequest {
     pub fits_gaps: bool,
     /// Who pays for the output, if anybody does.
     pub client: Option<Arc<Client>>,
+    /// The form of every answer.
+    pub grammar: Option<Arc<Grammar>>,
 }
 
 /// One prompt of a request.
@@ -197,6 +200,7 @@ impl Generation {
                     cache_salt: request.cache_salt,
                     max_predict_time: request.max_predict_time,
                     speculation: request.speculation.clone(),
+                    grammar: request.grammar.clone(),
                 };
                 let clock = TokenClock::start(state.metrics.lane(served.lane));
                 let tokenizer = &served.model.tokenizer;

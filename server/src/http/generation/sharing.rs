@@ -104,6 +104,15 @@ fn is_compatible(running: &FlightPlan, wanted: &FlightPlan) -> bool {
         // Interactive work does not wait for a sequence that gives way.
         && running.priority <= wanted.priority
         && speculation(running) == speculation(wanted)
+        && same_form(running, wanted)
+}
+
+/// Equal texts are compiled once, while they are in use.
+fn same_form(a: &FlightPlan, b: &FlightPlan) -> bool {
+    match (&a.grammar, &b.grammar) {
+        (Some(a), Some(b)) => Arc::ptr_eq(a, b),
+        (a, b) => a.is_none() && b.is_none(),
+    }
 }
 
 fn same_sampling(a: &SamplingParams, b: &SamplingParams) -> bool {
@@ -113,8 +122,12 @@ fn same_sampling(a: &SamplingParams, b: &SamplingParams) -> bool {
 
 /// True if what a token's chances are depends on where the output begins: such an output cannot be
 /// taken up by a prompt that ends inside it.
-fn counts_output(params: &SamplingParams) -> bool {
-    params.presence_penalty != 0.0 || params.frequency_penalty != 0.0 || params.min_tokens > 0
+fn counts_output(plan: &FlightPlan) -> bool {
+    let params = &plan.params;
+    plan.grammar.is_some()
+        || params.presence_penalty != 0.0
+        || params.frequency_penalty != 0.0
+        || params.min_tokens > 0
 }
 
 fn join_identical(flight: &Arc<Flight>, wanted: &FlightPlan) -> Option<Boarding> {
@@ -127,7 +140,7 @@ fn join_identical(flight: &Arc<Flight>, wanted: &FlightPlan) -> Option<Boarding>
         && is_compatible(running, wanted)
         && running.prompt == wanted.prompt
         && same_sampling(&running.params, &wanted.params)
-        && !(may_be_cut && counts_output(&wanted.params));
+        && !(may_be_cut && counts_output(wanted));
     if !is_identical {
         return None;
     }
@@ -149,7 +162,7 @@ fn join_continuation(
     let is_plain = params.logprobs.is_none()
         && params.prompt_logprobs.is_none()
         && params.repetition_penalty == 1.0
-        && !counts_output(params);
+        && !counts_output(wanted);
     let num_typed_bytes = text.before.len().checked_sub(running_text.before.len())?;
     let is_near = (1..=MAX_TYPED_BYTES).contains(&num_typed_bytes);
     if !(is_free && is_plain && is_near && is_compatible(running, wanted)) {

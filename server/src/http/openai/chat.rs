@@ -15,8 +15,7 @@ use super::logprobs::ChatLogprobs;
 use super::write::{ChunkWriter, Identity};
 use crate::http::body::JsonBody;
 use crate::http::chat::{
-    ChatAnswer, ChatStream, ChatWire, Conversation, Finish, ReadingPlan, ToolFields, only_text,
-    reasoning_variables,
+    ChatAnswer, ChatStream, ChatWire, Conversation, Finish, ReadingPlan, ToolFields, reasoning_variables,
 };
 use crate::http::error::ApiError;
 use crate::http::fields::{Bounded, CommonFields, in_range, integer, object, objects};
@@ -33,7 +32,6 @@ pub(super) struct ChatFields {
     messages: Option<Bounded>,
     tools: Option<Bounded>,
     tool_choice: Option<Bounded>,
-    response_format: Option<Bounded>,
     parallel_tool_calls: Option<bool>,
     #[serde(default, deserialize_with = "integer")]
     max_completion_tokens: Option<i128>,
@@ -70,7 +68,6 @@ impl<'a> PreparedChat<'a> {
         headers: &HeaderMap,
         JsonBody { common, fields, size_bytes }: JsonBody<CommonFields, ChatFields>,
     ) -> Result<Self, ApiError> {
-        only_text("response_format", fields.response_format.as_ref().map(|Bounded(format)| format))?;
         let (param, asked) = match fields.max_completion_tokens {
             Some(value) => ("max_completion_tokens", Some(value)),
             None => ("max_tokens", common.max_tokens),

@@ -10,9 +10,9 @@ use super::record::{History, Latest, Recorder};
 use super::request::{Input, ResponseFields, message};
 use super::wire::{Framing, ResponsesWire};
 use crate::http::body::JsonBody;
-use crate::http::chat::{ChatStream, Conversation, ToolChoice, ToolFields, only_text, reasoning_variables};
+use crate::http::chat::{ChatStream, Conversation, ToolChoice, ToolFields, reasoning_variables};
 use crate::http::error::ApiError;
-use crate::http::fields::{Bounded, CommonFields};
+use crate::http::fields::{Bounded, CommonFields, response_format};
 use crate::http::generation::{Generation, Prompt};
 use crate::http::intake::{Intake, Reply, answer_tokens, asked_tokens};
 use crate::http::lanes::{AUTO, Work};
@@ -52,6 +52,15 @@ impl Turn {
         let mut response = echoed(&fields, common.model.as_deref());
         let mut intake = Intake::new(state, headers, common, Work::Chat, false)?;
         intake.common.num_choices = 1;
+        if let Some(format) = fields
+            .text
+            .as_ref()
+            .and_then(|Bounded(text)| text.get("format"))
+            .filter(|format| !format.is_null())
+        {
+            response.insert("text".to_owned(), json!({ "format": format }));
+            intake.common.format = response_format("text.format", format.clone())?;
+        }
         let params = &intake.common.params;
         for (name, value) in [
             ("temperature", params.temperature),
@@ -95,7 +104,7 @@ fn check_form(fields: &ResponseFields) -> Result<(), ApiError> {
         let message = "background is true; responses are not made in the background here";
         return Err(ApiError::invalid("background", message));
     }
-    only_text("text.format", fields.text.as_ref().and_then(|Bounded(text)| text.get("format")))
+    Ok(())
 }
 
 /// Every result belongs to a call that stands before it.

@@ -157,6 +157,14 @@ impl Dialect {
         Some(self.past_reasoning(prompt) + &call)
     }
 
+    /// The marks around the reasoning that an answer to `prompt` may begin with, and whether it has begun
+    /// in the prompt.
+    pub fn reasoning(&self, prompt: &str) -> Option<(&'static str, &'static str, bool)> {
+        let (open, close) = self.thinking?;
+        let is_over = prompt.trim_end().ends_with(close);
+        (!is_over).then(|| (open, close, self.is_thinking(prompt)))
+    }
+
     /// What an answer to `prompt` begins with if there is to be no reasoning before it.
     pub fn past_reasoning(&self, prompt: &str) -> String {
         match self.thinking {

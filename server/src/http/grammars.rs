@@ -1,0 +1,203 @@
+//! From what a request asks for to the grammar that its sequences follow: which text it is, for this model
+//! and this prompt, and its compiling, away from the async threads and for a bounded time.
+
+use std::sync::Arc;
+use std::time::Duration;
+
+use serde_json::{Map, Value};
+
+use super::chat::ToolChoice;
+use super::error::{ApiError, ErrorKind};
+use super::fields::{AskedFormat, fault};
+use super::state::ServedModel;
+use crate::text::answer::ToolFormat;
+use crate::text::grammar::{
+    CallFormat, Calling, Grammar, GrammarError, Grammars, Lead, Token, ToolShape, answer_text, grammar_text,
+};
+
+/// How long a request waits for its grammar. Compiling is bounded by itself; this is for a queue of it.
+const COMPILE_TIME: Duration = Duration::from_secs(10);
+
+/// The texts of a grammar, best first: the next one is taken if one cannot be compiled.
+pub(super) struct GrammarPlan {
+    /// Who asks for it.
+    param: String,
+    texts: Vec<String>,
+}
+
+impl GrammarPlan {
+    /// Of an answer that is nothing but what is asked for.
+    ///
+    /// # Errors
+    /// If it cannot be written as a grammar.
+    pub(super) fn plain(asked: &AskedFormat) -> Result<Self, ApiError> {
+        let text = answer_text(&asked.format).map_err(|error| fault(&asked.param, &error))?;
+        Ok(GrammarPlan { param: asked.param.clone(), texts: vec![text] })
+    }
+
+    /// The grammar.
+    ///
+    /// # Errors
+    /// The 400 that says what cannot be kept; 503 if others' grammars took too long.
+    pub(super) async fn compile(self, served: &ServedModel) -> Result<Arc<Grammar>, ApiError> {
+        let mut error = None;
+        for text in self.texts {
+            match compile(&served.grammars, text).await? {
+                Ok(grammar) => return Ok(grammar),
+                // Of the first: the others are makeshifts.
+                Err(fault) => error = error.or(Some(fault)),
+            }
+        }
+        let error = error.unwrap_or_else(|| GrammarError::Unsupported("there is no grammar".to_owned()));
+        Err(fault(&self.param, &error))
+    }
+}
+
+async fn compile(
+    grammars: &Arc<Grammars>,
+    text: String,
+) -> Result<Result<Arc<Grammar>, GrammarError>, ApiError> {
+    if let Some(known) = grammars.known(&text) {
+        return Ok(Ok(known));
+    }
+    let grammars = grammars.clone();
+    let job = tokio::task::spawn_blocking(move || grammars.compile(&text));
+    match tokio::time::timeout(COMPILE_TIME, job).await {
+        Ok(Ok(compiled)) => Ok(compiled),
+        Ok(Err(_)) => Err(ApiError::new(ErrorKind::Internal, "compiling the grammar failed")),
+        Err(_) => Err(ApiError {
+            retry_after: Some(COMPILE_TIME.as_secs() as u32),
+            ..ApiError::new(ErrorKind::Busy, "too many grammars are being compiled")
+        }),
+    }
+}
+
+/// What of a chat decides how its answer may look.
+pub(super) struct ChatForm<'a> {
+    pub(super) asked: Option<&'a AskedFormat>,
+    /// In OpenAI's form.
+    pub(super) tools: &'a [Value],
+    pub(super) tool_choice: &'a ToolChoice,
+    pub(super) one_call: bool,
+    /// The prompt goes on to begin the call that `tool_choice` asks for.
+    pub(super) is_forced: bool,
+    /// The rendered prompt, without what a forced call adds.
+    pub(super) prompt: &'a str,
+    /// The client has the beginning of the answer already.
+    pub(super) is_begun: bool,
+}
+
+impl ChatForm<'_> {
+    /// The grammar of the answer, if it is to have a form.
+    ///
+    /// # Errors
+    /// If the form cannot be promised with this model.
+    pub(super) fn plan(&self, served: &ServedModel) -> Result<Option<GrammarPlan>, ApiError> {
+        let calling = self.calling(served)?;
+        if self.asked.is_none() && calling.is_none() {
+            return Ok(None);
+        }
+        if self.asked.is_some() && self.is_begun {
+            let message = "the messages end with the beginning of the answer, to which no form can be given";
+            return Err(ApiError::invalid(self.param(), message));
+        }
+        let lead = self.lead(served);
+        let format = self.asked.map(|asked| &asked.format);
+        let text = |calling: Option<&Calling>| {
+            grammar_text(lead.as_ref(), format, calling).map_err(|error| fault(&self.param(), &error))
+        };
+        let mut texts = vec![text(calling.as_ref())?];
+        if let Some(mut loose) = calling
+            && !self.tools.iter().any(is_strict)
+        {
+            // Nobody was promised these schemas: if they cannot be kept, any object will do.
+            loose.tools.iter_mut().for_each(|tool| tool.is_exact = false);
+            texts.push(text(Some(&loose))?);
+        }
+        Ok(Some(GrammarPlan { param: self.param(), texts }))
+    }
+
+    fn param(&self) -> String {
+        self.asked.map_or_else(|| "tools".to_owned(), |asked| asked.param.clone())
+    }
+
+    fn lead(&self, served: &ServedModel) -> Option<Lead> {
+        if self.is_begun {
+            return None;
+        }
+        if served.dialect.format() == Some(ToolFormat::Harmony) {
+            let [channel, message, end, start] =
+                ["<|channel|>", "<|message|>", "<|end|>", "<|start|>"].map(|text| token(served, text));
+            return Some(Lead::Channels { channel, message, end, start });
+        }
+        let (open, close, has_begun) = served.dialect.reasoning(self.prompt)?;
+        Some(Lead::Reasoning { open: token(served, open), close: token(served, close), has_begun })
+    }
+
+    /// The calls that the answer may have, as far as they are to be held to anything.
+    fn calling(&self, served: &ServedModel) -> Result<Option<Calling>, ApiError> {
+        let shapes: Vec<ToolShape> = self.tools.iter().map(shape).collect();
+        let any_strict = self.tools.iter().any(is_strict);
+        let begun = match self.tool_choice {
+            ToolChoice::None => return Ok(None),
+            ToolChoice::Auto => None,
+            _ if !self.is_forced => return Ok(None),
+            ToolChoice::Required => Some(None),
+            ToolChoice::Named(name) => Some(shapes.iter().position(|shape| shape.name == *name)),
+        };
+        if shapes.is_empty() || (begun.is_none() && !any_strict && self.asked.is_none()) {
+            return Ok(None);
+        }
+        let calling = call_format(served).map(|format| {
+            let is_forced = begun.is_some();
+            let tools =
+                shapes.into_iter().map(|shape| ToolShape { is_exact: shape.is_exact || is_forced, ..shape });
+            Calling { format, tools: tools.collect(), begun, is_parallel: !self.one_call }
+        });
+        match calling {
+            Some(calling) if calling.begun.is_some() || calling.is_marked() => Ok(Some(calling)),
+            // As far as the prompt forces it, as it always was.
+            _ if begun.is_some() && !any_strict && self.asked.is_none() => Ok(None),
+            _ if any_strict => {
+                let message = "a tool is strict, and this model's way to call tools cannot be held to a schema \
+                    with this tool_choice; leave strict out, or make tool_choice \"required\"";
+                Err(ApiError::invalid("tools", message))
+            }
+            _ => {
+                let message = "with this model, an answer of a given form cannot also be a tool call; \
+                    make tool_choice \"none\"";
+                Err(ApiError::invalid(self.param(), message))
+            }
+        }
+    }
+}
+
+fn is_strict(tool: &Value) -> bool {
+    tool["function"]["strict"] == true
+}
+
+fn shape(tool: &Value) -> ToolShape {
+    let function = &tool["function"];
+    ToolShape {
+        name: function["name"].as_str().unwrap_or_default().to_owned(),
+        parameters: function["parameters"].as_object().cloned().unwrap_or_else(Map::new),
+        is_exact: is_strict(tool),
+    }
+}
+
+fn token(served: &ServedModel, text: &str) -> Token {
+    Token { id: served.model.tokenizer.token_to_id(text), text: text.to_owned() }
+}
+
+fn call_format(served: &ServedModel) -> Option<CallFormat> {
+    let token = |text| token(served, text);
+    Some(match served.dialect.format()? {
+        ToolFormat::Hermes => CallFormat::Hermes { open: token("<tool_call>"), close: token("</tool_call>") },
+        ToolFormat::Granite => CallFormat::Granite { open: token("<|tool_call|>") },
+        ToolFormat::Llama => CallFormat::Llama,
+        ToolFormat::Harmony => {
+            CallFormat::Harmony { constrain: token("<|constrain|>"), message: token("<|message|>") }
+        }
+        ToolFormat::QwenXml | ToolFormat::Mistral | ToolFormat::DeepSeek => return None,
+    })
+}

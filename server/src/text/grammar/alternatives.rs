@@ -1,0 +1,88 @@
+//! `oneOf` whose alternatives are references.
+//!
+//! A grammar can keep a `oneOf` only if its alternatives exclude each other, and llguidance sees that of
+//! schemas and not of references to them. So references are replaced there by what they refer to, a few
+//! levels deep and up to a bound, which leaves recursion as it is.
+
+use serde_json::{Map, Value};
+
+/// A `oneOf` inside what an alternative of another one refers to, and so on.
+const MAX_DEPTH: usize = 4;
+
+/// Most values that are copied.
+const MAX_VALUES: usize = 20_000;
+
+/// The schema with the references in its `oneOf`s replaced.
+pub(super) fn inline_alternatives(schema: &Map<String, Value>) -> Map<String, Value> {
+    let mut inliner = Inliner { root: schema, room: MAX_VALUES };
+    schema.iter().map(|(key, value)| (key.clone(), inliner.copy(key == "oneOf", value, 0))).collect()
+}
+
+struct Inliner<'a> {
+    root: &'a Map<String, Value>,
+    room: usize,
+}
+
+impl Inliner<'_> {
+    /// A copy of a value; of the alternatives of a `oneOf` if `is_choice`.
+    fn copy(&mut self, is_choice: bool, value: &Value, depth: usize) -> Value {
+        match value {
+            Value::Array(items) => {
+                let copy = |item: &Value| {
+                    let inlined = if is_choice { self.alternative(item, depth) } else { None };
+                    inlined.unwrap_or_else(|| self.copy(false, item, depth))
+                };
+                items.iter().map(copy).collect()
+            }
+            Value::Object(entries) => {
+                let entries = entries.iter();
+                let copied =
+                    entries.map(|(key, value)| (key.clone(), self.copy(key == "oneOf", value, depth)));
+                Value::Object(copied.collect())
+            }
+            other => other.clone(),
+        }
+    }
+
+    /// What an alternative refers to, if it is nothing but a reference that can be replaced.
+    fn alternative(&mut self, item: &Value, depth: usize) -> Option<Value> {
+        let entries = item.as_object().filter(|entries| entries.len() == 1)?;
+        let pointer = entries.get("$ref")?.as_str()?.strip_prefix('#')?;
+        let target = match pointer.strip_prefix('/') {
+            Some(path) => {
+                let (first, rest) = path.split_once('/').map_or((path, ""), |(first, rest)| (first, rest));
+                let value = self.root.get(&unescape(first))?;
+                if rest.is_empty() { value } else { value.pointer(&format!("/{rest}"))? }
+            }
+            None => return None,
+        };
+        if depth == MAX_DEPTH || !takes_room(target, &mut self.room) {
+            // Nothing more, so that what does not fit is not counted again and again.
+            self.room = if depth == MAX_DEPTH { self.room } else { 0 };
+            return None;
+        }
+        // A reference to a reference.
+        match self.alternative(target, depth + 1) {
+            Some(further) => Some(further),
+            None => Some(self.copy(false, target, depth + 1)),
+        }
+    }
+}
+
+/// A part of a JSON pointer as a key.
+fn unescape(part: &str) -> String {
+    part.replace("~1", "/").replace("~0", "~")
+}
+
+/// Takes a value's count of values from `room`; false if there is not so much.
+fn takes_room(value: &Value, room: &mut usize) -> bool {
+    if *room == 0 {
+        return false;
+    }
+    *room -= 1;
+    match value {
+        Value::Array(items) => items.iter().all(|item| takes_room(item, room)),
+        Value::Object(entries) => entries.values().all(|item| takes_room(item, room)),
+        _ => true,
+    }
+}

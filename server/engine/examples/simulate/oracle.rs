@@ -11,7 +11,7 @@ use tandem_engine::{
 };
 use tandem_models::Model;
 
-use crate::common::{Answer, Fault, Grammar, HashModel, Recipe, VOCAB_SIZE, clock, request};
+use crate::common::{Answer, Fault, Grammar, HashModel, Recipe, STOP, VOCAB_SIZE, clock, request};
 
 /// What makes a model of the pair.
 #[derive(Clone, Copy, Debug)]
@@ -130,7 +130,8 @@ impl Oracle {
 /// If the oracle's engine is wrong.
 fn check_form(grammar: &Grammar, answer: &Answer) {
     let ended = match answer.finished.map(|finished| finished.reason) {
-        Some(FinishReason::Stop(_)) => Some(Ending::Allowed),
+        // The other stop token can be text of the form, and then ends the output anywhere.
+        Some(FinishReason::Stop(STOP)) => Some(Ending::Allowed),
         Some(FinishReason::Complete) => Some(Ending::Forced),
         _ => None,
     };

@@ -66,7 +66,7 @@ fn change_bytes(bytes: &mut Vec<u8>, random: &mut Random) {
 
 /// The header of a GGUF file as its fields, one after the other, and what follows it.
 fn gguf_fields(file: &[u8]) -> Option<(Vec<Vec<u8>>, Vec<u8>)> {
-    let mut at = 0;
+    let mut at = 0usize;
     let mut fields = Vec::new();
     let mut take = |fields: &mut Vec<Vec<u8>>, len: usize| -> Option<u64> {
         let field = file.get(at..at.checked_add(len)?)?;
@@ -108,7 +108,7 @@ fn gguf_fields(file: &[u8]) -> Option<(Vec<Vec<u8>>, Vec<u8>)> {
 }
 
 /// A GGUF file with some fields changed.
-pub fn gguf(file: &[u8], random: &mut Random) -> Vec<u8> {
+pub(crate) fn gguf(file: &[u8], random: &mut Random) -> Vec<u8> {
     let (mut fields, mut rest) = gguf_fields(file).expect("the good file is well-formed");
     for _ in 0..times(random) {
         let at = random.below(fields.len());
@@ -153,7 +153,7 @@ pub fn gguf(file: &[u8], random: &mut Random) -> Vec<u8> {
 }
 
 /// A safetensors file whose header, length or data are changed.
-pub fn safetensors(file: &[u8], random: &mut Random) -> Vec<u8> {
+pub(crate) fn safetensors(file: &[u8], random: &mut Random) -> Vec<u8> {
     let len = u64::from_le_bytes(file[..8].try_into().expect("eight bytes")) as usize;
     let (header, data) = (&file[8..8 + len], &file[8 + len..]);
     let mut data = data.to_vec();
@@ -169,7 +169,7 @@ pub fn safetensors(file: &[u8], random: &mut Random) -> Vec<u8> {
 }
 
 /// A JSON file of which some values are changed.
-pub fn json(file: &[u8], random: &mut Random) -> Vec<u8> {
+pub(crate) fn json(file: &[u8], random: &mut Random) -> Vec<u8> {
     let mut value: Value = serde_json::from_slice(file).expect("the good file is well-formed");
     for _ in 0..times(random) {
         let count = nodes(&value);
@@ -237,7 +237,9 @@ fn change_value(target: &mut Value, other: Value, random: &mut Random) {
             }
         }
         (Value::String(text), 2..=4) => match random.below(3) {
-            0 => drop(text.pop()),
+            0 => {
+                text.pop();
+            }
             1 => text.push('é'),
             _ => *text = text.repeat(1 + random.below(4)),
         },
@@ -292,7 +294,7 @@ const PIECES: [&str; 28] = [
 ];
 
 /// A template of which pieces are moved, doubled, dropped or replaced.
-pub fn template(file: &[u8], random: &mut Random) -> Vec<u8> {
+pub(crate) fn template(file: &[u8], random: &mut Random) -> Vec<u8> {
     let text = String::from_utf8_lossy(file);
     let mut pieces: Vec<&str> = text.split_inclusive(|c: char| !c.is_alphanumeric()).collect();
     for _ in 0..times(random) {
@@ -301,7 +303,9 @@ pub fn template(file: &[u8], random: &mut Random) -> Vec<u8> {
         }
         let (at, other) = (random.below(pieces.len()), random.below(pieces.len()));
         match random.below(6) {
-            0 => drop(pieces.remove(at)),
+            0 => {
+                pieces.remove(at);
+            }
             1 => pieces.swap(at, other),
             2 => pieces[at] = pieces[other],
             3 => {

@@ -1,6 +1,6 @@
 //! The loop: mutate, write, load, judge.
 
-pub mod memory;
+pub(crate) mod memory;
 mod mutate;
 mod random;
 mod seeds;
@@ -13,9 +13,9 @@ use std::path::{Path, PathBuf};
 use random::Random;
 
 /// A kind of file and what reads it.
-pub struct Target {
+pub(crate) struct Target {
     /// Its name on the command line.
-    pub name: &'static str,
+    pub(crate) name: &'static str,
     /// The files of a good model; the first is the one that is mutated.
     files: fn() -> Vec<(&'static str, Vec<u8>)>,
     mutate: fn(&[u8], &mut Random) -> Vec<u8>,
@@ -26,7 +26,7 @@ pub struct Target {
 }
 
 /// Everything that reads files which somebody else wrote.
-pub const TARGETS: [Target; 5] = [
+pub(crate) static TARGETS: [Target; 5] = [
     Target { name: "gguf", files: seeds::gguf, mutate: mutate::gguf, load: targets::gguf, constant: 1 << 20 },
     Target {
         name: "safetensors",
@@ -61,15 +61,15 @@ pub const TARGETS: [Target; 5] = [
 
 /// What a run has found.
 #[derive(Debug, Default)]
-pub struct Summary {
+pub(crate) struct Summary {
     /// Executions.
-    pub executions: u64,
+    pub(crate) executions: u64,
     /// Those of which a model came.
-    pub accepted: u64,
+    pub(crate) accepted: u64,
     /// Those that panicked or took too much.
-    pub failures: u64,
+    pub(crate) failures: u64,
     /// The most memory that one took beyond twice its file.
-    pub largest_excess: isize,
+    pub(crate) largest_excess: isize,
 }
 
 impl fmt::Display for Summary {
@@ -84,7 +84,7 @@ impl fmt::Display for Summary {
 }
 
 /// Runs `count` executions of `target`; each failure is described to `report`.
-pub fn run(target: &Target, seed: u64, count: u64, mut report: impl FnMut(String)) -> Summary {
+pub(crate) fn run(target: &Target, seed: u64, count: u64, mut report: impl FnMut(String)) -> Summary {
     let folder = scratch(target.name);
     let files = (target.files)();
     for (name, bytes) in &files {

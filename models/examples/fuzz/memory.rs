@@ -6,7 +6,7 @@ use std::alloc::{GlobalAlloc, Layout, System};
 use std::cell::Cell;
 
 /// The system's allocator, counted.
-pub struct Counting;
+pub(crate) struct Counting;
 
 thread_local! {
     static HELD: Cell<isize> = const { Cell::new(0) };
@@ -38,7 +38,7 @@ unsafe impl GlobalAlloc for Counting {
 }
 
 /// The most that `work` held at once beyond what was held before.
-pub fn peak_of(work: impl FnOnce()) -> isize {
+pub(crate) fn peak_of(work: impl FnOnce()) -> isize {
     let before = HELD.get();
     PEAK.set(before);
     work();

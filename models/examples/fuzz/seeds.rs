@@ -15,20 +15,20 @@ const GPT_OSS_WEIGHTS: &[u8] = include_bytes!("../../tests/golden/gpt_oss/model.
 const TEMPLATE: &[u8] = include_bytes!("../../tests/golden/templates/Qwen3-Coder.jinja");
 
 /// A checkpoint that is packed, so that its unpacking is tried as well.
-pub fn safetensors() -> Files {
+pub(crate) fn safetensors() -> Files {
     vec![("model.safetensors", WEIGHTS.to_vec()), ("config.json", CONFIG.to_vec())]
 }
 
 /// The configuration with the most options.
-pub fn config() -> Files {
+pub(crate) fn config() -> Files {
     vec![("config.json", GPT_OSS.to_vec()), ("model.safetensors", GPT_OSS_WEIGHTS.to_vec())]
 }
 
-pub fn template() -> Files {
+pub(crate) fn template() -> Files {
     vec![("chat_template.jinja", TEMPLATE.to_vec())]
 }
 
-pub fn tokenizer() -> Files {
+pub(crate) fn tokenizer() -> Files {
     let tokens = ["<|bos|>", "a", "b", "ab", "Ġ", "Ġa", "Ċ", "Ã", "¤"];
     let vocab: serde_json::Map<String, Value> =
         tokens.iter().enumerate().map(|(id, token)| ((*token).to_owned(), json!(id))).collect();
@@ -53,7 +53,7 @@ pub fn tokenizer() -> Files {
     vec![("tokenizer.json", json.to_string().into_bytes())]
 }
 
-pub fn gguf() -> Files {
+pub(crate) fn gguf() -> Files {
     let tokens: Vec<String> =
         ["<unk>", "<|bos|>", "</s>", "a", "b", "ab", "▁", "▁a", "<0x0A>"].map(str::to_owned).into();
     let q8 = Dtype::Quantized(BlockFormat::Q8_0);

@@ -8,7 +8,7 @@ use tandem_kernels::ThreadPool;
 use tandem_models::weights::gguf::GgufFile;
 use tandem_models::{BackendKind, ChatTemplate, Checkpoint, FimTokens, Tokenizer, load};
 
-pub fn gguf(folder: &Path) -> bool {
+pub(crate) fn gguf(folder: &Path) -> bool {
     let path = folder.join("model.gguf");
     let Ok(file) = GgufFile::open(&path) else { return false };
     for key in file.keys() {
@@ -24,15 +24,15 @@ pub fn gguf(folder: &Path) -> bool {
     checkpoint_at(&path) && texts
 }
 
-pub fn checkpoint(folder: &Path) -> bool {
+pub(crate) fn checkpoint(folder: &Path) -> bool {
     checkpoint_at(folder)
 }
 
-pub fn tokenizer(folder: &Path) -> bool {
+pub(crate) fn tokenizer(folder: &Path) -> bool {
     text(folder)
 }
 
-pub fn template(folder: &Path) -> bool {
+pub(crate) fn template(folder: &Path) -> bool {
     let Ok(source) = std::fs::read(folder.join("chat_template.jinja")) else { return false };
     let Ok(template) =
         ChatTemplate::from_source(&String::from_utf8_lossy(&source), Some("<s>"), Some("</s>"))

@@ -13,6 +13,7 @@ mod meter;
 mod python;
 mod strftime;
 mod tokenizer;
+mod tokenizer_check;
 
 pub(crate) use chat_template::CHAT_TEMPLATE_FILES;
 pub use chat_template::{ChatTemplate, TemplateError};

@@ -14,6 +14,7 @@ use tokenizers::tokenizer::{
 };
 
 use super::gguf_tokenizer;
+use super::tokenizer_check::check;
 use crate::ModelError;
 use crate::files::{read_json, read_text};
 use crate::weights::gguf::{is_gguf, open_first_part};
@@ -79,6 +80,9 @@ impl Tokenizer {
             path: path.to_owned(),
             reason: source.to_string(),
         };
+        let parsed: Value = serde_json::from_str(json).map_err(|source| error(source.into()))?;
+        check(&parsed).map_err(|reason| error(reason.into()))?;
+        drop(parsed);
         let mut inner = tokenizers::Tokenizer::from_bytes(json).map_err(error)?;
         // A file saved during training may cut or pad every prompt. Prompts are the server's business.
         inner.with_truncation(None).map_err(error)?;

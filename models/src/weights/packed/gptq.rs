@@ -46,7 +46,7 @@ pub(super) fn read(
     let group_len = columns / groups;
     let zero_of = |row: usize, group: usize| {
         let stored = code(zeros[group * zero.shape[1] + row / per_word], row);
-        (if zeros_less_one { stored + 1 & mask } else { stored }) as i16
+        (if zeros_less_one { (stored + 1) & mask } else { stored }) as i16
     };
     let mut codes = vec![0; rows * columns];
     fill_rows(&mut codes, columns, |row, out| {
@@ -59,11 +59,11 @@ pub(super) fn read(
     let transposed = (0..rows * groups).map(|i| scales[i % groups * rows + i / groups]).collect();
     let grid = Grid { block: [1, group_len], columns: groups };
     let matrix = Grouped { rows, columns, codes, scales: transposed, grid, order };
-    Ok(Some(matrix.into_tensor(if weight_is_bf16(&scale.dtype) { Dtype::Bf16 } else { Dtype::F16 })))
-}
-
-fn weight_is_bf16(dtype: &safetensors::Dtype) -> bool {
-    *dtype == safetensors::Dtype::BF16
+    Ok(Some(matrix.into_tensor(if scale.dtype == safetensors::Dtype::BF16 {
+        Dtype::Bf16
+    } else {
+        Dtype::F16
+    })))
 }
 
 /// The group of each input, if they are not stretches of equal length.

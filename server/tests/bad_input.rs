@@ -50,8 +50,8 @@ async fn every_fault_is_named() {
         ("{\"prompt\": [-1]}", Some("prompt[0]"), &["array of token ids"]),
         ("{\"prompt\": [4000000000]}", Some("prompt"), &["4000000000", "vocabulary"]),
         (&long, Some("prompt"), &["256"]),
-        ("{\"prompt\": \"a\", \"max_tokens\": -1}", Some("max_tokens"), &["-1", "1 to 256"]),
-        ("{\"prompt\": \"a\", \"max_tokens\": 0}", Some("max_tokens"), &["0", "1 to 256"]),
+        ("{\"prompt\": \"a\", \"max_tokens\": -1}", Some("max_tokens"), &["-1", "1 to 9223372036854775807"]),
+        ("{\"prompt\": \"a\", \"max_tokens\": 0}", Some("max_tokens"), &["0", "1 to 9223372036854775807"]),
         (
             "{\"prompt\": \"a\", \"max_tokens\": 9223372036854775808}",
             Some("max_tokens"),

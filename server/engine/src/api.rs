@@ -501,6 +501,10 @@ pub struct EngineStats {
     pub num_draft_tokens: [u64; 3],
     /// Of those, accepted.
     pub num_accepted_tokens: [u64; 3],
+    /// Draft tokens offered to the target, by their position in the draft.
+    pub num_draft_tokens_at: [u64; MAX_DRAFT_TOKENS],
+    /// Of those, accepted.
+    pub num_accepted_tokens_at: [u64; MAX_DRAFT_TOKENS],
     /// Milliseconds until a sequence that starts to wait now would run, from the measured rate at which
     /// waiting ones start; 0 while nobody waits.
     pub queue_wait_ms: u64,

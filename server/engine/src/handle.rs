@@ -209,6 +209,11 @@ impl EngineHandle {
         self.shared.limits.max_model_len
     }
 
+    /// Tokens of one block of the KV cache.
+    pub fn block_size(&self) -> usize {
+        self.shared.limits.block_size
+    }
+
     /// Ids below this are tokens.
     pub fn vocab_size(&self) -> usize {
         self.shared.limits.num_token_ids
@@ -377,25 +382,33 @@ impl EngineThread {
 }
 
 /// [`EngineStats`], written by the engine's thread and read by any other.
-#[derive(Default)]
 struct SharedStats {
     values: [AtomicU64; NUM_STATS],
+}
+
+impl Default for SharedStats {
+    fn default() -> Self {
+        SharedStats { values: std::array::from_fn(|_| AtomicU64::new(0)) }
+    }
 }
 
 const NUM_STATS: usize = size_of::<EngineStats>() / size_of::<u64>();
 
 impl SharedStats {
     fn publish(&self, stats: &EngineStats) {
-        let values: [u64; NUM_STATS] = bytemuck::cast(*stats);
+        let values: &[u64] = bytemuck::cast_slice(std::slice::from_ref(stats));
         for (cell, value) in self.values.iter().zip(values) {
-            cell.store(value, Ordering::Relaxed);
+            cell.store(*value, Ordering::Relaxed);
         }
     }
 
     fn load(&self) -> EngineStats {
-        bytemuck::cast::<[u64; NUM_STATS], EngineStats>(std::array::from_fn(|i| {
-            self.values[i].load(Ordering::Relaxed)
-        }))
+        let mut stats = EngineStats::default();
+        let values: &mut [u64] = bytemuck::cast_slice_mut(std::slice::from_mut(&mut stats));
+        for (value, cell) in values.iter_mut().zip(&self.values) {
+            *value = cell.load(Ordering::Relaxed);
+        }
+        stats
     }
 }
 

@@ -285,6 +285,8 @@ impl SequencePass<'_> {
         }
         let num_accepted_tokens = (after.total_accepted_tokens() - before.total_accepted_tokens()) as usize;
         self.learn(num_draft_tokens, num_accepted_tokens);
+        self.stats.num_draft_tokens_at[..num_draft_tokens].iter_mut().for_each(|count| *count += 1);
+        self.stats.num_accepted_tokens_at[..num_accepted_tokens].iter_mut().for_each(|count| *count += 1);
         for source in 0..before.num_draft_tokens.len() {
             let new = |after: [u32; 3], before: [u32; 3]| u64::from(after[source] - before[source]);
             self.stats.num_draft_tokens[source] += new(after.num_draft_tokens, before.num_draft_tokens);

@@ -43,6 +43,20 @@ where
         check_content_type(request.headers())?;
         let limits = &state.limits;
         let bytes = read_body(request, limits.max_body_bytes, limits.body_timeout).await?;
+        JsonBody::parse(state, bytes).await
+    }
+}
+
+impl<A, B> JsonBody<A, B>
+where
+    A: DeserializeOwned + Send + 'static,
+    B: DeserializeOwned + Send + 'static,
+{
+    /// Parses what was read.
+    ///
+    /// # Errors
+    /// The 400 that names the field, the line and the column.
+    pub(super) async fn parse(state: &AppState, bytes: Bytes) -> Result<Self, ApiError> {
         let size_bytes = bytes.len();
         let parse = move || {
             let mut common: A = parse(&bytes)?;

@@ -7,8 +7,8 @@ use axum::middleware::Next;
 use axum::response::Response;
 use serde_json::json;
 
-use super::anthropic;
 use super::error::ApiError;
+use super::{anthropic, ollama};
 
 /// Whose shape a path's errors have.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -16,6 +16,7 @@ enum Shape {
     OpenAi,
     Anthropic,
     LlamaCpp,
+    Ollama,
 }
 
 impl Shape {
@@ -34,6 +35,8 @@ impl Shape {
             Shape::Anthropic
         } else if LLAMA_CPP.contains(&path) {
             Shape::LlamaCpp
+        } else if path.starts_with("/api/") {
+            Shape::Ollama
         } else {
             Shape::OpenAi
         }
@@ -48,6 +51,7 @@ pub(super) async fn as_the_protocol_has_it(request: Request, next: Next) -> Resp
     let body = match shape {
         Shape::OpenAi => return response,
         Shape::Anthropic => anthropic::error_json(&error),
+        Shape::Ollama => ollama::error_json(&error),
         Shape::LlamaCpp => json!({ "error": {
             "code": error.kind.status().as_u16(), "message": error.message, "type": error.kind.name(),
         } }),
@@ -69,6 +73,7 @@ mod tests {
             ("/v1/messages2", Shape::OpenAi),
             ("/v1/completions", Shape::OpenAi),
             ("/completion", Shape::LlamaCpp),
+            ("/api/chat", Shape::Ollama),
             ("/health", Shape::OpenAi),
         ] {
             assert_eq!(Shape::of(path), shape, "{path}");

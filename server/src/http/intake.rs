@@ -8,7 +8,7 @@ use http::{HeaderMap, HeaderValue};
 use tandem_engine::CacheSalt;
 
 use super::error::ApiError;
-use super::fields::{Common, CommonFields, Prediction};
+use super::fields::{Common, CommonFields, Prediction, in_range};
 use super::generation::{Generation, Prompt, Shared};
 use super::lanes::{AUTO, Escalation, LANE_HEADER, REASON_HEADER, Reason, Work, lane_name, route};
 use super::state::{AppState, ServedModel};
@@ -192,34 +192,31 @@ impl Reply {
     }
 }
 
-/// The tokens that an answer may have.
+/// Checks a client's bound on the tokens of an answer. What exceeds the context is no fault: see
+/// [`answer_tokens`].
 ///
-/// `strict`: a bound that the client set and that does not fit beside the prompt is an error, as with
-/// OpenAI's chat; otherwise it is lowered to what fits.
+/// # Errors
+/// If it is less than `least`, or no count at all.
+pub(super) fn asked_tokens(param: &str, asked: Option<i128>, least: i128) -> Result<Option<i128>, ApiError> {
+    asked.map(|value| in_range(param, value, least, i64::MAX.into())).transpose()
+}
+
+/// The tokens that an answer may have: what the client asked for, as far as the context has room for it. Agents
+/// ask for what the largest models can say.
+///
+/// # Errors
+/// If the prompt leaves no room at all.
 pub(super) fn answer_tokens(
-    param: &str,
     asked: Option<i128>,
     default: Option<u32>,
     num_prompt_tokens: usize,
     max_model_len: usize,
-    strict: bool,
 ) -> Result<u32, ApiError> {
     let room = max_model_len.saturating_sub(num_prompt_tokens);
     let only_scores = asked == Some(0) && num_prompt_tokens <= max_model_len;
     if room == 0 && !only_scores {
         let error = tandem_engine::EngineError::PromptTooLong { num_prompt_tokens, max_model_len };
         return Err(error.into());
-    }
-    if let Some(asked) = asked
-        && strict
-        && asked > room as i128
-    {
-        let message = format!(
-            "the prompt has {num_prompt_tokens} tokens and {param} is {asked}, together {}; \
-             the context holds {max_model_len}",
-            asked.saturating_add(num_prompt_tokens as i128)
-        );
-        return Err(ApiError::invalid(param, message).with_code("context_length_exceeded"));
     }
     let wanted = asked.or(default.map(i128::from)).unwrap_or(room as i128);
     Ok(wanted.min(room as i128) as u32)
@@ -231,17 +228,16 @@ mod tests {
 
     #[test]
     fn an_answer_is_bounded_by_what_the_prompt_leaves() {
-        let tokens = |asked, default, prompt, strict| {
-            answer_tokens("max_tokens", asked, default, prompt, 100, strict).map_err(|error| error.message)
+        let tokens = |asked, default, prompt| {
+            answer_tokens(asked, default, prompt, 100).map_err(|error| error.message)
         };
-        assert_eq!(tokens(None, Some(16), 10, false), Ok(16));
-        assert_eq!(tokens(None, Some(16), 95, false), Ok(5));
-        assert_eq!(tokens(None, None, 60, true), Ok(40));
-        assert_eq!(tokens(Some(40), None, 60, true), Ok(40));
-        assert_eq!(tokens(Some(41), None, 60, false), Ok(40));
-        let error = tokens(Some(41), None, 60, true).unwrap_err();
-        assert!(error.contains("60") && error.contains("41") && error.contains("100"), "{error}");
-        let error = tokens(Some(1), None, 100, false).unwrap_err();
+        assert_eq!(tokens(None, Some(16), 10), Ok(16));
+        assert_eq!(tokens(None, Some(16), 95), Ok(5));
+        assert_eq!(tokens(None, None, 60), Ok(40));
+        assert_eq!(tokens(Some(40), None, 60), Ok(40));
+        assert_eq!(tokens(Some(1 << 60), None, 60), Ok(40));
+        assert_eq!(tokens(Some(0), None, 100), Ok(0));
+        let error = tokens(Some(1), None, 100).unwrap_err();
         assert!(error.contains("100"), "{error}");
     }
 }

@@ -3,6 +3,8 @@
 //! Engine counters are read when scraped. The rest costs a mutex and a bucket search an
 //! observation; handles are taken once a request, so that no label is looked up per token.
 
+mod vllm;
+
 use std::sync::Arc;
 use std::sync::atomic::AtomicI64;
 use std::time::{Duration, Instant};
@@ -22,6 +24,8 @@ use prometheus_client::metrics::histogram::Histogram;
 use prometheus_client::registry::{Registry, Unit};
 use tandem_engine::{DraftSource, EngineHandle, EngineStats, Lane};
 
+use vllm::VllmCollector;
+
 use super::error::{ApiError, ErrorKind};
 use super::generation::Shared;
 use super::lanes::lane_name;
@@ -30,6 +34,8 @@ use super::state::AppState;
 /// Everything that `/metrics` shows.
 pub struct Metrics {
     registry: Registry,
+    /// Names that are not ours.
+    foreign: Registry,
     requests: Family<RequestLabels, Counter>,
     request_seconds: Family<RouteLabels, Histogram, fn() -> Histogram>,
     in_flight: Gauge<i64, AtomicI64>,
@@ -84,7 +90,9 @@ impl Metrics {
     /// Registers everything.
     pub fn new(engine: EngineHandle) -> Self {
         let mut registry = Registry::with_prefix("tandem");
-        registry.register_collector(Box::new(EngineCollector(engine)));
+        registry.register_collector(Box::new(EngineCollector(engine.clone())));
+        let mut foreign = Registry::default();
+        foreign.register_collector(Box::new(VllmCollector(engine)));
 
         let requests = Family::default();
         registry.register("http_requests", "Requests answered, by route and status", requests.clone());
@@ -134,7 +142,7 @@ impl Metrics {
             inter_token_latency: between.get_or_create_owned(&LaneLabels { lane }),
         };
         let (fast, deep) = (lane("fast"), lane("deep"));
-        Metrics { registry, requests, request_seconds, in_flight, shared, lanes, fast, deep }
+        Metrics { registry, foreign, requests, request_seconds, in_flight, shared, lanes, fast, deep }
     }
 
     /// Counts an answer that is read from somebody else's sequence.
@@ -280,7 +288,11 @@ impl http_body::Body for MeasuredBody {
 /// `GET /metrics`
 pub(super) async fn metrics(State(state): State<Arc<AppState>>) -> Response {
     let mut page = String::new();
-    match text::encode(&mut page, &state.metrics.registry) {
+    let metrics = &state.metrics;
+    let written = text::encode_registry(&mut page, &metrics.registry)
+        .and_then(|()| text::encode_registry(&mut page, &metrics.foreign))
+        .and_then(|()| text::encode_eof(&mut page));
+    match written {
         Ok(()) => {
             let content_type = "application/openmetrics-text; version=1.0.0; charset=utf-8";
             ([(CONTENT_TYPE, content_type)], page).into_response()
@@ -334,8 +346,33 @@ impl Collector for EngineCollector {
             offered,
         )?;
         let help = "Draft tokens that the target accepted, by who proposed them";
-        labelled(&mut encoder, "draft_tokens_accepted", help, "source", accepted)
+        labelled(&mut encoder, "draft_tokens_accepted", help, "source", accepted)?;
+        let (offered, accepted) = (stats.num_draft_tokens_at, stats.num_accepted_tokens_at);
+        by_position(
+            &mut encoder,
+            "draft_tokens_at",
+            "Draft tokens offered, by position in the draft",
+            &offered,
+        )?;
+        let help = "Draft tokens that the target accepted, by position in the draft";
+        by_position(&mut encoder, "draft_tokens_accepted_at", help, &accepted)
     }
+}
+
+/// Positions up to the last that had any.
+fn by_position(
+    encoder: &mut DescriptorEncoder<'_>,
+    name: &str,
+    help: &str,
+    counts: &[u64],
+) -> Result<(), std::fmt::Error> {
+    let metric_type = prometheus_client::metrics::MetricType::Counter;
+    let mut descriptor = encoder.encode_descriptor(name, help, None, metric_type)?;
+    let num_positions = counts.iter().rposition(|count| *count > 0).map_or(1, |last| last + 1);
+    for (position, &count) in counts[..num_positions].iter().enumerate() {
+        ConstCounter::new(count).encode(descriptor.encode_family(&[("position", position as u64)])?)?;
+    }
+    Ok(())
 }
 
 fn source_name(source: DraftSource) -> &'static str {

@@ -5,12 +5,14 @@
 //! below this module knows text or JSON; nothing in a protocol's folder knows sequences or channels.
 
 mod anthropic;
+mod api;
 mod auth;
 mod body;
 mod chat;
 mod error;
 mod error_shape;
 mod fields;
+mod gap;
 pub mod generation;
 mod health;
 mod heavy;
@@ -19,14 +21,17 @@ mod io;
 pub mod lanes;
 mod llamacpp;
 pub mod metrics;
+mod ollama;
 pub mod openai;
 mod origin;
 mod prompt;
+mod request_id;
 mod responses;
 mod router;
 mod server;
-mod sse;
 pub mod state;
+mod stream;
+mod tabby;
 mod tenant;
 mod tls;
 mod wire;

@@ -282,8 +282,7 @@ fn prepare_one(
         (PromptInput::Tokens(tokens), _) => (tokens, None),
     };
     let PromptOptions { max_tokens, default_max_tokens, max_model_len, .. } = options;
-    let max_tokens =
-        answer_tokens("max_tokens", max_tokens, default_max_tokens, tokens.len(), max_model_len, false)?;
+    let max_tokens = answer_tokens(max_tokens, default_max_tokens, tokens.len(), max_model_len)?;
     let (text, echo) = match (options.echo, text) {
         (false, text) => {
             let after = gap.map(|gap| gap.suffix.clone());

@@ -7,24 +7,26 @@ use axum::extract::Request;
 use axum::middleware::{from_fn, from_fn_with_state, map_request, map_response};
 use axum::response::{IntoResponse, Response};
 use axum::routing::get;
+use http::header::CONTENT_TYPE;
 use http::{HeaderValue, Method, Uri};
 use tower_http::cors::CorsLayer;
 
+use super::api::{Api, Operation};
 use super::error::{ApiError, ErrorKind};
 use super::state::AppState;
-use super::{anthropic, auth, error_shape, health, lanes, llamacpp, metrics, openai, origin, responses};
+use super::{
+    anthropic, auth, error_shape, health, lanes, llamacpp, metrics, ollama, openai, origin, request_id,
+    responses, tabby,
+};
 
 /// All of the server's routes over `state`.
 pub fn router(state: Arc<AppState>) -> Router {
     let cors = state.cors;
-    let app = Router::new()
-        .merge(openai::routes())
-        .merge(anthropic::routes())
-        .merge(llamacpp::routes())
-        .merge(responses::routes())
-        .route("/", get(root))
-        .route("/health", get(health::health))
-        .route("/metrics", get(metrics::metrics))
+    let (routes, document) = api().finish();
+    let document = document.to_pretty_json().expect("plain data always serialises: this is a bug") + "\n";
+    let document = get(async move || ([(CONTENT_TYPE, "application/json")], document.clone()));
+    let app = routes
+        .route("/openapi.json", document)
         .fallback(no_such_path)
         .method_not_allowed_fallback(wrong_method)
         .layer(map_request(name_endpoint))
@@ -33,6 +35,7 @@ pub fn router(state: Arc<AppState>) -> Router {
         .layer(from_fn_with_state(state.clone(), metrics::measure))
         .layer(from_fn(error_shape::as_the_protocol_has_it))
         .layer(map_response(no_sniffing))
+        .layer(from_fn(request_id::echo))
         .with_state(state);
     // Outermost: a preflight request carries no key.
     if cors { app.layer(CorsLayer::very_permissive().allow_credentials(false)) } else { app }
@@ -45,6 +48,24 @@ async fn name_endpoint(mut request: Request) -> Request {
         request.headers_mut().insert(lanes::ENDPOINT_HEADER, path);
     }
     request
+}
+
+/// All routes but the document about them.
+fn api() -> Api {
+    Api::new("Server")
+        .merge(openai::routes())
+        .merge(anthropic::routes())
+        .merge(llamacpp::routes())
+        .merge(responses::routes())
+        .merge(ollama::routes())
+        .merge(tabby::routes())
+        .get("/", root, Operation::new("Somebody is at home").gives("text/plain"))
+        .get("/health", health::health, Operation::new("Whether requests can be answered"))
+        .get(
+            "/metrics",
+            metrics::metrics,
+            Operation::new("For Prometheus").gives("application/openmetrics-text"),
+        )
 }
 
 /// Clients look here whether anybody is at home.

@@ -11,10 +11,17 @@ use super::error::ApiError;
 use super::generation::{Account, CompletedChoice, Generation, Progress};
 use super::intake::Reply;
 use super::metrics::milliseconds;
-use super::sse;
+use super::stream;
+
+/// Server-sent events.
+pub(super) const EVENT_STREAM: &str = "text/event-stream";
 
 /// Turns a generation into a protocol's bytes, as events or as one answer.
 pub(super) trait Wire: Send + Unpin + 'static {
+    /// What a stream of it is.
+    fn content_type(&self) -> &'static str {
+        EVENT_STREAM
+    }
     /// Appends what is sent before anything is generated.
     fn begin(&mut self, _generation: &Generation, _out: &mut Vec<u8>) {}
     /// Appends the events for one step of one choice.
@@ -41,7 +48,7 @@ pub(super) async fn respond<W: Wire>(
     reply: &Reply,
 ) -> Result<Response, ApiError> {
     let mut response = if reply.stream {
-        sse::respond(generation, wire)
+        stream::respond(generation, wire)
     } else {
         let answers = generation.collect().await?;
         let mut body = Vec::new();

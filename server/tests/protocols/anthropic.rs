@@ -215,10 +215,10 @@ async fn errors_have_anthropics_shape() {
             "messages[0].role",
         ),
         (
-            json!({ "messages": [{ "role": "user", "content": [{ "type": "image" }] }] }),
+            json!({ "messages": [{ "role": "user", "content": [{ "type": "document" }] }] }),
             400,
             "invalid_request_error",
-            "image",
+            "document",
         ),
         (json!({ "system": 7 }), 400, "invalid_request_error", "system"),
         (json!({ "temperature": -1 }), 400, "invalid_request_error", "temperature"),

@@ -73,6 +73,8 @@ async fn items_are_the_same_streamed_and_whole() {
     let whole = server.post(PATH, &body(json!({}))).await.json();
     assert_eq!((&whole["object"], &whole["status"]), (&json!("response"), &json!("completed")), "{whole}");
     assert_eq!(comparable(&whole["output"]), wanted_output());
+    let reasoning = server.tokenizer.encode("Which city?", false).expect("tokens").len();
+    assert_eq!(whole["usage"]["output_tokens_details"]["reasoning_tokens"], reasoning);
     assert!(whole["usage"]["total_tokens"].as_u64() > whole["usage"]["output_tokens"].as_u64());
 
     let events = events(&server.post(PATH, &body(json!({ "stream": true }))).await);
@@ -148,8 +150,54 @@ async fn nobody_sees_the_responses_of_another_key() {
     assert_eq!(ask(Method::DELETE, &path, "two", "").await.status, 404);
     let from = json!({ "input": "a", "previous_response_id": mine["id"] }).to_string();
     let refused = ask(Method::POST, PATH, "two", &from).await;
-    assert_eq!((refused.status.as_u16(), &refused.error()["param"]), (404, &json!("previous_response_id")));
+    assert_eq!((refused.status.as_u16(), &refused.error()["param"]), (400, &json!("previous_response_id")));
+    assert_eq!(refused.error()["code"], "previous_response_not_found");
     assert_eq!(ask(Method::GET, &path, "one", "").await.status, 200);
+    let items = format!("{path}/input_items");
+    assert_eq!(ask(Method::GET, &items, "two", "").await.status, 404);
+    server.stop().await;
+}
+
+#[tokio::test]
+async fn what_was_said_can_be_listed_and_what_has_ended_not_be_cancelled() {
+    let server = TestServer::plain().await;
+    let request = json!({ "max_output_tokens": 2, "input": [
+        { "role": "user", "content": "a" },
+        { "role": "user", "content": [{ "type": "input_text", "text": "b" },
+            { "type": "input_image", "image_url": "data:image/png;base64,AAAA" }], "id": "msg_mine" },
+    ] });
+    let made = server.post(PATH, &request).await.json();
+    let path = format!("{PATH}/{}", made["id"].as_str().expect("an id"));
+    let items = server.get(&format!("{path}/input_items")).await.json();
+    assert_eq!((&items["object"], &items["first_id"]), (&json!("list"), &json!("msg_mine")));
+    assert_eq!(items["data"][1]["content"], json!([{ "type": "input_text", "text": "a" }]));
+    assert!(items["last_id"].as_str().is_some_and(|id| id.starts_with("msg_")));
+    let cancelled = server.post(&format!("{path}/cancel"), &json!({})).await;
+    assert_eq!((cancelled.status.as_u16(), &cancelled.error()["param"]), (400, &json!("response_id")));
+    assert_eq!(server.post(&format!("{PATH}/resp_none/cancel"), &json!({})).await.status, 404);
+    server.stop().await;
+}
+
+#[tokio::test]
+async fn a_compacted_conversation_goes_on() {
+    let server = TestServer::scripted(HERMES, TOKENS).await;
+    server.say_when(&[
+        (&["The launch is on Tuesday", "What was said before"], "On Tuesday."),
+        (&["Summarise this conversation"], "The launch is on Tuesday."),
+    ]);
+    let input =
+        json!([{ "role": "user", "content": "When is it?" }, { "role": "assistant", "content": "Tuesday." }]);
+    let path = format!("{PATH}/compact");
+    let compacted =
+        server.post(&path, &json!({ "model": "deep", "temperature": 0, "input": input })).await.json();
+    assert_eq!(compacted["object"], "response.compaction", "{compacted}");
+    assert_eq!(compacted["output"][0]["type"], "compaction");
+    let mut items = compacted["output"].as_array().expect("items").clone();
+    items.push(json!({ "role": "user", "content": "So, when?" }));
+    let answer =
+        server.post(PATH, &json!({ "model": "deep", "temperature": 0, "input": items })).await.json();
+    assert_eq!(answer["output"][0]["content"][0]["text"], "On Tuesday.", "{answer}");
+    assert_eq!(server.post(&path, &json!({ "input": input })).await.error()["param"], "model");
     server.stop().await;
 }
 
@@ -162,10 +210,11 @@ async fn faults_name_the_item() {
         (json!({ "input": [7] }), "input[0]"),
         (json!({ "input": [{ "role": "user" }] }), "input[0].content"),
         (
-            json!({ "input": [{ "role": "user", "content": [{ "type": "input_image" }] }] }),
+            json!({ "input": [{ "role": "user", "content": [{ "type": "input_file" }] }] }),
             "input[0].content[0]",
         ),
         (json!({ "input": [{ "type": "function_call", "call_id": "a" }] }), "input[0].name"),
+        (json!({ "input": [{ "type": "function_call_output", "call_id": "none", "output": "" }] }), "input"),
         (json!({ "max_output_tokens": 0 }), "max_output_tokens"),
         (json!({ "max_output_tokens": -1 }), "max_output_tokens"),
         (json!({ "max_output_tokens": 9_223_372_036_854_775_808_u64 }), "max_output_tokens"),

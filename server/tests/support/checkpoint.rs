@@ -34,6 +34,8 @@ pub(crate) struct CheckpointSpec {
     /// Further tokens of the vocabulary, marked as special.
     pub(crate) tokens: &'static [&'static str],
     pub(crate) generation_config: Value,
+    /// Tokens that the model is made for.
+    pub(crate) context: usize,
 }
 
 impl Default for CheckpointSpec {
@@ -45,6 +47,7 @@ impl Default for CheckpointSpec {
             chat_template: None,
             tokens: &[],
             generation_config: json!({}),
+            context: 8192,
         }
     }
 }
@@ -54,7 +57,6 @@ const INTERMEDIATE: usize = 64;
 const HEADS: usize = 2;
 const KV_HEADS: usize = 1;
 const HEAD_DIM: usize = 16;
-const CONTEXT: usize = 8192;
 
 impl CheckpointSpec {
     pub(crate) fn write(&self, dir: &Path, num_layers: usize, seed: u64) {
@@ -67,7 +69,7 @@ impl CheckpointSpec {
             "architectures": ["LlamaForCausalLM"], "model_type": "llama", "hidden_act": "silu",
             "hidden_size": HIDDEN, "intermediate_size": INTERMEDIATE, "num_hidden_layers": num_layers,
             "num_attention_heads": HEADS, "num_key_value_heads": KV_HEADS, "head_dim": HEAD_DIM,
-            "vocab_size": vocab_size, "max_position_embeddings": CONTEXT, "rms_norm_eps": 1e-6,
+            "vocab_size": vocab_size, "max_position_embeddings": self.context, "rms_norm_eps": 1e-6,
             "rope_theta": 10000.0, "tie_word_embeddings": true, "torch_dtype": "float32",
             "eos_token_id": end,
         });

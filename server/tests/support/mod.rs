@@ -5,7 +5,7 @@
 
 mod checkpoint;
 mod gated;
-mod scripted;
+pub(crate) mod scripted;
 
 use std::net::SocketAddr;
 use std::sync::{Arc, Mutex};
@@ -30,7 +30,7 @@ use tokio::task::JoinHandle;
 
 pub(crate) use checkpoint::CheckpointSpec;
 use gated::GatedModel;
-use scripted::{Script, ScriptedModel};
+use scripted::{Line, Script, ScriptedModel};
 
 /// How the server under test is made.
 pub(crate) struct TestOptions {
@@ -145,7 +145,8 @@ impl TestServer {
         let (mut target_model, target) = load(&target_dir, &pool);
         let script = Script::default();
         if options.scripted {
-            target_model = Box::new(ScriptedModel::new(target_model, script.clone()));
+            target_model =
+                Box::new(ScriptedModel::new(target_model, target.tokenizer.clone(), script.clone()));
         }
         if let Some(gate) = options.gate {
             target_model = Box::new(GatedModel { inner: target_model, gate });
@@ -225,10 +226,18 @@ impl TestServer {
 
     /// What a scripted model answers from now on.
     pub(crate) fn say(&self, answer: &str) {
+        self.say_when(&[(&[], answer)]);
+    }
+
+    /// The same for prompts that hold certain texts; the first that fits counts.
+    pub(crate) fn say_when(&self, lines: &[(&[&str], &str)]) {
         let end = self.tokenizer.token_to_id("<|endoftext|>").expect("a special token");
-        let mut tokens = self.tokenizer.encode(answer, false).expect("text has tokens");
-        tokens.push(end);
-        self.script.set(tokens);
+        let line = |&(when, answer): &(&[&str], &str)| {
+            let mut tokens = self.tokenizer.encode(answer, false).expect("text has tokens");
+            tokens.push(end);
+            Line { when: when.iter().map(|text| (*text).to_owned()).collect(), tokens }
+        };
+        self.script.set(lines.iter().map(line).collect());
     }
 
     /// Asks the server to stop; returns at once.

@@ -13,9 +13,9 @@ use super::wire::AnthropicWire;
 use crate::http::body::JsonBody;
 use crate::http::chat::ChatStream;
 use crate::http::error::ApiError;
-use crate::http::fields::{CommonFields, in_range};
+use crate::http::fields::CommonFields;
 use crate::http::generation::Prompt;
-use crate::http::intake::{Intake, answer_tokens};
+use crate::http::intake::{Intake, answer_tokens, asked_tokens};
 use crate::http::lanes::Work;
 use crate::http::state::AppState;
 use crate::http::wire::respond;
@@ -25,19 +25,17 @@ pub(super) async fn messages(
     headers: HeaderMap,
     JsonBody { mut common, mut fields, size_bytes }: JsonBody<CommonFields, MessagesFields>,
 ) -> Result<Response, ApiError> {
-    let Some(max_tokens) = common.max_tokens else {
+    let asked = asked_tokens("max_tokens", common.max_tokens, 1)?;
+    if asked.is_none() {
         return Err(ApiError::invalid("max_tokens", "max_tokens is missing; it must be an integer from 1"));
-    };
-    // A bound of the model's own is larger than many contexts; it is lowered to what the prompt leaves.
-    let max_tokens = in_range("max_tokens", max_tokens, 1, i64::MAX.into())?;
+    }
     common.stop = fields.stop_sequences.take();
     let mut intake = Intake::new(&state, &headers, common, Work::Chat, false)?;
     let (one_call, shows_thinking) = (fields.one_call(), fields.shows_thinking()?);
     let rendered = fields.conversation(size_bytes)?.render(&mut intake).await?;
     let num_prompt_tokens = rendered.tokens.len();
     let max_model_len = intake.max_model_len();
-    let max_tokens =
-        answer_tokens("max_tokens", Some(max_tokens), None, num_prompt_tokens, max_model_len, false)?;
+    let max_tokens = answer_tokens(asked, None, num_prompt_tokens, max_model_len)?;
     intake.common.num_choices = 1;
     let prompt = Prompt { tokens: rendered.tokens, text: None, max_tokens };
     let (generation, reply) = intake.start(vec![prompt]).await?;

@@ -4,20 +4,25 @@ mod messages;
 mod request;
 mod wire;
 
-use std::sync::Arc;
-
-use axum::Router;
-use axum::routing::post;
 use serde_json::{Value, json};
 
+use super::api::{Api, Operation};
 use super::error::{ApiError, ErrorKind};
-use super::state::AppState;
+use super::fields::CommonFields;
+use super::wire::EVENT_STREAM;
+use request::MessagesFields;
 
 /// The protocol's paths.
-pub(super) fn routes() -> Router<Arc<AppState>> {
-    Router::new()
-        .route("/v1/messages", post(messages::messages))
-        .route("/v1/messages/count_tokens", post(messages::count_tokens))
+pub(super) fn routes() -> Api {
+    Api::new("Anthropic")
+        .post("/v1/messages", messages::messages, {
+            Operation::new("Goes on with a conversation")
+                .reads::<CommonFields, MessagesFields>()
+                .streams(EVENT_STREAM)
+        })
+        .post("/v1/messages/count_tokens", messages::count_tokens, {
+            Operation::new("Counts the tokens of a conversation").reads::<CommonFields, MessagesFields>()
+        })
 }
 
 /// `{"type": "error", "error": {"type", "message"}}`

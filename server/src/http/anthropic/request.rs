@@ -3,15 +3,16 @@
 
 use serde::Deserialize;
 use serde_json::{Map, Value, json};
+use utoipa::ToSchema;
 
 use crate::http::chat::{
-    Conversation, MAX_TOOL_NAME_BYTES, ToolChoice, function_tool, invalid_part, text_of_parts,
+    Conversation, MAX_TOOL_NAME_BYTES, ToolChoice, function_tool, invalid_part, text_of_agents_parts,
 };
 use crate::http::error::ApiError;
-use crate::http::fields::{Bounded, Strings, objects, wrong_type};
+use crate::http::fields::{Bounded, Strings, objects, one_of, wrong_type};
 
 /// The fields that only messages have.
-#[derive(Deserialize)]
+#[derive(Deserialize, ToSchema)]
 pub(super) struct MessagesFields {
     messages: Option<Bounded>,
     system: Option<Bounded>,
@@ -19,16 +20,22 @@ pub(super) struct MessagesFields {
     tools: Option<Bounded>,
     tool_choice: Option<Choice>,
     thinking: Option<Thinking>,
+    output_config: Option<OutputConfig>,
 }
 
-#[derive(Deserialize)]
+#[derive(Deserialize, ToSchema)]
+struct OutputConfig {
+    effort: Option<String>,
+}
+
+#[derive(Deserialize, ToSchema)]
 struct Choice {
     r#type: String,
     name: Option<String>,
     disable_parallel_tool_use: Option<bool>,
 }
 
-#[derive(Deserialize)]
+#[derive(Deserialize, ToSchema)]
 struct Thinking {
     r#type: String,
 }
@@ -77,6 +84,9 @@ impl MessagesFields {
         for switch in ["enable_thinking", "thinking"] {
             variables.insert(switch.to_owned(), Value::Bool(thinks));
         }
+        if let Some(effort) = self.output_config.and_then(|config| config.effort).filter(|_| thinks) {
+            variables.insert("reasoning_effort".to_owned(), Value::from(known_effort(&effort)?));
+        }
         Ok(Conversation {
             messages,
             path: "messages",
@@ -87,6 +97,13 @@ impl MessagesFields {
             size_bytes,
         })
     }
+}
+
+/// Their words for effort in the templates'.
+fn known_effort(effort: &str) -> Result<&'static str, ApiError> {
+    const EFFORTS: [(&str, &str); 5] =
+        [("low", "low"), ("medium", "medium"), ("high", "high"), ("xhigh", "high"), ("max", "high")];
+    one_of("output_config.effort", effort, &EFFORTS)
 }
 
 fn message(role: &str, content: String) -> Map<String, Value> {
@@ -100,7 +117,7 @@ fn system_text(blocks: &[Value]) -> Result<String, ApiError> {
     let texts: Result<Vec<String>, ApiError> = blocks
         .iter()
         .enumerate()
-        .map(|(i, block)| text_of_parts(std::slice::from_ref(block), &format!("system[{i}]")))
+        .map(|(i, block)| text_of_agents_parts(std::slice::from_ref(block), &format!("system[{i}]")))
         .collect();
     Ok(texts?.join("\n"))
 }
@@ -138,6 +155,7 @@ fn translate(
             "text" => text.push_str(field("text")?),
             "thinking" => reasoning.push_str(field("thinking")?),
             "redacted_thinking" => {}
+            "image" => text.push_str(&text_of_agents_parts(std::slice::from_ref(block), &path)?),
             "tool_use" => calls.push(json!({ "id": field("id")?, "type": "function",
                 "function": { "name": field("name")?, "arguments": input(block) } })),
             "tool_result" => {
@@ -172,7 +190,7 @@ fn result_text(block: &Value, path: &str) -> Result<String, ApiError> {
     match &block["content"] {
         Value::Null => Ok(String::new()),
         Value::String(text) => Ok(text.clone()),
-        Value::Array(parts) => text_of_parts(parts, &format!("{path}.content")),
+        Value::Array(parts) => text_of_agents_parts(parts, &format!("{path}.content")),
         other => Err(wrong_type(&format!("{path}.content"), "a string or an array of text blocks", other)),
     }
 }

@@ -149,7 +149,7 @@ impl ChatWire for AnthropicWire {
         self.finish = finish;
     }
 
-    fn end(&mut self, generation: &Generation, out: &mut Vec<u8>) {
+    fn end(&mut self, generation: &Generation, _num_reasoning_tokens: u64, out: &mut Vec<u8>) {
         let (stop_reason, stop_sequence) = stop(generation, self.finish);
         let delta = json!({
             "type": "message_delta", "delta": { "stop_reason": stop_reason, "stop_sequence": stop_sequence },

@@ -3,7 +3,7 @@
 use std::sync::Arc;
 
 use serde_json::{Map, Value, json};
-use tandem_models::ChatTemplate;
+use tandem_models::{ChatTemplate, Tokenizer};
 
 use super::messages::normalise;
 use crate::http::error::ApiError;
@@ -62,9 +62,15 @@ pub(in crate::http) struct ReadingPlan {
     forced: String,
     /// What both have.
     prefill: String,
+    tokenizer: Option<Arc<Tokenizer>>,
 }
 
 impl ReadingPlan {
+    /// Counts tokens of what was read.
+    pub(super) fn tokenizer(&self) -> Option<Arc<Tokenizer>> {
+        self.tokenizer.clone()
+    }
+
     /// A reader for one answer. Events of what the prompt holds already are in `begun`.
     pub(super) fn reader(&self, begun: &mut Vec<crate::text::answer::AnswerEvent>) -> AnswerReader {
         let mut reader = match &self.dialect {
@@ -120,7 +126,8 @@ impl Conversation {
         let render = move || {
             let served = state_there.served(lane).expect("it was found before: this is a bug");
             let path = self.path;
-            let (text, plan) = self.write(&template, &served.dialect)?;
+            let (text, mut plan) = self.write(&template, &served.dialect)?;
+            plan.tokenizer = Some(served.model.tokenizer.clone());
             let whole = format!("{text}{}{}", plan.prefill, plan.forced);
             check_text_fits(path, whole.len(), served, state_there.engine.max_model_len())?;
             // The template writes the special tokens itself.
@@ -174,7 +181,13 @@ impl Conversation {
         let tools = with_tools.then(|| Arc::new(ToolSet::new(&self.tools)));
         let messages = Value::Array(self.messages.into_iter().map(Value::Object).collect());
         let listed = with_tools.then(|| Value::Array(self.tools));
-        let text = template.render(&messages, listed.as_ref(), true, &self.variables).map_err(|error| {
+        let render = |messages: &Value| template.render(messages, listed.as_ref(), true, &self.variables);
+        // Agents put instructions in several messages, and between turns; many templates take one, and first.
+        let rendered = render(&messages).or_else(|error| match instructions_first(&messages) {
+            Some(joined) => render(&joined).map_err(|_| error),
+            None => Err(error),
+        });
+        let text = rendered.map_err(|error| {
             let message = format!("the model's chat template refused the messages: {error}");
             ApiError::invalid(self.path, message)
         })?;
@@ -196,9 +209,35 @@ impl Conversation {
             tools,
             forced: forced.unwrap_or_default(),
             prefill,
+            tokenizer: None,
         };
         Ok((text, plan))
     }
+}
+
+/// The messages with those of the system that begin them joined to one, and later ones as the user's. `None` if
+/// that is what they are.
+fn instructions_first(messages: &Value) -> Option<Value> {
+    let messages = messages.as_array()?;
+    let is_system = |message: &Value| message["role"] == "system";
+    let num_first = messages.iter().take_while(|message| is_system(message)).count();
+    if num_first < 2 && !messages[num_first..].iter().any(is_system) {
+        return None;
+    }
+    let texts: Vec<&str> =
+        messages[..num_first].iter().filter_map(|message| message["content"].as_str()).collect();
+    let mut turned = Vec::with_capacity(messages.len());
+    if num_first > 0 {
+        turned.push(json!({ "role": "system", "content": texts.join("\n\n") }));
+    }
+    for message in &messages[num_first..] {
+        let mut message = message.clone();
+        if is_system(&message) {
+            message["role"] = Value::from("user");
+        }
+        turned.push(message);
+    }
+    Some(Value::Array(turned))
 }
 
 /// Its template calls reasoning `thinking`, and takes it only beside a call, in the content's place.

@@ -82,17 +82,34 @@ fn arguments_to_object(path: &str, call: &mut Value) -> Result<(), ApiError> {
     Ok(())
 }
 
+/// What a model that reads text only is told of an image. An agent that shows it one can go on; a fault would
+/// end its conversation, in which the image stays.
+const IMAGE_NOTE: &str = "[an image, which this model cannot see]";
+
 /// The text of content parts, joined: templates of text models know no parts.
 ///
 /// # Errors
 /// If a part is not text.
 pub(in crate::http) fn text_of_parts(parts: &[Value], path: &str) -> Result<String, ApiError> {
+    join_parts(parts, path, false)
+}
+
+/// The same with a note in the place of every image.
+///
+/// # Errors
+/// If a part is neither.
+pub(in crate::http) fn text_of_agents_parts(parts: &[Value], path: &str) -> Result<String, ApiError> {
+    join_parts(parts, path, true)
+}
+
+fn join_parts(parts: &[Value], path: &str, notes_images: bool) -> Result<String, ApiError> {
     let mut joined = String::new();
     for (i, part) in parts.iter().enumerate() {
         let kind = part.get("type").and_then(Value::as_str).unwrap_or("missing");
         let text = match kind {
             "text" | "input_text" | "output_text" => part.get("text").and_then(Value::as_str),
             "refusal" => part.get("refusal").and_then(Value::as_str),
+            "image" | "input_image" if notes_images => Some(IMAGE_NOTE),
             _ => None,
         };
         match text {

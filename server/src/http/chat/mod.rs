@@ -10,8 +10,8 @@ mod format;
 mod messages;
 mod tools;
 
-pub(super) use answers::{ChatAnswer, ChatStream, ChatWire, Finish};
+pub(super) use answers::{ChatAnswer, ChatStream, ChatWire, Finish, Reading};
 pub(super) use conversation::{Conversation, ReadingPlan, ToolChoice, function_tool};
 pub(super) use format::only_text;
-pub(super) use messages::{invalid_part, text_of_parts};
+pub(super) use messages::{invalid_part, text_of_agents_parts};
 pub(super) use tools::{MAX_TOOL_NAME_BYTES, ToolFields, reasoning_variables};

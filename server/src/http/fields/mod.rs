@@ -4,6 +4,7 @@
 
 mod bounded;
 mod json;
+mod schema;
 mod speculation;
 
 use std::sync::Arc;
@@ -18,6 +19,7 @@ use json::{Entries, Ids, canonical_id, number};
 pub(super) use json::{Integer, Strings, in_range, integer, one_of};
 pub(super) use speculation::Prediction;
 use speculation::Speculative;
+use utoipa::ToSchema;
 
 use super::error::ApiError;
 use super::generation::{GenerationRequest, Prompt};
@@ -31,7 +33,7 @@ const MAX_SALT_BYTES: usize = 256;
 /// Longest `t_max_predict_ms`, a day.
 const MAX_PREDICT_MS: i128 = 24 * 60 * 60 * 1000;
 
-#[derive(Debug, Default, Deserialize)]
+#[derive(Debug, Default, Deserialize, ToSchema)]
 pub(super) struct StreamOptions {
     include_usage: Option<bool>,
     continuous_usage_stats: Option<bool>,
@@ -40,7 +42,7 @@ pub(super) struct StreamOptions {
 const PRIORITIES: &[(&str, Priority)] = &[("interactive", Priority::Interactive), ("batch", Priority::Batch)];
 
 /// The fields, as they stand in the body.
-#[derive(Debug, Default, Deserialize)]
+#[derive(Debug, Default, Deserialize, ToSchema)]
 pub(super) struct CommonFields {
     pub(super) model: Option<String>,
     #[serde(default, deserialize_with = "integer")]

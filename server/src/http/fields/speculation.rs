@@ -7,6 +7,7 @@ use std::sync::Arc;
 use serde::de::{self, SeqAccess, Visitor};
 use serde::{Deserialize, Deserializer};
 use tandem_engine::{DraftSource, DraftSources, MAX_DRAFT_TOKENS, SpeculationParams};
+use utoipa::ToSchema;
 
 use super::json::{Strings, in_range, integer, one_of};
 use crate::http::error::ApiError;
@@ -14,7 +15,7 @@ use crate::http::prompt::INLINE_TEXT_BYTES;
 use crate::http::state::{AppState, ServedModel};
 
 /// `speculative`
-#[derive(Debug, Default, Deserialize)]
+#[derive(Debug, Default, Deserialize, ToSchema)]
 pub(super) struct Speculative {
     #[serde(default, deserialize_with = "integer")]
     max_draft_tokens: Option<i128>,

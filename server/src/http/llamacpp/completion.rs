@@ -5,20 +5,16 @@ use std::sync::Arc;
 use axum::extract::State;
 use axum::response::Response;
 use http::HeaderMap;
-use tandem_models::{FimContext, FimFile};
 
-use super::fields::LlamaFields;
+use super::fields::{Extra, LlamaFields};
 use super::wire::LlamaWire;
 use crate::http::body::JsonBody;
 use crate::http::error::ApiError;
 use crate::http::fields::CommonFields;
-use crate::http::generation::{Prompt, PromptText};
-use crate::http::intake::{Intake, answer_tokens};
+use crate::http::gap::{Gap, OtherFile};
+use crate::http::intake::Intake;
 use crate::http::lanes::Work;
-use crate::http::prompt::{
-    INLINE_TEXT_BYTES, PreparedPrompt, PromptField, PromptInput, PromptOptions, fim_of, prepare,
-    untokenizable,
-};
+use crate::http::prompt::{PreparedPrompt, PromptField, PromptInput, PromptOptions, prepare};
 use crate::http::state::AppState;
 use crate::http::wire::respond;
 
@@ -59,47 +55,15 @@ pub(super) async fn infill(
     };
     let mut intake = Intake::new(&state, &headers, common, Work::Gap, true)?;
     intake.common.num_choices = 1;
-    let fim = fim_of(intake.served, "model")?.clone();
-    let max_model_len = intake.max_model_len();
-    let most_bytes = max_model_len.saturating_mul(intake.served.max_token_bytes);
-    let tokenizer = intake.served.model.tokenizer.clone();
-    let (prefix, suffix) = (fields.input_prefix.unwrap_or_default(), fields.input_suffix.unwrap_or_default());
-    let extra = fields.input_extra.unwrap_or_default();
-    let prepare = move || {
-        let files: Vec<FimFile<'_>> = extra
-            .iter()
-            // What could not fit even in the vocabulary's longest tokens is not encoded.
-            .filter(|extra| extra.text.len() <= most_bytes)
-            .map(|extra| FimFile { name: extra.filename.as_deref().unwrap_or("file"), text: &extra.text })
-            .collect();
-        let context = FimContext {
-            files: &files,
-            prefix: last_bytes(&prefix, most_bytes),
-            begun: last_bytes(&begun, most_bytes),
-            suffix: first_bytes(&suffix, most_bytes),
-        };
-        // The answer has room first; a bound that is larger than the context leaves half.
-        let wanted = max_tokens.unwrap_or(0).clamp(1, max_model_len as i128 / 2) as usize;
-        let tokens =
-            fim.encode_context(&tokenizer, &context, max_model_len - wanted).map_err(untokenizable)?;
-        let max_tokens = answer_tokens("n_predict", max_tokens, None, tokens.len(), max_model_len, false)?;
-        let text = extra.is_empty().then(|| PromptText {
-            before: format!("{prefix}{begun}").into(),
-            after: Some(suffix.as_str().into()),
-        });
-        Ok(Prompt { tokens: tokens.into(), text, max_tokens })
+    let other =
+        |extra: Extra| OtherFile { name: extra.filename.unwrap_or("file".to_owned()), text: extra.text };
+    let gap = Gap {
+        files: fields.input_extra.unwrap_or_default().into_iter().map(other).collect(),
+        prefix: fields.input_prefix.unwrap_or_default(),
+        begun,
+        suffix: fields.input_suffix.unwrap_or_default(),
     };
-    let prompt = state.heavy.run_if(size_bytes > INLINE_TEXT_BYTES, prepare).await?;
+    let prompt = gap.prompt(&state, intake.served, max_tokens, size_bytes).await?;
     let (generation, reply) = intake.start(vec![prompt]).await?;
     respond(generation, LlamaWire::new(&reply), &reply).await
-}
-
-fn last_bytes(text: &str, most: usize) -> &str {
-    let from = text.len().saturating_sub(most);
-    &text[(from..=text.len()).find(|&at| text.is_char_boundary(at)).unwrap_or(text.len())..]
-}
-
-fn first_bytes(text: &str, most: usize) -> &str {
-    let to = most.min(text.len());
-    &text[..(0..=to).rev().find(|&at| text.is_char_boundary(at)).unwrap_or(0)]
 }

@@ -1,13 +1,14 @@
 //! Fields that llama.cpp calls by names of its own.
 
 use serde::Deserialize;
+use utoipa::ToSchema;
 
 use crate::http::error::ApiError;
 use crate::http::fields::{CommonFields, in_range, integer};
 use crate::http::prompt::PromptField;
 
 /// Of both endpoints, beside the common fields. `n_indent` and `t_max_prompt_ms` are checked and have no effect.
-#[derive(Deserialize)]
+#[derive(Deserialize, ToSchema)]
 pub(super) struct LlamaFields {
     #[serde(default, deserialize_with = "integer")]
     n_predict: Option<i128>,
@@ -23,7 +24,7 @@ pub(super) struct LlamaFields {
 }
 
 /// Text of another file.
-#[derive(Deserialize)]
+#[derive(Deserialize, ToSchema)]
 pub(super) struct Extra {
     pub(super) filename: Option<String>,
     pub(super) text: String,

@@ -6,22 +6,34 @@ mod info;
 mod tokens;
 mod wire;
 
-use std::sync::Arc;
-
-use axum::Router;
-use axum::routing::{get, post};
-
-use super::state::AppState;
+use super::api::{Api, Operation};
+use super::fields::CommonFields;
+use super::wire::EVENT_STREAM;
+use fields::LlamaFields;
+use tokens::{DetokenizeFields, ModelField, TemplateFields, TokenizeFields};
 
 /// The protocol's paths.
-pub(super) fn routes() -> Router<Arc<AppState>> {
-    Router::new()
-        .route("/completion", post(completion::completion))
-        .route("/completions", post(completion::completion))
-        .route("/infill", post(completion::infill))
-        .route("/tokenize", post(tokens::tokenize))
-        .route("/detokenize", post(tokens::detokenize))
-        .route("/apply-template", post(tokens::apply_template))
-        .route("/props", get(info::props))
-        .route("/slots", get(info::slots))
+pub(super) fn routes() -> Api {
+    Api::new("llama.cpp")
+        .post("/completion", completion::completion, completions())
+        .post("/completions", completion::completion, completions())
+        .post("/infill", completion::infill, {
+            let operation = Operation::new("Fills a gap, with other files around it");
+            operation.reads::<CommonFields, LlamaFields>().streams(EVENT_STREAM)
+        })
+        .post("/tokenize", tokens::tokenize, {
+            Operation::new("A text's tokens").reads::<ModelField, TokenizeFields>()
+        })
+        .post("/detokenize", tokens::detokenize, {
+            Operation::new("The text of tokens").reads::<ModelField, DetokenizeFields>()
+        })
+        .post("/apply-template", tokens::apply_template, {
+            Operation::new("The prompt that a conversation becomes").reads::<CommonFields, TemplateFields>()
+        })
+        .get("/props", info::props, Operation::new("What the server is"))
+        .get("/slots", info::slots, Operation::new("How much of it is at work"))
+}
+
+fn completions() -> Operation {
+    Operation::new("Continues a prompt").reads::<CommonFields, LlamaFields>().streams(EVENT_STREAM)
 }

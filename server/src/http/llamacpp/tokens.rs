@@ -7,6 +7,7 @@ use axum::extract::State;
 use http::HeaderMap;
 use serde::Deserialize;
 use serde_json::{Map, Value, json};
+use utoipa::ToSchema;
 
 use crate::http::body::JsonBody;
 use crate::http::chat::{Conversation, ToolFields};
@@ -17,7 +18,7 @@ use crate::http::lanes::{Work, resolve};
 use crate::http::prompt::{INLINE_TEXT_BYTES, PromptField, PromptInput, check_text_fits, untokenizable};
 use crate::http::state::AppState;
 
-#[derive(Deserialize)]
+#[derive(Deserialize, ToSchema)]
 pub(super) struct TokenizeFields {
     content: Option<String>,
     add_special: Option<bool>,
@@ -25,7 +26,7 @@ pub(super) struct TokenizeFields {
     with_pieces: Option<bool>,
 }
 
-#[derive(Deserialize)]
+#[derive(Deserialize, ToSchema)]
 pub(super) struct ModelField {
     model: Option<String>,
 }
@@ -62,7 +63,7 @@ pub(super) async fn tokenize(
     state.heavy.run_if(is_long, work).await.map(Json)
 }
 
-#[derive(Deserialize)]
+#[derive(Deserialize, ToSchema)]
 pub(super) struct DetokenizeFields {
     tokens: Option<PromptField>,
 }
@@ -91,7 +92,7 @@ pub(super) async fn detokenize(
     state.heavy.run_if(is_long, work).await.map(Json)
 }
 
-#[derive(Deserialize)]
+#[derive(Deserialize, ToSchema)]
 pub(super) struct TemplateFields {
     messages: Option<Bounded>,
     tools: Option<Bounded>,

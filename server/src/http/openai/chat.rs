@@ -9,6 +9,7 @@ use serde::{Deserialize, Serialize};
 use serde_json::Map;
 use tandem_engine::MAX_LOGPROBS;
 use tandem_models::Tokenizer;
+use utoipa::ToSchema;
 
 use super::logprobs::ChatLogprobs;
 use super::write::{ChunkWriter, Identity};
@@ -20,14 +21,14 @@ use crate::http::chat::{
 use crate::http::error::ApiError;
 use crate::http::fields::{Bounded, CommonFields, in_range, integer, object, objects};
 use crate::http::generation::{Generation, Prompt, ScoredToken};
-use crate::http::intake::{Intake, Reply, answer_tokens};
+use crate::http::intake::{Intake, Reply, answer_tokens, asked_tokens};
 use crate::http::lanes::Work;
 use crate::http::state::AppState;
 use crate::http::wire::{json, random_id, respond};
 use crate::text::answer::{AnswerEvent, AnswerMessage};
 
 /// The fields that only chat completions have.
-#[derive(Deserialize)]
+#[derive(Deserialize, ToSchema)]
 pub(super) struct ChatFields {
     messages: Option<Bounded>,
     tools: Option<Bounded>,
@@ -46,28 +47,44 @@ pub(super) struct ChatFields {
 pub(super) async fn chat_completions(
     State(state): State<Arc<AppState>>,
     headers: HeaderMap,
-    JsonBody { common, fields, size_bytes }: JsonBody<CommonFields, ChatFields>,
+    body: JsonBody<CommonFields, ChatFields>,
 ) -> Result<Response, ApiError> {
-    only_text("response_format", fields.response_format.as_ref().map(|Bounded(format)| format))?;
-    // Checked before the prompt is rendered; whether it fits beside the prompt is checked after.
-    let (param, asked) = match fields.max_completion_tokens {
-        Some(value) => ("max_completion_tokens", Some(value)),
-        None => ("max_tokens", common.max_tokens),
-    };
-    let mut intake = Intake::new(&state, &headers, common, Work::Chat, false)?;
-    intake.common.params.logprobs = top_logprobs(fields.logprobs, fields.top_logprobs)?;
+    let PreparedChat { intake, prompt, plan, one_call } = PreparedChat::new(&state, &headers, body).await?;
     let has_logprobs = intake.common.params.logprobs.is_some();
-    intake.check_sequences(1)?;
-    let max_model_len = intake.max_model_len();
-    let asked = asked.map(|value| in_range(param, value, 1, max_model_len as i128)).transpose()?;
-
-    let one_call = fields.parallel_tool_calls == Some(false);
-    let rendered = conversation(fields, size_bytes)?.render(&mut intake).await?;
-    let max_tokens = answer_tokens(param, asked, None, rendered.tokens.len(), max_model_len, true)?;
     let tokenizer = has_logprobs.then(|| intake.served.model.tokenizer.clone());
-    let prompt = Prompt { tokens: rendered.tokens, text: None, max_tokens };
     let (generation, reply) = intake.start(vec![prompt]).await?;
-    answer(generation, &reply, rendered.plan, one_call, tokenizer).await
+    answer(generation, &reply, plan, one_call, tokenizer).await
+}
+
+/// A request that has been checked, with its conversation as tokens.
+pub(super) struct PreparedChat<'a> {
+    pub(super) intake: Intake<'a>,
+    pub(super) prompt: Prompt,
+    plan: ReadingPlan,
+    one_call: bool,
+}
+
+impl<'a> PreparedChat<'a> {
+    pub(super) async fn new(
+        state: &'a Arc<AppState>,
+        headers: &HeaderMap,
+        JsonBody { common, fields, size_bytes }: JsonBody<CommonFields, ChatFields>,
+    ) -> Result<Self, ApiError> {
+        only_text("response_format", fields.response_format.as_ref().map(|Bounded(format)| format))?;
+        let (param, asked) = match fields.max_completion_tokens {
+            Some(value) => ("max_completion_tokens", Some(value)),
+            None => ("max_tokens", common.max_tokens),
+        };
+        let mut intake = Intake::new(state, headers, common, Work::Chat, false)?;
+        intake.common.params.logprobs = top_logprobs(fields.logprobs, fields.top_logprobs)?;
+        intake.check_sequences(1)?;
+        let asked = asked_tokens(param, asked, 1)?;
+        let one_call = fields.parallel_tool_calls == Some(false);
+        let rendered = conversation(fields, size_bytes)?.render(&mut intake).await?;
+        let max_tokens = answer_tokens(asked, None, rendered.tokens.len(), intake.max_model_len())?;
+        let prompt = Prompt { tokens: rendered.tokens, text: None, max_tokens };
+        Ok(PreparedChat { intake, prompt, plan: rendered.plan, one_call })
+    }
 }
 
 /// `tokenizer`: set if log-probabilities are to be written.
@@ -293,8 +310,8 @@ impl ChatWire for OpenAiChat {
         self.writer.close(generation, Some(finish_reason(finish)), out);
     }
 
-    fn end(&mut self, generation: &Generation, out: &mut Vec<u8>) {
-        self.writer.end(generation, out);
+    fn end(&mut self, generation: &Generation, num_reasoning_tokens: u64, out: &mut Vec<u8>) {
+        self.writer.end(generation, num_reasoning_tokens, out);
     }
 
     fn error(&mut self, error: &ApiError, out: &mut Vec<u8>) {
@@ -303,6 +320,7 @@ impl ChatWire for OpenAiChat {
 
     fn whole(&mut self, generation: &Generation, answers: Vec<ChatAnswer>, out: &mut Vec<u8>) {
         let tokenizer = self.tokenizer.as_ref();
+        let num_reasoning_tokens = answers.iter().map(|answer| answer.num_reasoning_tokens).sum();
         let choices: Vec<ChatChoice> = answers
             .into_iter()
             .enumerate()
@@ -313,6 +331,6 @@ impl ChatWire for OpenAiChat {
                 finish_reason: finish_reason(answer.finish),
             })
             .collect();
-        self.identity.write_whole(generation, &choices, out);
+        self.identity.write_whole(generation, &choices, num_reasoning_tokens, out);
     }
 }

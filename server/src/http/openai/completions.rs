@@ -8,6 +8,7 @@ use http::HeaderMap;
 use serde::{Deserialize, Serialize};
 use tandem_engine::MAX_LOGPROBS;
 use tandem_models::Tokenizer;
+use utoipa::ToSchema;
 
 use super::logprobs::CompletionLogprobs;
 use super::types::finish_reason;
@@ -16,18 +17,21 @@ use crate::http::body::JsonBody;
 use crate::http::error::ApiError;
 use crate::http::fields::{CommonFields, in_range, integer};
 use crate::http::generation::{CompletedChoice, Delta, Generation, Progress};
-use crate::http::intake::Intake;
+use crate::http::intake::{Intake, asked_tokens};
 use crate::http::lanes::Work;
 use crate::http::prompt::{PreparedPrompt, PromptField, PromptInput, PromptOptions, prepare};
 use crate::http::state::AppState;
+use crate::http::tabby::{self, Segments};
 use crate::http::wire::{Wire, json, respond};
 
 /// OpenAI's default.
 const DEFAULT_MAX_TOKENS: u32 = 16;
 
 /// The fields that only completions have.
-#[derive(Deserialize)]
+#[derive(Deserialize, ToSchema)]
 pub(super) struct CompletionFields {
+    /// Tabby's, which asks on the same path.
+    segments: Option<Segments>,
     prompt: Option<PromptField>,
     suffix: Option<String>,
     echo: Option<bool>,
@@ -48,43 +52,15 @@ struct CompletionChoice {
 pub(super) async fn completions(
     State(state): State<Arc<AppState>>,
     headers: HeaderMap,
-    JsonBody { common, fields, .. }: JsonBody<CommonFields, CompletionFields>,
+    JsonBody { common, mut fields, size_bytes }: JsonBody<CommonFields, CompletionFields>,
 ) -> Result<Response, ApiError> {
-    let echo = fields.echo.unwrap_or(false);
-    let max_tokens = max_tokens(&state, &common, echo)?;
-    let work = Work::Completion {
-        max_tokens: max_tokens.map_or(DEFAULT_MAX_TOKENS.into(), |max_tokens| max_tokens as u64),
-    };
-    // An empty suffix is how some clients say that there is none.
-    let suffix = fields.suffix.filter(|suffix| !suffix.is_empty());
-    let mut intake = Intake::new(&state, &headers, common, work, suffix.is_some())?;
-    let logprobs = fields
-        .logprobs
-        .map(|count| in_range("logprobs", count, 0, MAX_LOGPROBS.into()).map(|count| count as u8))
-        .transpose()?;
-    let num_choices = intake.common.num_choices;
-    intake.common.params.logprobs = logprobs;
-    intake.common.params.prompt_logprobs = if echo { logprobs } else { None };
-    check_best_of(fields.best_of, num_choices)?;
-
-    let inputs: Vec<PromptInput> = fields.prompt.map(|PromptField(inputs)| inputs).unwrap_or_default();
-    if inputs.is_empty() || inputs.len() > state.limits.max_prompts {
-        let message = format!(
-            "prompt holds {} prompts; 1 to {} are taken, each a string or an array of token ids",
-            inputs.len(),
-            state.limits.max_prompts
-        );
-        return Err(ApiError::invalid("prompt", message));
+    if let Some(segments) = fields.segments.take() {
+        return tabby::complete(&state, &headers, common, segments, size_bytes).await;
     }
-    intake.check_sequences(inputs.len())?;
-    let options = PromptOptions {
-        echo,
-        max_tokens,
-        default_max_tokens: Some(DEFAULT_MAX_TOKENS),
-        max_model_len: intake.max_model_len(),
-    };
-    let prompts = prepare(&state, intake.served, inputs, suffix, options).await?;
+    let PreparedCompletion { intake, prompts } =
+        PreparedCompletion::new(&state, &headers, common, fields).await?;
     let tokenizer = intake.served.model.tokenizer.clone();
+    let (num_choices, logprobs) = (intake.common.num_choices, intake.common.params.logprobs);
     let (generation, reply) = intake.start(prompts.iter().map(PreparedPrompt::to_run).collect()).await?;
     let shape = Shape { tokenizer, prompts, num_choices, has_logprobs: logprobs.is_some() };
     let identity = Identity::new("cmpl-", "text_completion", &reply);
@@ -97,11 +73,55 @@ pub(super) async fn completions(
     respond(generation, wire, &reply).await
 }
 
-/// The client's own bound, checked. 0 is for scoring a prompt.
-fn max_tokens(state: &AppState, common: &CommonFields, echo: bool) -> Result<Option<i128>, ApiError> {
-    let least = if echo { 0 } else { 1 };
-    let most = state.engine.max_model_len() as i128;
-    common.max_tokens.map(|value| in_range("max_tokens", value, least, most)).transpose()
+/// A request that has been checked, with its prompts as tokens.
+pub(super) struct PreparedCompletion<'a> {
+    pub(super) intake: Intake<'a>,
+    pub(super) prompts: Vec<PreparedPrompt>,
+}
+
+impl<'a> PreparedCompletion<'a> {
+    pub(super) async fn new(
+        state: &'a Arc<AppState>,
+        headers: &HeaderMap,
+        common: CommonFields,
+        fields: CompletionFields,
+    ) -> Result<Self, ApiError> {
+        let echo = fields.echo.unwrap_or(false);
+        // 0 is for scoring a prompt.
+        let max_tokens = asked_tokens("max_tokens", common.max_tokens, if echo { 0 } else { 1 })?;
+        let work = Work::Completion {
+            max_tokens: max_tokens.map_or(DEFAULT_MAX_TOKENS.into(), |max_tokens| max_tokens as u64),
+        };
+        // An empty suffix is how some clients say that there is none.
+        let suffix = fields.suffix.filter(|suffix| !suffix.is_empty());
+        let mut intake = Intake::new(state, headers, common, work, suffix.is_some())?;
+        let logprobs = fields
+            .logprobs
+            .map(|count| in_range("logprobs", count, 0, MAX_LOGPROBS.into()).map(|count| count as u8))
+            .transpose()?;
+        intake.common.params.logprobs = logprobs;
+        intake.common.params.prompt_logprobs = if echo { logprobs } else { None };
+        check_best_of(fields.best_of, intake.common.num_choices)?;
+
+        let inputs: Vec<PromptInput> = fields.prompt.map(|PromptField(inputs)| inputs).unwrap_or_default();
+        if inputs.is_empty() || inputs.len() > state.limits.max_prompts {
+            let message = format!(
+                "prompt holds {} prompts; 1 to {} are taken, each a string or an array of token ids",
+                inputs.len(),
+                state.limits.max_prompts
+            );
+            return Err(ApiError::invalid("prompt", message));
+        }
+        intake.check_sequences(inputs.len())?;
+        let options = PromptOptions {
+            echo,
+            max_tokens,
+            default_max_tokens: Some(DEFAULT_MAX_TOKENS),
+            max_model_len: intake.max_model_len(),
+        };
+        let prompts = prepare(state, intake.served, inputs, suffix, options).await?;
+        Ok(PreparedCompletion { intake, prompts })
+    }
 }
 
 fn check_best_of(best_of: Option<i128>, num_choices: usize) -> Result<(), ApiError> {
@@ -173,7 +193,7 @@ impl Wire for CompletionWire {
     }
 
     fn end(&mut self, generation: &Generation, out: &mut Vec<u8>) {
-        self.writer.end(generation, out);
+        self.writer.end(generation, 0, out);
     }
 
     fn error(&mut self, error: &ApiError, out: &mut Vec<u8>) {
@@ -191,6 +211,6 @@ impl Wire for CompletionWire {
                 CompletionChoice { index, text, logprobs, finish_reason: finish_reason(answer.end) }
             })
             .collect();
-        self.identity.write_whole(generation, &choices, out);
+        self.identity.write_whole(generation, &choices, 0, out);
     }
 }

@@ -6,19 +6,20 @@ use axum::extract::State;
 use axum::response::Response;
 use http::HeaderMap;
 use serde::Deserialize;
+use utoipa::ToSchema;
 
 use super::chat::answer;
 use crate::http::body::JsonBody;
 use crate::http::chat::ReadingPlan;
 use crate::http::error::ApiError;
-use crate::http::fields::{CommonFields, in_range, integer};
-use crate::http::intake::Intake;
+use crate::http::fields::{CommonFields, integer};
+use crate::http::intake::{Intake, asked_tokens};
 use crate::http::lanes::Work;
 use crate::http::prompt::{PreparedPrompt, PromptInput, PromptOptions, fim_of, prepare};
 use crate::http::state::AppState;
 
 /// The fields that only this endpoint has.
-#[derive(Deserialize)]
+#[derive(Deserialize, ToSchema)]
 pub(super) struct FimFields {
     prompt: Option<String>,
     suffix: Option<String>,
@@ -36,8 +37,7 @@ pub(super) async fn fim_completions(
     };
     common.seed = common.seed.or(fields.random_seed);
     let max_model_len = state.engine.max_model_len();
-    let max_tokens =
-        common.max_tokens.map(|value| in_range("max_tokens", value, 1, max_model_len as i128)).transpose()?;
+    let max_tokens = asked_tokens("max_tokens", common.max_tokens, 1)?;
     let intake = Intake::new(&state, &headers, common, Work::Gap, true)?;
     fim_of(intake.served, "model")?;
     intake.check_sequences(1)?;

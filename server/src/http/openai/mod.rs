@@ -6,22 +6,40 @@ mod completions;
 mod fim;
 mod logprobs;
 mod models;
+mod render;
 mod types;
 mod write;
 
-use std::sync::Arc;
-
-use axum::Router;
-use axum::routing::{get, post};
-
-use super::state::AppState;
+use super::api::{Api, Operation};
+use super::fields::CommonFields;
+use super::wire::EVENT_STREAM;
+use chat::ChatFields;
+use completions::CompletionFields;
+use fim::FimFields;
 
 /// The protocol's paths.
-pub(super) fn routes() -> Router<Arc<AppState>> {
-    Router::new()
-        .route("/v1/models", get(models::list))
-        .route("/v1/models/{*id}", get(models::one))
-        .route("/v1/completions", post(completions::completions))
-        .route("/v1/chat/completions", post(chat::chat_completions))
-        .route("/v1/fim/completions", post(fim::fim_completions))
+pub(super) fn routes() -> Api {
+    Api::new("OpenAI")
+        .get("/v1/models", models::list, Operation::new("The names that can be asked for"))
+        .get("/v1/models/{*id}", models::one, Operation::new("One of them"))
+        .post("/v1/completions", completions::completions, {
+            let operation = Operation::new("Continues a text, or fills a gap in it; with segments, Tabby's");
+            operation.reads::<CommonFields, CompletionFields>().streams(EVENT_STREAM)
+        })
+        .post("/v1/completions/render", render::completions, {
+            Operation::new("Token ids of prompts").reads::<CommonFields, CompletionFields>()
+        })
+        .post("/v1/chat/completions", chat::chat_completions, {
+            Operation::new("Goes on with a conversation")
+                .reads::<CommonFields, ChatFields>()
+                .streams(EVENT_STREAM)
+        })
+        .post("/v1/chat/completions/render", render::chat_completions, {
+            Operation::new("Token ids of a conversation").reads::<CommonFields, ChatFields>()
+        })
+        .post("/v1/fim/completions", fim::fim_completions, {
+            Operation::new("Fills a gap, as Mistral has it")
+                .reads::<CommonFields, FimFields>()
+                .streams(EVENT_STREAM)
+        })
 }

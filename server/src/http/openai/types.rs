@@ -26,15 +26,16 @@ struct CompletionDetails {
     rejected_prediction_tokens: u64,
 }
 
-impl From<&Account> for Usage {
-    fn from(account: &Account) -> Self {
+impl Usage {
+    /// `num_reasoning_tokens`: those of the output that were reasoning.
+    pub(super) fn new(account: &Account, num_reasoning_tokens: u64) -> Self {
         Usage {
             prompt_tokens: account.num_prompt_tokens,
             completion_tokens: account.num_output_tokens,
             total_tokens: account.num_prompt_tokens + account.num_output_tokens,
             prompt_tokens_details: PromptDetails { cached_tokens: account.num_cached_tokens },
             completion_tokens_details: CompletionDetails {
-                reasoning_tokens: 0,
+                reasoning_tokens: num_reasoning_tokens,
                 accepted_prediction_tokens: account.num_accepted_prediction_tokens,
                 rejected_prediction_tokens: account
                     .num_prediction_tokens

@@ -43,6 +43,7 @@ impl Identity {
         &self,
         generation: &Generation,
         choices: &[C],
+        num_reasoning_tokens: u64,
         out: &mut Vec<u8>,
     ) {
         #[derive(Serialize)]
@@ -58,7 +59,7 @@ impl Identity {
         }
         let account = generation.account();
         let Identity { id, object, created, model, seed, .. } = self;
-        let usage = Usage::from(&account);
+        let usage = Usage::new(&account, num_reasoning_tokens);
         let timings = Timings::of(generation, &account);
         json(out, &Body { id, object, created: *created, model, choices, usage, seed: *seed, timings });
     }
@@ -118,7 +119,7 @@ impl ChunkWriter {
         out.extend_from_slice(b"}]");
         if self.continuous_usage {
             out.extend_from_slice(b",\"usage\":");
-            json(out, &Usage::from(&generation.account()));
+            json(out, &Usage::new(&generation.account(), 0));
         } else if self.include_usage {
             out.extend_from_slice(b",\"usage\":null");
         }
@@ -137,11 +138,11 @@ impl ChunkWriter {
     }
 
     /// The usage chunk, if asked for, and the end mark.
-    pub(super) fn end(&self, generation: &Generation, out: &mut Vec<u8>) {
+    pub(super) fn end(&self, generation: &Generation, num_reasoning_tokens: u64, out: &mut Vec<u8>) {
         if self.include_usage {
             out.extend_from_slice(&self.head);
             out.extend_from_slice(b"],\"usage\":");
-            json(out, &Usage::from(&generation.account()));
+            json(out, &Usage::new(&generation.account(), num_reasoning_tokens));
             self.closing_fields(generation, out);
             out.extend_from_slice(b"}\n\n");
         }

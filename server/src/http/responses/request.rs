@@ -1,15 +1,21 @@
-//! The fields of a response, and its items in the templates' form.
+//! The fields of a response, and its items: as they were said, and in the templates' form.
 
 use serde::Deserialize;
 use serde_json::{Map, Value, json};
+use utoipa::ToSchema;
 
-use crate::http::chat::text_of_parts;
+use crate::http::chat::text_of_agents_parts;
 use crate::http::error::ApiError;
 use crate::http::fields::{Bounded, integer, objects, wrong_type};
+use crate::http::wire::random_id;
 
 /// The fields that only responses have.
-#[derive(Deserialize)]
+#[derive(Deserialize, ToSchema)]
 pub(super) struct ResponseFields {
+    /// Over WebSocket: `response.create`.
+    pub(super) r#type: Option<String>,
+    /// False: the prompt is computed, so that the next turn finds it cached, and nothing is said.
+    pub(super) generate: Option<bool>,
     pub(super) input: Option<Bounded>,
     pub(super) instructions: Option<String>,
     pub(super) tools: Option<Bounded>,
@@ -23,30 +29,58 @@ pub(super) struct ResponseFields {
     pub(super) background: Option<bool>,
     pub(super) text: Option<Bounded>,
     pub(super) metadata: Option<Bounded>,
+    pub(super) prompt_cache_key: Option<String>,
+    pub(super) safety_identifier: Option<String>,
+    pub(super) user: Option<String>,
 }
 
-#[derive(Deserialize)]
+#[derive(Deserialize, ToSchema)]
 pub(super) struct Reasoning {
     pub(super) effort: Option<String>,
 }
 
-/// `input`: a string, or items.
-///
-/// # Errors
-/// The 400 that names the item at fault.
-pub(super) fn messages(input: Option<Bounded>) -> Result<Vec<Map<String, Value>>, ApiError> {
-    let items = match input {
-        Some(Bounded(Value::String(text))) => return Ok(vec![message("user", Value::String(text))]),
-        Some(Bounded(other)) if !other.is_array() && !other.is_null() => {
-            return Err(wrong_type("input", "a string or an array of items", &other));
+/// What the client says in a turn.
+pub(super) struct Input {
+    /// Its items, each with an id.
+    pub(super) items: Vec<Value>,
+    /// The same as messages of a template.
+    pub(super) messages: Vec<Map<String, Value>>,
+}
+
+impl Input {
+    /// Reads `input`: a string, or items.
+    ///
+    /// # Errors
+    /// The 400 that names the item at fault.
+    pub(super) fn read(input: Option<Bounded>) -> Result<Input, ApiError> {
+        let items = match input {
+            Some(Bounded(Value::String(text))) => vec![message("user", Value::String(text))],
+            Some(Bounded(other)) if !other.is_array() && !other.is_null() => {
+                return Err(wrong_type("input", "a string or an array of items", &other));
+            }
+            items => objects("input", items)?,
+        };
+        let mut messages = Vec::new();
+        for (i, item) in items.iter().enumerate() {
+            translate(&format!("input[{i}]"), item, &mut messages)?;
         }
-        items => objects("input", items)?,
-    };
-    let mut messages = Vec::new();
-    for (i, item) in items.into_iter().enumerate() {
-        translate(&format!("input[{i}]"), &item, &mut messages)?;
+        Ok(Input { items: items.into_iter().map(listed).collect(), messages })
     }
-    Ok(messages)
+}
+
+/// An item as a list of them shows it.
+fn listed(mut item: Map<String, Value>) -> Value {
+    let is_message = item.get("type").is_none_or(|kind| kind == "message");
+    if is_message {
+        item.insert("type".to_owned(), Value::from("message"));
+        if let Some(Value::String(text)) = item.get("content") {
+            let kind = if item["role"] == "assistant" { "output_text" } else { "input_text" };
+            let part = json!([{ "type": kind, "text": text }]);
+            item.insert("content".to_owned(), part);
+        }
+    }
+    item.entry("id").or_insert_with(|| Value::from(random_id(if is_message { "msg_" } else { "item_" })));
+    Value::Object(item)
 }
 
 pub(super) fn message(role: &str, content: Value) -> Map<String, Value> {
@@ -69,7 +103,7 @@ fn translate(
     };
     let text = |name: &str| match item.get(name) {
         Some(Value::String(text)) => Ok(text.clone()),
-        Some(Value::Array(parts)) => text_of_parts(parts, &format!("{path}.{name}")),
+        Some(Value::Array(parts)) => text_of_agents_parts(parts, &format!("{path}.{name}")),
         other => {
             let wanted = "a string or an array of text parts";
             Err(wrong_type(&format!("{path}.{name}"), wanted, other.unwrap_or(&Value::Null)))
@@ -104,6 +138,11 @@ fn translate(
             let reasoning = reasoning_text(item);
             let turn = open_turn(out, |turn| !turn.contains_key("tool_calls") && turn["content"] == "");
             turn.insert("reasoning_content".to_owned(), Value::String(reasoning));
+        }
+        // A summary stands for what was said before.
+        Some("compaction") => {
+            let summary = format!("What was said before, in short:\n{}", field("encrypted_content")?);
+            out.push(message("user", Value::String(summary)));
         }
         Some(_) => {}
     }

@@ -14,10 +14,12 @@ const MAX_RESPONSES: usize = 4096;
 const MAX_BYTES: usize = 64 << 20;
 
 /// One turn.
-#[derive(Debug)]
+#[derive(Debug, Default)]
 pub(super) struct Stored {
     /// The response, as JSON.
     pub(super) response: String,
+    /// What the client said in it, as a JSON array of items.
+    pub(super) input: String,
     /// The turn's own messages in the templates' form, input and answer, as a JSON array.
     pub(super) messages: String,
     /// The turn before it.
@@ -26,7 +28,7 @@ pub(super) struct Stored {
 
 impl Stored {
     fn size_bytes(&self) -> usize {
-        self.response.len() + self.messages.len()
+        self.response.len() + self.input.len() + self.messages.len()
     }
 }
 
@@ -89,7 +91,7 @@ mod tests {
     use super::{MAX_BYTES, MAX_RESPONSES, ResponseStore, Stored};
 
     fn turn(size_bytes: usize) -> Stored {
-        Stored { response: "x".repeat(size_bytes), messages: String::new(), previous: None }
+        Stored { response: "x".repeat(size_bytes), ..Stored::default() }
     }
 
     #[test]

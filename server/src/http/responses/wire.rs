@@ -2,10 +2,10 @@
 
 use serde_json::{Map, Value, json};
 
-use super::handlers::Recorder;
+use super::record::Recorder;
 use crate::http::chat::{ChatAnswer, ChatWire, Finish};
 use crate::http::error::ApiError;
-use crate::http::generation::{Generation, ScoredToken};
+use crate::http::generation::{Account, Generation, ScoredToken};
 use crate::http::state::unix_seconds;
 use crate::http::wire::{json, named_event, random_id};
 use crate::text::answer::{AnswerEvent, AnswerMessage};
@@ -19,6 +19,18 @@ pub(super) struct ResponsesWire {
     finish: Finish,
     message: AnswerMessage,
     recorder: Option<Recorder>,
+    framing: Framing,
+    /// Nothing was to be said, so that nothing was cut off.
+    only_warms: bool,
+}
+
+/// How events follow each other.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Framing {
+    /// As server-sent events.
+    Events,
+    /// As lines of JSON.
+    Lines,
 }
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -36,7 +48,12 @@ struct OpenItem {
 }
 
 impl ResponsesWire {
-    pub(super) fn new(response: Map<String, Value>, recorder: Option<Recorder>) -> Self {
+    pub(super) fn new(
+        response: Map<String, Value>,
+        recorder: Option<Recorder>,
+        framing: Framing,
+        only_warms: bool,
+    ) -> Self {
         ResponsesWire {
             response,
             items: Vec::new(),
@@ -45,6 +62,8 @@ impl ResponsesWire {
             finish: Finish::Stop,
             message: AnswerMessage::default(),
             recorder,
+            framing,
+            only_warms,
         }
     }
 
@@ -52,7 +71,13 @@ impl ResponsesWire {
         data["type"] = Value::from(name);
         data["sequence_number"] = Value::from(self.sequence_number);
         self.sequence_number += 1;
-        named_event(out, name, &data);
+        match self.framing {
+            Framing::Events => named_event(out, name, &data),
+            Framing::Lines => {
+                json(out, &data);
+                out.push(b'\n');
+            }
+        }
     }
 
     /// An event about the open item.
@@ -147,9 +172,8 @@ impl ResponsesWire {
         self.message.absorb(event);
     }
 
-    /// The response in its final form, stored if it is to be.
-    fn complete(&mut self, generation: &Generation) -> Value {
-        let account = generation.account();
+    /// The response in its final form, kept if it is to be.
+    fn complete(&mut self, generation: &Generation, num_reasoning_tokens: u64) -> Value {
         let is_cut = self.finish == Finish::Length;
         self.response
             .insert("status".to_owned(), Value::from(if is_cut { "incomplete" } else { "completed" }));
@@ -159,14 +183,7 @@ impl ResponsesWire {
             self.response.insert("completed_at".to_owned(), Value::from(unix_seconds()));
         }
         self.response.insert("output".to_owned(), Value::Array(std::mem::take(&mut self.items)));
-        let usage = json!({
-            "input_tokens": account.num_prompt_tokens,
-            "input_tokens_details": { "cached_tokens": account.num_cached_tokens },
-            "output_tokens": account.num_output_tokens,
-            "output_tokens_details": { "reasoning_tokens": 0 },
-            "total_tokens": account.num_prompt_tokens + account.num_output_tokens,
-        });
-        self.response.insert("usage".to_owned(), usage);
+        self.response.insert("usage".to_owned(), usage(&generation.account(), num_reasoning_tokens));
         let response = Value::Object(self.response.clone());
         if let Some(recorder) = self.recorder.take() {
             recorder.record(&response, std::mem::take(&mut self.message));
@@ -174,9 +191,24 @@ impl ResponsesWire {
         response
     }
 
+    fn finish_with(&mut self, finish: Finish) {
+        self.finish = if self.only_warms { Finish::Stop } else { finish };
+    }
+
     fn last_status(&self) -> &'static str {
         if self.finish == Finish::Length { "incomplete" } else { "completed" }
     }
+}
+
+/// The account of a response's tokens.
+pub(super) fn usage(account: &Account, num_reasoning_tokens: u64) -> Value {
+    json!({
+        "input_tokens": account.num_prompt_tokens,
+        "input_tokens_details": { "cached_tokens": account.num_cached_tokens },
+        "output_tokens": account.num_output_tokens,
+        "output_tokens_details": { "reasoning_tokens": num_reasoning_tokens },
+        "total_tokens": account.num_prompt_tokens + account.num_output_tokens,
+    })
 }
 
 fn part(kind: Kind, text: &str) -> Value {
@@ -217,15 +249,17 @@ impl ChatWire for ResponsesWire {
     }
 
     fn finish(&mut self, _generation: &Generation, _index: usize, finish: Finish, out: &mut Vec<u8>) {
-        self.finish = finish;
+        self.finish_with(finish);
         self.end_item(self.last_status(), out);
     }
 
-    fn end(&mut self, generation: &Generation, out: &mut Vec<u8>) {
+    fn end(&mut self, generation: &Generation, num_reasoning_tokens: u64, out: &mut Vec<u8>) {
         let name = if self.finish == Finish::Length { "response.incomplete" } else { "response.completed" };
-        let response = self.complete(generation);
+        let response = self.complete(generation, num_reasoning_tokens);
         self.send(name, json!({ "response": response }), out);
-        out.extend_from_slice(b"data: [DONE]\n\n");
+        if self.framing == Framing::Events {
+            out.extend_from_slice(b"data: [DONE]\n\n");
+        }
     }
 
     fn error(&mut self, error: &ApiError, out: &mut Vec<u8>) {
@@ -237,7 +271,7 @@ impl ChatWire for ResponsesWire {
     }
 
     fn whole(&mut self, generation: &Generation, answers: Vec<ChatAnswer>, out: &mut Vec<u8>) {
-        let ChatAnswer { message, finish, .. } =
+        let ChatAnswer { message, finish, num_reasoning_tokens, .. } =
             answers.into_iter().next().expect("one answer was asked for: this is a bug");
         // The same steps as streamed, with nobody to see the events.
         let mut unseen = Vec::new();
@@ -253,8 +287,8 @@ impl ChatWire for ResponsesWire {
             events.push(AnswerEvent::CallArguments(call.arguments));
         }
         events.into_iter().for_each(|event| self.write(event, &mut unseen));
-        self.finish = finish;
+        self.finish_with(finish);
         self.end_item(self.last_status(), &mut unseen);
-        json(out, &self.complete(generation));
+        json(out, &self.complete(generation, num_reasoning_tokens));
     }
 }

@@ -1,5 +1,5 @@
-//! Server-sent events: a response body that writes a [`Generation`] through a protocol's
-//! [`Wire`].
+//! Streams: a response body that writes a [`Generation`] through a protocol's [`Wire`], as
+//! server-sent events or as lines of JSON.
 //!
 //! All events that are ready go out in one body frame, so a client that reads slowly, or a step that
 //! yields several tokens, costs one write. The scratch buffer is reused; a frame costs one copy.
@@ -24,7 +24,7 @@ const FRAME_BYTES: usize = 32 << 10;
 /// Silence, as in a long prefill, that proxies and clients still bear with.
 const KEEP_ALIVE: Duration = Duration::from_secs(15);
 
-struct SseBody<W> {
+struct StreamBody<W> {
     /// `None` after the end: the sequences are freed before the client has read the last byte.
     generation: Option<Generation>,
     wire: W,
@@ -34,7 +34,7 @@ struct SseBody<W> {
     silence: Pin<Box<Sleep>>,
 }
 
-impl<W: Wire> http_body::Body for SseBody<W> {
+impl<W: Wire> http_body::Body for StreamBody<W> {
     type Data = Bytes;
     type Error = std::convert::Infallible;
 
@@ -71,6 +71,11 @@ impl<W: Wire> http_body::Body for SseBody<W> {
                         return Poll::Pending;
                     }
                     this.wire.keep_alive(&mut this.scratch);
+                    if this.scratch.is_empty() {
+                        // Nothing that the protocol's clients would pass over can be said.
+                        this.silence.as_mut().reset(Instant::now() + KEEP_ALIVE);
+                        continue;
+                    }
                     break false;
                 }
                 Poll::Pending => break false,
@@ -90,7 +95,8 @@ impl<W: Wire> http_body::Body for SseBody<W> {
 
 /// The response that streams `generation`.
 pub(super) fn respond<W: Wire>(generation: Generation, wire: W) -> Response {
-    let body = SseBody {
+    let content_type = wire.content_type();
+    let body = StreamBody {
         generation: Some(generation),
         wire,
         scratch: Vec::with_capacity(1024),
@@ -99,7 +105,7 @@ pub(super) fn respond<W: Wire>(generation: Generation, wire: W) -> Response {
     };
     let mut response = Body::new(body).into_response();
     let headers = response.headers_mut();
-    headers.insert(CONTENT_TYPE, HeaderValue::from_static("text/event-stream"));
+    headers.insert(CONTENT_TYPE, HeaderValue::from_static(content_type));
     headers.insert(CACHE_CONTROL, HeaderValue::from_static("no-cache"));
     // Asks nginx not to gather the events.
     headers.insert("x-accel-buffering", HeaderValue::from_static("no"));

@@ -1,18 +1,13 @@
 #!/usr/bin/env python3
 """Drives a Tandem server with the openai package, as a user's program would.
 
-    openai_client.py --binary PATH [-- ARGUMENTS...]   starts `PATH serve --port 0 ARGUMENTS...` itself
-    openai_client.py --url http://HOST:PORT            uses a server that runs already
+    openai_python.py URL KEY demo|scripted
 
 Prints one line a check; exits with 1 at the first that fails.
 """
 
-import argparse
-import re
-import signal
-import subprocess
+import json
 import sys
-import threading
 
 import openai
 
@@ -22,28 +17,6 @@ MESSAGES = [{"role": "user", "content": "Write a function that adds two numbers.
 
 def token_counts(usage):
     return usage.prompt_tokens, usage.completion_tokens, usage.total_tokens
-
-
-def start(binary, arguments):
-    """Starts the server and waits for the line with its address."""
-    process = subprocess.Popen(
-        [binary, "serve", "--host", "127.0.0.1", "--port", "0", *arguments],
-        stdout=subprocess.PIPE,
-        text=True,
-    )
-    killer = threading.Timer(120, process.kill)
-    killer.start()
-    seen = []
-    for line in process.stdout:
-        seen.append(line)
-        found = re.search(r"http://[^\s/]+:\d+", line)
-        if found:
-            killer.cancel()
-            # Whatever else it prints must not fill the pipe.
-            threading.Thread(target=process.stdout.read, daemon=True).start()
-            return process, found.group()
-    killer.cancel()
-    sys.exit("the server printed no address within 120 s:\n" + "".join(seen))
 
 
 def expect_error(kind, call):
@@ -182,8 +155,9 @@ def check(name, function, *arguments):
     print(f"ok   {name}", flush=True)
 
 
-def run(url, key):
+def demo(url, key):
     client = openai.OpenAI(base_url=f"{url}/v1", api_key=key, max_retries=0, timeout=120)
+    check("API keys", keys, url, key)
     check("models", models, client)
     for lane in ("fast", "deep", "auto"):
         check(f"completion, {lane}", completion, client, lane)
@@ -193,30 +167,60 @@ def run(url, key):
     check("lane and seed headers", raw_headers, client)
     check("a stream closed early", leaving_early, client)
     check("typed errors", errors, client)
+    check("responses", responses, client)
 
 
-def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    server = parser.add_mutually_exclusive_group(required=True)
-    server.add_argument("--url", help="a running server without API keys")
-    server.add_argument("--binary", help="the tandem binary to start")
-    parser.add_argument("arguments", nargs="*", help="further arguments of `tandem serve`")
-    options = parser.parse_args()
-    if options.url:
-        run(options.url, "none")
-        return
-    key = "key-of-this-test"
-    process, url = start(options.binary, ["--api-key", key, *options.arguments])
-    try:
-        check("API keys", keys, url, key)
-        run(url, key)
-        process.send_signal(signal.SIGTERM)
-        code = process.wait(timeout=60)
-        assert code == 0, f"the server ended with {code} after SIGTERM"
-        print("ok   SIGTERM ends it", flush=True)
-    finally:
-        process.kill()
+def responses(client):
+    first = client.responses.create(model="deep", input="Say hello.", max_output_tokens=8)
+    assert first.status in ("completed", "incomplete") and first.usage.output_tokens <= 8, first
+    assert client.responses.retrieve(first.id).output == first.output
+    assert client.responses.input_items.list(first.id).data[0].role == "user"
+    with client.responses.stream(
+        model="deep", input="And again.", previous_response_id=first.id, max_output_tokens=8
+    ) as stream:
+        kinds = [event.type for event in stream]
+    assert kinds[:2] == ["response.created", "response.in_progress"], kinds
+    client.responses.delete(first.id)
+    expect_error(openai.NotFoundError, lambda: client.responses.retrieve(first.id))
+
+
+TOOL = {
+    "name": "read_file",
+    "description": "Reads a file",
+    "parameters": {"type": "object", "properties": {"path": {"type": "string"}}, "required": ["path"]},
+}
+TASK = "Read note.txt and tell me the password."
+
+
+def chat_loop(client):
+    messages = [{"role": "user", "content": TASK}]
+    tools = [{"type": "function", "function": TOOL}]
+    with client.chat.completions.stream(model="auto", messages=messages, tools=tools) as stream:
+        message = stream.get_final_completion().choices[0].message
+    (call,) = message.tool_calls
+    assert json.loads(call.function.arguments) == {"path": "note.txt"}, call
+    messages.append(message.model_dump(exclude_none=True))
+    messages.append({"role": "tool", "tool_call_id": call.id, "content": "The password is pelican-4711."})
+    answer = client.chat.completions.create(model="auto", messages=messages, tools=tools)
+    assert "pelican-4711" in answer.choices[0].message.content, answer
+
+
+def responses_loop(client):
+    tools = [{"type": "function", "strict": False, **TOOL}]
+    first = client.responses.create(model="auto", input=TASK, tools=tools)
+    (call,) = [item for item in first.output if item.type == "function_call"]
+    result = {"type": "function_call_output", "call_id": call.call_id, "output": "pelican-4711"}
+    answer = client.responses.create(
+        model="auto", input=[result], tools=tools, previous_response_id=first.id
+    )
+    assert "pelican-4711" in answer.output_text, answer
+
+
+def scripted(url, key):
+    client = openai.OpenAI(base_url=f"{url}/v1", api_key=key, max_retries=0, timeout=120)
+    check("a tool loop in chats", chat_loop, client)
+    check("a tool loop in responses", responses_loop, client)
 
 
 if __name__ == "__main__":
-    main()
+    {"demo": demo, "scripted": scripted}[sys.argv[3]](sys.argv[1], sys.argv[2])

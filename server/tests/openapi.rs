@@ -58,7 +58,7 @@ fn numeric_fields(document: &Value, schema: &Value, within: &[String], found: &m
         numeric_fields(document, part, within, found);
     }
     for (name, property) in schema["properties"].as_object().into_iter().flatten() {
-        let place = [within, &[name.clone()]].concat();
+        let place = [within, std::slice::from_ref(name)].concat();
         let is_type = |kind: &str| {
             let types = &property["type"];
             types == kind || types.as_array().is_some_and(|types| types.iter().any(|found| found == kind))

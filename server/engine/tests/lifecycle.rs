@@ -123,6 +123,32 @@ fn scoring_alone_yields_no_tokens() {
 }
 
 #[test]
+fn margins_of_the_first_tokens_are_those_of_the_answering_model() {
+    for (lane, drafts) in [(Lane::Fast, 0), (Lane::Deep, 0), (Lane::Deep, 4)] {
+        let clock = clock();
+        let mut engine = Engine::new(&config(DraftTokens::Fixed(drafts)), hash_pair(0.5)).expect("starts");
+        let params = SamplingParams { num_margins: 5, logprobs: Some(2), ..long(12) };
+        let (submit, receiver) = request(1, lane, &[1, 2, 3], params, 1000);
+        engine.submit(submit, clock());
+        while !engine.is_idle() {
+            engine.step(&clock).expect("the account is whole");
+        }
+        let (mut margins, mut differences) = (Vec::new(), Vec::new());
+        for event in receiver.try_iter() {
+            if let Event::Tokens(chunk) = event {
+                margins.extend(chunk.margins);
+                differences.extend(chunk.logprobs.iter().map(|scores| scores.top[0].1 - scores.top[1].1));
+            }
+        }
+        assert_eq!((margins.len(), differences.len()), (5, 12), "{lane:?} with {drafts} draft tokens");
+        for (margin, difference) in margins.iter().zip(&differences) {
+            // Log-probabilities are the logits less one number, rounded.
+            assert!((margin - difference).abs() < 1e-4, "{margin} and {difference}");
+        }
+    }
+}
+
+#[test]
 fn logits_that_are_not_numbers_fail_their_sequence_alone() {
     let models =
         Models { target: HashModel::faulty(0.0, STOP, FaultKind::Poison), draft: HashModel::boxed(0.5) };

@@ -16,7 +16,7 @@ def ask(box, url, task, *options, fails=False):
         "ANTHROPIC_API_KEY": KEY,
         "CLAUDE_CODE_DISABLE_NONESSENTIAL_TRAFFIC": "1",
     }
-    command = [programs / "claude", "-p", "--model", "auto", *options, task]
+    command = [programs / "claude", "-p", task, "--model", "auto", *options]
     return box.run(command, environment, fails=fails)
 
 

@@ -201,3 +201,34 @@ async fn usage_can_come_with_every_chunk() {
     assert!(counts.is_sorted() && *counts.last().expect("chunks") == 6, "{counts:?}");
     server.stop().await;
 }
+
+/// As those that take instructions once, and first.
+const STRICT: &str = "{% for message in messages %}{% if message.role == 'system' and not loop.first %}\
+    {{ raise_exception('the system message must be the first') }}{% endif %}\
+    <|im_start|>{{ message.role }}\n{{ message.content }}<|im_end|>\n{% endfor %}<|im_start|>assistant\n";
+
+#[tokio::test]
+async fn instructions_between_turns_reach_templates_that_take_them_once() {
+    let server = TestServer::scripted(STRICT, TOKENS).await;
+    let message = |role: &str, content: &str| json!({ "role": role, "content": content });
+    let apply = async |messages: &[Value]| {
+        server.post("/apply-template", &json!({ "messages": messages })).await.json()["prompt"].clone()
+    };
+    let scattered = [
+        message("system", "One."),
+        message("developer", "Two."),
+        message("user", "Hello."),
+        message("system", "Three."),
+        message("user", "Go on."),
+    ];
+    let joined = [
+        message("system", "One.\n\nTwo."),
+        message("user", "Hello."),
+        message("user", "Three."),
+        message("user", "Go on."),
+    ];
+    let prompt = apply(&scattered).await;
+    assert!(prompt.is_string());
+    assert_eq!(prompt, apply(&joined).await);
+    server.stop().await;
+}

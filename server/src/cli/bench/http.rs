@@ -4,7 +4,7 @@
 //! asks for one token of a list after the other, at a set pace. Server and clients have threads of their own, so
 //! the server's CPU time is told apart from the clients'.
 
-use std::io::{BufRead as _, BufReader, Lines};
+use std::io::{BufRead as _, BufReader, Lines, Write as _};
 use std::net::{Ipv4Addr, SocketAddr};
 use std::path::PathBuf;
 use std::process::{Child, ChildStdout, Command, ExitCode, Stdio};
@@ -65,6 +65,10 @@ pub(in crate::cli) struct HttpArgs {
     #[arg(long, value_name = "MICROSECONDS", default_value_t = 2000)]
     interval_us: u64,
 
+    /// Threads of the server, the engine's aside
+    #[arg(long, value_name = "N", default_value_t = 2, value_parser = clap::value_parser!(u32).range(1..=64))]
+    threads: u32,
+
     /// Requests, one after the other, for each figure of the time to first token
     #[arg(long, value_name = "N", default_value_t = 400, value_parser = clap::value_parser!(u32).range(10..))]
     requests: u32,
@@ -86,6 +90,9 @@ pub(in crate::cli) struct HttpArgs {
 #[derive(Serialize)]
 struct Figures {
     machine: Machine,
+    /// CPU time, in microseconds, of a thread that sleeps for the interval and then sends an event's bytes: what the
+    /// system takes for a token of one stream, whatever the server does.
+    floor_us: f64,
     /// CPU time of the server's threads for each token, in microseconds, by streams at a time.
     cpu_us_per_token: Vec<(u32, f64)>,
     /// Milliseconds from sending a request to its first token, less what the engine says that it took.
@@ -173,7 +180,7 @@ impl Server {
             limits: Limits::default(),
         });
         let runtime = tokio::runtime::Builder::new_multi_thread()
-            .worker_threads(2)
+            .worker_threads(args.threads as usize)
             .thread_name(SERVER_THREAD)
             .enable_all()
             .build()?;
@@ -214,6 +221,7 @@ async fn measure(args: &HttpArgs, address: SocketAddr) -> anyhow::Result<Figures
     for streams in [1, args.streams] {
         cpu_us_per_token.push((streams, cpu_per_token(address, streams, args.tokens).await?));
     }
+    let floor_us = floor(args.tokens, Duration::from_micros(args.interval_us))?;
     let before = times_to_first(address, args.requests).await?;
     let holder = Holder::start(address, args.connections)?;
     let beside = times_to_first(address, args.requests).await?;
@@ -225,7 +233,8 @@ async fn measure(args: &HttpArgs, address: SocketAddr) -> anyhow::Result<Figures
             .expect("there are requests: this is a bug")
     };
     Ok(Figures {
-        machine: Machine::this(0),
+        machine: Machine::this(args.threads as usize),
+        floor_us,
         cpu_us_per_token,
         ttft_over_engine_ms: Percentiles::of(over).expect("there are requests: this is a bug"),
         ttft_ms: [in_all(&before), in_all(&beside), in_all(&after)],
@@ -250,7 +259,7 @@ async fn times_to_first(address: SocketAddr, count: u32) -> anyhow::Result<Vec<C
 
 /// Microseconds of the server's threads for each token.
 async fn cpu_per_token(address: SocketAddr, streams: u32, tokens: u32) -> anyhow::Result<f64> {
-    let before = server_cpu_time()?;
+    let before = cpu_time(SERVER_THREAD)?;
     let mut tasks = JoinSet::new();
     for _ in 0..streams {
         tasks.spawn(async move { client(address).complete(&body(tokens)).await });
@@ -259,15 +268,15 @@ async fn cpu_per_token(address: SocketAddr, streams: u32, tokens: u32) -> anyhow
     while let Some(completion) = tasks.join_next().await {
         num_tokens += completion??.num_output_tokens;
     }
-    let spent = server_cpu_time()?.saturating_sub(before);
+    let spent = cpu_time(SERVER_THREAD)?.saturating_sub(before);
     if num_tokens != u64::from(streams) * u64::from(tokens) {
         bail!("{streams} streams of {tokens} tokens brought {num_tokens}");
     }
     Ok(spent.as_secs_f64() * 1e6 / num_tokens as f64)
 }
 
-/// CPU time of the server's threads so far, as the scheduler counts it, in nanoseconds.
-fn server_cpu_time() -> anyhow::Result<Duration> {
+/// CPU time of the threads of this name so far, as the scheduler counts it.
+fn cpu_time(thread: &str) -> anyhow::Result<Duration> {
     let mut sum = Duration::ZERO;
     for task in
         std::fs::read_dir("/proc/self/task").context("CPU time of threads is read from Linux's /proc")?
@@ -275,7 +284,7 @@ fn server_cpu_time() -> anyhow::Result<Duration> {
         let path = task?.path();
         // A thread may be gone by now.
         let Ok(name) = std::fs::read_to_string(path.join("comm")) else { continue };
-        if name.trim_end() == SERVER_THREAD {
+        if name.trim_end() == thread {
             let text = std::fs::read_to_string(path.join("schedstat"))?;
             let nanoseconds = text.split_whitespace().next().and_then(|text| text.parse().ok());
             sum += Duration::from_nanos(nanoseconds.context("/proc/self/task/*/schedstat has no number")?);
@@ -342,8 +351,33 @@ async fn hold(address: SocketAddr, count: usize) -> anyhow::Result<ExitCode> {
     Ok(ExitCode::SUCCESS)
 }
 
+/// The thread whose CPU time is the [`Figures::floor_us`].
+const FLOOR_THREAD: &str = "tandem-floor";
+
+/// Bytes of an event with a token, chunk and all.
+const EVENT_BYTES: usize = 220;
+
+fn floor(count: u32, interval: Duration) -> anyhow::Result<f64> {
+    let listener = std::net::TcpListener::bind((Ipv4Addr::LOCALHOST, 0))?;
+    let mut sender = std::net::TcpStream::connect(listener.local_addr()?)?;
+    let mut receiver = listener.accept()?.0;
+    sender.set_nodelay(true)?;
+    let reading = std::thread::spawn(move || std::io::copy(&mut receiver, &mut std::io::sink()));
+    let sending = std::thread::Builder::new().name(FLOOR_THREAD.to_owned()).spawn(move || {
+        for _ in 0..count {
+            std::thread::sleep(interval);
+            sender.write_all(&[b'x'; EVENT_BYTES])?;
+        }
+        cpu_time(FLOOR_THREAD)
+    })?;
+    let spent = sending.join().expect("it does not panic: this is a bug")?;
+    reading.join().expect("it does not panic: this is a bug")?;
+    Ok(spent.as_secs_f64() * 1e6 / f64::from(count))
+}
+
 fn print(figures: &Figures) {
     println!("{}\n", figures.machine);
+    println!("CPU to wake a thread and send an event, without any server: {:.1} us", figures.floor_us);
     for (streams, cpu) in &figures.cpu_us_per_token {
         println!("CPU of a streamed token, {streams} at a time: {cpu:.1} us");
     }

@@ -199,7 +199,13 @@ impl Conversation {
         }
         let messages = Value::Array(self.messages.into_iter().map(Value::Object).collect());
         let listed = with_tools.then(|| Value::Array(self.tools));
-        let text = template.render(&messages, listed.as_ref(), true, &self.variables).map_err(|error| {
+        let render = |messages: &Value| template.render(messages, listed.as_ref(), true, &self.variables);
+        // Agents put instructions in several messages, and between turns; many templates take one, and first.
+        let rendered = render(&messages).or_else(|error| match instructions_first(&messages) {
+            Some(joined) => render(&joined).map_err(|_| error),
+            None => Err(error),
+        });
+        let text = rendered.map_err(|error| {
             let message = format!("the model's chat template refused the messages: {error}");
             ApiError::invalid(self.path, message)
         })?;
@@ -225,6 +231,31 @@ impl Conversation {
         };
         Ok((text, plan))
     }
+}
+
+/// The messages with those of the system that begin them joined to one, and later ones as the user's. `None` if
+/// that is what they are.
+fn instructions_first(messages: &Value) -> Option<Value> {
+    let messages = messages.as_array()?;
+    let is_system = |message: &Value| message["role"] == "system";
+    let num_first = messages.iter().take_while(|message| is_system(message)).count();
+    if num_first < 2 && !messages[num_first..].iter().any(is_system) {
+        return None;
+    }
+    let texts: Vec<&str> =
+        messages[..num_first].iter().filter_map(|message| message["content"].as_str()).collect();
+    let mut turned = Vec::with_capacity(messages.len());
+    if num_first > 0 {
+        turned.push(json!({ "role": "system", "content": texts.join("\n\n") }));
+    }
+    for message in &messages[num_first..] {
+        let mut message = message.clone();
+        if is_system(&message) {
+            message["role"] = Value::from("user");
+        }
+        turned.push(message);
+    }
+    Some(Value::Array(turned))
 }
 
 /// Its template calls reasoning `thinking`, and takes it only beside a call, in the content's place.

@@ -18,17 +18,22 @@ const MAX_TURNS: usize = 1024;
 /// The latest response of a WebSocket's connection: the next turn goes on from it even if it was not to be
 /// stored. A turn that goes on takes it, and puts its own response there only if it succeeds.
 #[derive(Clone, Default)]
-pub(super) struct Latest(Arc<Mutex<Option<(String, Arc<Stored>)>>>);
+pub(super) struct Latest(Arc<Mutex<Option<Kept>>>);
+
+struct Kept {
+    id: String,
+    turn: Arc<Stored>,
+}
 
 impl Latest {
     /// Takes the response if it is this one; what was there is gone either way, as a turn goes on from it.
     fn take(&self, id: &str) -> Option<Arc<Stored>> {
         let mut latest = self.0.lock().expect("no holder of this lock panics: this is a bug");
-        latest.take().filter(|(known, _)| known == id).map(|(_, turn)| turn)
+        latest.take().filter(|kept| kept.id == id).map(|kept| kept.turn)
     }
 
     fn put(&self, id: String, turn: Arc<Stored>) {
-        *self.0.lock().expect("no holder of this lock panics: this is a bug") = Some((id, turn));
+        *self.0.lock().expect("no holder of this lock panics: this is a bug") = Some(Kept { id, turn });
     }
 }
 

@@ -4,7 +4,6 @@ use std::sync::Arc;
 
 use axum::Json;
 use axum::extract::State;
-use http::StatusCode;
 use serde::Deserialize;
 use serde_json::{Value, json};
 use utoipa::ToSchema;
@@ -29,8 +28,8 @@ pub(super) async fn health(State(state): State<Arc<AppState>>) -> Json<Value> {
 pub(super) struct EventFields {}
 
 /// What the user did with a completion. Nothing is kept of it.
-pub(super) async fn event(_: JsonBody<EventFields, EventFields>) -> StatusCode {
-    StatusCode::OK
+pub(super) async fn event(_: JsonBody<EventFields, EventFields>) -> Json<Value> {
+    Json(json!({}))
 }
 
 pub(super) async fn server_setting() -> Json<Value> {

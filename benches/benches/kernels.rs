@@ -1,9 +1,8 @@
-//! The kernels at the demo target's shapes, on one thread and on two; with `-- roofline`, quantised
-//! products at the shapes of Qwen2.5-Coder against what this machine allows
-//! ([`tandem_benches::roofline`]):
+//! The kernels at the demo target's shapes, on one thread and on two; with `-- roofline`, what
+//! `tandem bench kernels` measures, without the server:
 //!
 //! ```text
-//! cargo bench -p tandem-benches --bench kernels -- roofline [NAME,..|all] [FORMAT,..] [ROWS,..] [ROUNDS]
+//! cargo bench -p tandem-benches --bench kernels -- roofline [MODEL] [OP] [FORMAT,..] [ROWS,..] [ROUNDS] [THREADS]
 //! ```
 //!
 //! `matmul` and `attention` report the bytes of weights or of keys and values that a pass reads, to be

@@ -4,9 +4,7 @@
 use crate::isa::Isa;
 use crate::matmul::quantized;
 use crate::pack::memory::Line;
-use crate::{
-    activation, attention, experts, gate, head_norm, layer_norm, matmul, norm, roof, rope, sampling, scaling,
-};
+use crate::{attention, experts, gate, head_norm, layer_norm, matmul, norm, roof, rope, sampling, scaling};
 
 /// One compiled version of every kernel.
 ///
@@ -20,7 +18,6 @@ pub(crate) struct Kernels {
     pub(crate) rms_norm: unsafe fn(x: &[f32], weight: &[f32], eps: f32, out: &mut [f32]),
     pub(crate) add: unsafe fn(sum: &mut [f32], x: &[f32]),
     pub(crate) rope: unsafe fn(head: &mut [f32], cos: &[f32], sin: &[f32]),
-    pub(crate) silu_mul: unsafe fn(gate: &[f32], up: &[f32], out: &mut [f32]),
     pub(crate) attention: unsafe fn(&attention::Task<'_>),
     pub(crate) merge: unsafe fn(parts: &[f32], sink: Option<f32>, out: &mut [f32]),
     pub(crate) argmax: unsafe fn(&[f32]) -> usize,
@@ -28,6 +25,7 @@ pub(crate) struct Kernels {
     pub(crate) exp_sub: unsafe fn(x: &[f32], max: f32, out: &mut [f32]),
     pub(crate) read: unsafe fn(&[Line]) -> u64,
     pub(crate) dot_products: unsafe fn(rounds: usize) -> i32,
+    pub(crate) multiply_adds: unsafe fn(rounds: usize) -> f32,
     pub(crate) layer_norm: layer_norm::Kernel,
     pub(crate) head_norm: unsafe fn(head: &mut [f32], weight: &[f32], eps: f32),
     pub(crate) gelu: unsafe fn(x: &[f32], out: &mut [f32]),
@@ -45,7 +43,6 @@ static SCALAR: Kernels = Kernels {
     rms_norm: norm::scalar::rms_norm,
     add: norm::scalar::add,
     rope: rope::scalar::rope,
-    silu_mul: activation::scalar::silu_mul,
     attention: attention::scalar::attention,
     merge: attention::scalar::merge,
     argmax: sampling::scalar::argmax,
@@ -53,6 +50,7 @@ static SCALAR: Kernels = Kernels {
     exp_sub: sampling::scalar::exp_sub,
     read: roof::scalar::read,
     dot_products: roof::scalar::dot_products,
+    multiply_adds: roof::scalar::multiply_adds,
     layer_norm: layer_norm::scalar::layer_norm,
     head_norm: head_norm::scalar::head_norm,
     gelu: gate::scalar::gelu,
@@ -67,7 +65,7 @@ static SCALAR: Kernels = Kernels {
 macro_rules! vector_kernels {
     ($table:ident, $isa:expr, $features:literal, $simd:ty,
      matmul: { rows: $matmul_rows:literal },
-     quantized: { rows: $quantized_rows:literal, two_panels: $two_panels:literal, features: $quantized_features:literal },
+     quantized: { rows: [$($group_rows:literal),+], many: $many_rows:literal, two_panels: $two_panels:literal, features: $quantized_features:literal },
      attention: { $($attention_rows:literal rows: $width:literal vectors),+ }) => {
         struct $table;
 
@@ -91,7 +89,8 @@ macro_rules! vector_kernels {
         }
 
         impl quantized::vector::Target for $table {
-            const MAX_ROWS: usize = $quantized_rows;
+            const MAX_ROWS: usize = [$($group_rows),+].len();
+            const MANY_ROWS: usize = $many_rows;
             const TWO_PANELS: bool = $two_panels;
 
             unsafe fn block<F: quantized::formats::Format, const R: usize, const P: usize>(
@@ -106,6 +105,49 @@ macro_rules! vector_kernels {
                 }
                 // SAFETY: the caller's promise.
                 unsafe { block_with::<F, R, P>(block) }
+            }
+
+            unsafe fn unpack<F: quantized::formats::Format, const P: usize>(
+                at: *const u8,
+                panel_bytes: usize,
+                chunks: usize,
+                to: *mut quantized::grouped::Unpacked<P>,
+            ) {
+                #[target_feature(enable = $quantized_features)]
+                unsafe fn unpack_with<F: quantized::formats::Format, const P: usize>(
+                    at: *const u8,
+                    panel_bytes: usize,
+                    chunks: usize,
+                    to: *mut quantized::grouped::Unpacked<P>,
+                ) {
+                    // SAFETY: the caller's promise.
+                    unsafe { quantized::grouped::unpack::<$simd, F, P>(at, panel_bytes, chunks, to) }
+                }
+                // SAFETY: the caller's promise.
+                unsafe { unpack_with::<F, P>(at, panel_bytes, chunks, to) }
+            }
+
+            unsafe fn group<K: quantized::grouped::Kind, const P: usize>(
+                rows: &quantized::grouped::Rows<'_, P>,
+                num_rows: usize,
+            ) {
+                // SAFETY: the caller's promise.
+                unsafe {
+                    match num_rows {
+                        $($group_rows => Self::group_of::<K, $group_rows, P>(rows),)+
+                        rows => unreachable!("a product of {rows} rows in one block: this is a bug"),
+                    }
+                }
+            }
+        }
+
+        impl $table {
+            #[target_feature(enable = $quantized_features)]
+            unsafe fn group_of<K: quantized::grouped::Kind, const R: usize, const P: usize>(
+                rows: &quantized::grouped::Rows<'_, P>,
+            ) {
+                // SAFETY: the caller's promise.
+                unsafe { quantized::grouped::group::<$simd, K, R, P>(rows) }
             }
         }
 
@@ -139,7 +181,6 @@ macro_rules! vector_kernels {
                 rms_norm = norm::vector::rms_norm(x: &[f32], weight: &[f32], eps: f32, out: &mut [f32]);
                 add = norm::vector::add(sum: &mut [f32], x: &[f32]);
                 rope = rope::vector::rope(head: &mut [f32], cos: &[f32], sin: &[f32]);
-                silu_mul = activation::vector::silu_mul(gate: &[f32], up: &[f32], out: &mut [f32]);
                 merge = attention::vector::merge(parts: &[f32], sink: Option<f32>, out: &mut [f32]);
                 exp_sub = sampling::vector::exp_sub(x: &[f32], max: f32, out: &mut [f32]);
                 layer_norm = layer_norm::vector::layer_norm(
@@ -172,6 +213,12 @@ macro_rules! vector_kernels {
             }
 
             #[target_feature(enable = $features)]
+            unsafe fn multiply_adds(rounds: usize) -> f32 {
+                // SAFETY: the caller's promise.
+                unsafe { roof::vector::multiply_adds::<$simd>(rounds) }
+            }
+
+            #[target_feature(enable = $features)]
             unsafe fn argmax(values: &[f32]) -> usize {
                 // SAFETY: the caller's promise.
                 unsafe { sampling::vector::argmax::<$simd>(values) }
@@ -191,7 +238,6 @@ macro_rules! vector_kernels {
                 rms_norm: Self::rms_norm,
                 add: Self::add,
                 rope: Self::rope,
-                silu_mul: Self::silu_mul,
                 attention: attention::vector::attention::<$table>,
                 merge: Self::merge,
                 argmax: Self::argmax,
@@ -199,6 +245,7 @@ macro_rules! vector_kernels {
                 exp_sub: Self::exp_sub,
                 read: Self::read,
                 dot_products: Self::dot_products,
+                multiply_adds: Self::multiply_adds,
                 layer_norm: Self::layer_norm,
                 head_norm: Self::head_norm,
                 gelu: Self::gelu,
@@ -225,7 +272,7 @@ macro_rules! vector_kernels {
 vector_kernels!(
     Avx512, Isa::Avx512, "avx512f,avx512bw,avx512dq,avx512vl,avx2,fma,f16c", crate::simd::avx512::Avx512,
     matmul: { rows: 8 },
-    quantized: { rows: 6, two_panels: true, features: "avx512f,avx512bw,avx512dq,avx512vl,avx512vnni,avx2,fma,f16c" },
+    quantized: { rows: [1, 2, 3, 4, 5, 6], many: 4, two_panels: true, features: "avx512f,avx512bw,avx512dq,avx512vl,avx512vnni,avx2,fma,f16c" },
     attention: {
         1 rows: 4 vectors, 2 rows: 4 vectors, 3 rows: 4 vectors, 4 rows: 4 vectors,
         5 rows: 4 vectors, 6 rows: 4 vectors, 7 rows: 2 vectors, 8 rows: 2 vectors
@@ -236,7 +283,7 @@ vector_kernels!(
 vector_kernels!(
     Avx2, Isa::Avx2, "avx2,fma,f16c", crate::simd::avx2::Avx2,
     matmul: { rows: 6 },
-    quantized: { rows: 3, two_panels: false, features: "avx2,fma,f16c" },
+    quantized: { rows: [1, 2, 3], many: 3, two_panels: false, features: "avx2,fma,f16c" },
     attention: { 1 rows: 2 vectors, 2 rows: 2 vectors, 3 rows: 2 vectors }
 );
 

@@ -17,7 +17,6 @@
 
 #![cfg_attr(not(target_arch = "x86_64"), allow(dead_code, reason = "vector versions exist for x86-64 only"))]
 
-pub mod activation;
 pub mod attention;
 mod dispatch;
 pub mod experts;

@@ -39,7 +39,7 @@ fn widths() -> impl Iterator<Item = usize> {
     LENGTHS.into_iter().filter(|&width| width > 0)
 }
 
-const GATES: [Gate; 2] = [Gate::Gelu, Gate::ClampedSwiglu { alpha: 1.702, limit: 7.0 }];
+const GATES: [Gate; 3] = [Gate::Silu, Gate::Gelu, Gate::ClampedSwiglu { alpha: 1.702, limit: 7.0 }];
 
 #[test]
 fn layer_norms_are_the_scalar_ones_at_every_width() {

@@ -29,7 +29,7 @@ fn blocks(noise: &mut Noise, format: BlockFormat, elements: usize) -> Vec<u8> {
 }
 
 fn pack(format: BlockFormat, blocks: &[u8], inp: usize) -> PackedMatrix {
-    PackedMatrix::stack(&[Weights::Quantized { format, blocks }], inp)
+    PackedMatrix::stack(&[Weights::quantized(format, blocks)], inp)
 }
 
 #[test]
@@ -92,17 +92,26 @@ fn a_row_alone_is_the_row_in_a_batch() {
 #[test]
 fn many_rows_are_those_of_their_tiles() {
     let mut noise = Noise::new(23);
-    let (format, inp, out, rows) = (BlockFormat::Q4_0, 4864, 33, 150);
-    let matrix = pack(format, &blocks(&mut noise, format, out * inp), inp);
-    let x = noise.floats(rows * inp);
-    let mut expected = vec![0.0; rows * out];
-    for (x, y) in x.chunks(inp).zip(expected.chunks_mut(out)) {
-        matmul(&scalar(), x, &matrix, None, y);
-    }
-    for pool in pools() {
-        let mut got = vec![0.0; rows * out];
-        matmul(&pool, &x, &matrix, None, &mut got);
-        assert_same_bits(&got, &expected, &format!("{pool:?}"));
+    let formats = [
+        (BlockFormat::Q4_0, 4864),
+        (BlockFormat::Q8_0, 4864),
+        (BlockFormat::Q4K, 768),
+        (BlockFormat::Q5K, 768),
+        (BlockFormat::Q6K, 768),
+    ];
+    for (format, inp) in formats {
+        let (out, rows) = (33, 150);
+        let matrix = pack(format, &blocks(&mut noise, format, out * inp), inp);
+        let x = noise.floats(rows * inp);
+        let mut expected = vec![0.0; rows * out];
+        for (x, y) in x.chunks(inp).zip(expected.chunks_mut(out)) {
+            matmul(&scalar(), x, &matrix, None, y);
+        }
+        for pool in pools() {
+            let mut got = vec![0.0; rows * out];
+            matmul(&pool, &x, &matrix, None, &mut got);
+            assert_same_bits(&got, &expected, &format!("{pool:?} {matrix:?}"));
+        }
     }
 }
 
@@ -110,7 +119,7 @@ fn many_rows_are_those_of_their_tiles() {
 fn extreme_codes_do_not_overflow() {
     for format in BlockFormat::ALL {
         for byte in [0x00, 0xff, 0x80, 0x7f] {
-            let inp = 512;
+            let (inp, rows) = (512, 30);
             let mut bytes = vec![byte; format.bytes_for(32 * inp).unwrap()];
             // All scales of f16 to 1 where a byte pattern would make them NaN or infinite: Q8_0 is where
             // sums are largest.
@@ -119,11 +128,11 @@ fn extreme_codes_do_not_overflow() {
             }
             let matrix = pack(format, &bytes, inp);
             for sign in [1.0, -1.0] {
-                let x: Vec<f32> = vec![sign; 3 * inp];
-                let mut expected = vec![0.0; 3 * 32];
+                let x: Vec<f32> = vec![sign; rows * inp];
+                let mut expected = vec![0.0; rows * 32];
                 matmul(&scalar(), &x, &matrix, None, &mut expected);
                 for pool in pools() {
-                    let mut got = vec![0.0; 3 * 32];
+                    let mut got = vec![0.0; rows * 32];
                     matmul(&pool, &x, &matrix, None, &mut got);
                     assert_same_bits(&got, &expected, &format!("{pool:?} {matrix:?} of {byte:#x}"));
                 }
@@ -185,9 +194,9 @@ fn a_stack_of_several_types_has_the_bits_of_its_parts() {
     let floats = noise.floats(24 * inp);
     let q6 = blocks(&mut noise, BlockFormat::Q6K, 19 * inp);
     let parts = [
-        (Weights::Quantized { format: BlockFormat::Q4K, blocks: &q4 }, 40),
-        (Weights::F32(&floats), 24),
-        (Weights::Quantized { format: BlockFormat::Q6K, blocks: &q6 }, 19),
+        (Weights::quantized(BlockFormat::Q4K, &q4), 40),
+        (Weights::f32(&floats), 24),
+        (Weights::quantized(BlockFormat::Q6K, &q6), 19),
     ];
     let x = noise.floats(rows * inp);
     let bias = noise.floats(83);

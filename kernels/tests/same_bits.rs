@@ -4,7 +4,6 @@
 mod common;
 
 use common::{Noise, assert_same_bits, pools};
-use tandem_kernels::activation::{silu_mul, silu_mul_stacked};
 use tandem_kernels::matmul::matmul;
 use tandem_kernels::norm::{add_rms_norm, rms_norm};
 use tandem_kernels::pack::{PackedMatrix, Weights};
@@ -125,7 +124,7 @@ fn a_stacked_projection_has_the_bits_of_its_parts() {
     let (a, b, x) = (noise.floats(40 * 32), noise.floats(24 * 32), noise.floats(3 * 32));
     let pool = ThreadPool::new(1);
     let mut stacked = vec![0.0; 3 * 64];
-    matmul(&pool, &x, &PackedMatrix::stack(&[Weights::F32(&a), Weights::F32(&b)], 32), None, &mut stacked);
+    matmul(&pool, &x, &PackedMatrix::stack(&[Weights::f32(&a), Weights::f32(&b)], 32), None, &mut stacked);
     for (weights, out, first) in [(&a, 40, 0), (&b, 24, 40)] {
         let mut part = vec![0.0; 3 * out];
         matmul(&pool, &x, &PackedMatrix::from_f32(weights, out, 32), None, &mut part);
@@ -155,26 +154,6 @@ fn norms_are_the_scalar_ones_at_every_width() {
                 assert_same_bits(&got, &expected, &format!("{pool:?} add_rms_norm {rows}x{width}"));
                 assert_same_bits(&sum, &expected_sum, "the residual");
             }
-        }
-    }
-}
-
-#[test]
-fn silu_mul_is_the_scalar_one_at_every_length() {
-    let mut noise = Noise::new(7);
-    for pool in pools() {
-        for len in LENGTHS.into_iter().chain([5 * 688]) {
-            let (gate, up) = (noise.specials(len + 1), noise.floats(len + 3));
-            let (gate, up) = (&gate[1..], &up[3..]);
-            let expected = guarded(len, |y| silu_mul(&scalar(), gate, up, y));
-            let got = guarded(len, |y| silu_mul(&pool, gate, up, y));
-            assert_same_bits(&got, &expected, &format!("{pool:?} length {len}"));
-        }
-        let gate_up = noise.floats(5 * 2 * 33);
-        let stacked = guarded(5 * 33, |y| silu_mul_stacked(&pool, &gate_up, 33, y));
-        for (row, got) in stacked.chunks(33).enumerate() {
-            let (gate, up) = gate_up[row * 66..(row + 1) * 66].split_at(33);
-            assert_same_bits(got, &guarded(33, |y| silu_mul(&pool, gate, up, y)), "stacked row");
         }
     }
 }

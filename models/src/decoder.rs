@@ -5,7 +5,7 @@
 //! Query, key and value projections are one matrix, and so are gate and up: small models are bound by
 //! the number of operations, and larger ones lose nothing.
 
-use crate::backend::{Attention, Backend, Heads, Linear, Share};
+use crate::backend::{Attention, Backend, GatedFeedForward, Heads, Linear, Share};
 use crate::batch::ForwardBatch;
 use crate::config::{DecoderConfig, Positions};
 use crate::error::ModelError;
@@ -311,12 +311,14 @@ fn feed_forward<B: Backend>(
     let input = if is_pre_norm { &ws.normed } else { &ws.residual };
     match ffn {
         FeedForward::Dense { up, down } => {
-            backend.matmul(rows, input, up.linear(), &mut ws.gate_up)?;
-            let (width, act) = (config.intermediate_size, config.activation);
-            match config.gated {
-                true => backend.gate(rows, width, act, &ws.gate_up, &mut ws.activated)?,
-                false => backend.activate(rows, width, act, &ws.gate_up, &mut ws.activated)?,
+            let (width, activation) = (config.intermediate_size, config.activation);
+            if config.gated {
+                let layer = GatedFeedForward { up: up.linear(), activation, down: down.linear() };
+                let room = [&mut ws.gate_up, &mut ws.activated];
+                return backend.gated_feed_forward(rows, input, layer, room, &mut ws.update);
             }
+            backend.matmul(rows, input, up.linear(), &mut ws.gate_up)?;
+            backend.activate(rows, width, activation, &ws.gate_up, &mut ws.activated)?;
             backend.matmul(rows, &ws.activated, down.linear(), &mut ws.update)
         }
         FeedForward::Experts { router, up, down } => {

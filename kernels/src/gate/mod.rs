@@ -1,6 +1,6 @@
-//! Nonlinearities of feed-forward layers beside [`crate::activation`]'s SiLU: GELU in its tanh form,
-//! plain and as a gate, and the clamped SwiGLU of gpt-oss.
+//! Nonlinearities of feed-forward layers: the gates, and GELU in its tanh form by itself.
 //!
+//! `silu(x) = x / (1 + exp(-x))`;
 //! `gelu(x) = (0.5 * x) * (1 + tanh(0.797_884_6 * fma(0.044_715 * x * x, x, x)))`.
 
 pub(crate) mod scalar;
@@ -20,6 +20,8 @@ const ELEMENTS_PER_NS: usize = 1;
 /// What stands between the projections of a gated layer.
 #[derive(Clone, Copy, Debug, PartialEq)]
 pub enum Gate {
+    /// `silu(gate) * up`
+    Silu,
     /// `gelu(gate) * up`
     Gelu,
     /// `(clamp(up, -limit, limit) + 1) * (g / (1 + exp(-alpha * g)))` with `g = min(gate, limit)`. A NaN

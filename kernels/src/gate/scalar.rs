@@ -1,4 +1,4 @@
-//! GELU and the clamped SwiGLU in plain Rust: the specification.
+//! Gates and GELU in plain Rust: the specification.
 
 use super::{GELU_CUBE, GELU_INNER, Gate};
 use crate::math::{exp, tanh};
@@ -17,6 +17,7 @@ pub(crate) fn gelu(x: &[f32], out: &mut [f32]) {
 pub(crate) fn gate(gate: Gate, gates: &[f32], ups: &[f32], out: &mut [f32]) {
     for ((out, &g), &up) in out.iter_mut().zip(gates).zip(ups) {
         *out = match gate {
+            Gate::Silu => g / (1.0 + exp(-g)) * up,
             Gate::Gelu => gelu_of(g) * up,
             Gate::ClampedSwiglu { alpha, limit } => {
                 let g = if limit < g { limit } else { g };

@@ -1,4 +1,4 @@
-//! GELU and the clamped SwiGLU over 16 lanes.
+//! Gates and GELU over 16 lanes.
 
 use super::{GELU_CUBE, GELU_INNER, Gate};
 use crate::LANES;
@@ -44,6 +44,7 @@ pub(crate) unsafe fn gate<V: Simd>(gate: Gate, gates: &[f32], ups: &[f32], out: 
             let g = V::load_part(gates.as_ptr().add(i), count);
             let up = V::load_part(ups.as_ptr().add(i), count);
             let gated = match gate {
+                Gate::Silu => g.div(V::splat(1.0).add(exp(g.neg()))).mul(up),
                 Gate::Gelu => gelu_of(g).mul(up),
                 Gate::ClampedSwiglu { alpha, limit } => {
                     let (alpha, most, least) = (V::splat(alpha), V::splat(limit), V::splat(-limit));

@@ -4,6 +4,7 @@
 //! starting at 0; the bias is added last. Quantised weights: see [`quantized`]. Lanes, registers, rows
 //! and threads run over outputs only.
 
+pub mod gated;
 pub mod quantized;
 pub(crate) mod scalar;
 pub(crate) mod vector;
@@ -11,7 +12,7 @@ pub(crate) mod vector;
 use std::ops::Range;
 
 use crate::LANES;
-use crate::pack::{PackedMatrix, Part, WeightType};
+use crate::pack::{PackedMatrix, Part};
 use crate::pool::ThreadPool;
 use crate::shared_out::SharedOut;
 use quantized::QuantizedRows;
@@ -25,18 +26,43 @@ const ROW_TILE_BYTES: usize = 256 << 10;
 
 /// The part of a product that one task computes.
 pub(crate) struct Tile<'a> {
-    /// `[num_rows, in_features]`, for dense weights.
-    pub(crate) x: &'a [f32],
-    /// The same rows, for quantised weights.
-    pub(crate) quantized: &'a QuantizedRows,
+    pub(crate) input: Input<'a>,
     pub(crate) weights: &'a PackedMatrix,
     pub(crate) part: &'a Part,
     pub(crate) bias: Option<&'a [f32]>,
     pub(crate) rows: Range<usize>,
     /// Panels of the part.
     pub(crate) panels: Range<usize>,
-    /// `[num_rows, out_features]`
-    pub(crate) out: &'a SharedOut<'a>,
+    pub(crate) out: Place<'a>,
+}
+
+/// Where the outputs of a tile go.
+#[derive(Clone, Copy)]
+pub(crate) struct Place<'a> {
+    pub(crate) to: &'a SharedOut<'a>,
+    /// Elements from one row to the next.
+    pub(crate) stride: usize,
+    /// The row and the output of the matrix that come first.
+    pub(crate) first_row: usize,
+    pub(crate) first_output: usize,
+}
+
+impl Place<'_> {
+    /// The element for an output of a row.
+    #[inline]
+    pub(crate) fn at(&self, row: usize, output: usize) -> usize {
+        (row - self.first_row) * self.stride + output - self.first_output
+    }
+}
+
+/// Rows of activations, as products take them.
+#[derive(Clone, Copy)]
+pub(crate) struct Input<'a> {
+    pub(crate) num_rows: usize,
+    /// `[num_rows, in_features]`, for dense weights.
+    pub(crate) x: &'a [f32],
+    /// The same, for quantised weights.
+    pub(crate) quantized: &'a QuantizedRows,
 }
 
 /// `out = x * w^T + bias`, with `x: [rows, in_features]`, `bias: [out_features]` and
@@ -46,71 +72,82 @@ pub(crate) struct Tile<'a> {
 /// # Panics
 /// If a length does not fit the matrix.
 pub fn matmul(pool: &ThreadPool, x: &[f32], w: &PackedMatrix, bias: Option<&[f32]>, out: &mut [f32]) {
-    let (inp, outp) = (w.in_features(), w.out_features());
-    assert!(x.len().is_multiple_of(inp), "matmul: x has {} elements, not whole rows of {inp}", x.len());
-    let num_rows = x.len() / inp;
+    let num_rows = check("matmul", x.len(), w, bias);
     assert!(
-        out.len() == num_rows * outp,
-        "matmul: out has {} elements for shape [{num_rows}, {outp}]",
-        out.len()
+        out.len() == num_rows * w.out_features(),
+        "matmul: out has {} elements for shape [{num_rows}, {}]",
+        out.len(),
+        w.out_features()
     );
+    if num_rows > 0 && w.out_features() > 0 {
+        with_input(pool, x, w, |input| product(pool, input, w, bias, out));
+    }
+}
+
+/// The rows of `x`, lengths checked.
+fn check(op: &str, x_len: usize, w: &PackedMatrix, bias: Option<&[f32]>) -> usize {
+    let (inp, outp) = (w.in_features(), w.out_features());
+    assert!(x_len.is_multiple_of(inp), "{op}: x has {x_len} elements, not whole rows of {inp}");
     if let Some(bias) = bias {
-        assert!(bias.len() == outp, "matmul: bias has {} elements for {outp} outputs", bias.len());
+        assert!(bias.len() == outp, "{op}: bias has {} elements for {outp} outputs", bias.len());
     }
-    if num_rows == 0 || outp == 0 {
-        return;
-    }
-    if w.weight_types().all(|weight_type| !matches!(weight_type, WeightType::Quantized(_))) {
-        return parts(pool, x, &QuantizedRows::new(), w, bias, out);
+    x_len / inp
+}
+
+/// Calls `work` with the rows of `x` as `w` takes them.
+fn with_input(pool: &ThreadPool, x: &[f32], w: &PackedMatrix, work: impl FnOnce(Input<'_>)) {
+    let num_rows = x.len() / w.in_features();
+    if w.weight_types().all(|weight_type| !weight_type.is_quantized()) {
+        return work(Input { num_rows, x, quantized: &QuantizedRows::new() });
     }
     pool.with_scratch(|quantized| {
-        quantized.quantize(pool, x, inp);
-        parts(pool, x, quantized, w, bias, out);
+        quantized.quantize(pool, x, w.in_features());
+        work(Input { num_rows, x, quantized });
     });
 }
 
-/// The product, part by part; lengths are checked, and `quantized` holds the rows of `x` if a part asks.
-fn parts(
-    pool: &ThreadPool,
-    x: &[f32],
-    quantized: &QuantizedRows,
-    w: &PackedMatrix,
-    bias: Option<&[f32]>,
-    out: &mut [f32],
-) {
-    let num_rows = x.len() / w.in_features();
+/// The product, part by part; lengths are checked.
+fn product(pool: &ThreadPool, input: Input<'_>, w: &PackedMatrix, bias: Option<&[f32]>, out: &mut [f32]) {
     let out = SharedOut::new(out);
+    let out = Place { to: &out, stride: w.out_features(), first_row: 0, first_output: 0 };
     for part in w.parts() {
         let num_panels = part.num_panels();
         // Panels go out in the groups that the kernels take at once.
         let groups = num_panels.div_ceil(GROUP);
-        let tasks = pool.num_tasks(groups, GROUP * panel_ns(part, num_rows, w.in_features()));
-        let (kernel, tile_rows) = match part.weight_type {
-            WeightType::Quantized(_) => {
-                (pool.kernels().matmul_quantized, (ROW_TILE_BYTES / w.in_features()).max(16))
-            }
-            _ => (pool.kernels().matmul, num_rows),
-        };
+        let tasks = pool.num_tasks(groups, GROUP * panel_ns(part, input.num_rows, w.in_features()));
+        let tile_rows = tile_rows(part, input.num_rows, w.in_features());
         pool.run(tasks, &|i| {
             let panels = i * groups / tasks * GROUP..num_panels.min((i + 1) * groups / tasks * GROUP);
-            for begin in (0..num_rows).step_by(tile_rows) {
-                let rows = begin..num_rows.min(begin + tile_rows);
+            for begin in (0..input.num_rows).step_by(tile_rows) {
+                let rows = begin..input.num_rows.min(begin + tile_rows);
                 let panels = panels.clone();
-                let tile = Tile { x, quantized, weights: w, part, bias, rows, panels, out: &out };
                 // SAFETY: lengths are checked by the caller; tasks have different panels, so different
                 // outputs.
-                unsafe { kernel(&tile) }
+                unsafe { compute(pool, &Tile { input, weights: w, part, bias, rows, panels, out }) };
             }
         });
     }
 }
 
+/// Computes a tile.
+///
+/// # Safety
+/// The lengths of the tile are checked, and no other task holds its outputs.
+unsafe fn compute(pool: &ThreadPool, tile: &Tile<'_>) {
+    let kernels = pool.kernels();
+    let kernel = if tile.part.weight_type.is_quantized() { kernels.matmul_quantized } else { kernels.matmul };
+    // SAFETY: the caller's promise; the pool's table is for this processor.
+    unsafe { kernel(tile) }
+}
+
+/// Rows that a task takes against all its panels before it takes the next.
+fn tile_rows(part: &Part, num_rows: usize, inp: usize) -> usize {
+    if part.weight_type.is_quantized() { (ROW_TILE_BYTES / inp).max(16) } else { num_rows.max(1) }
+}
+
 /// What a panel takes on one core, about: a nanosecond reads 100 bytes of weights from a cache, or does
 /// 120 multiply-adds in f32 or 400 in whole numbers.
 fn panel_ns(part: &Part, num_rows: usize, inp: usize) -> usize {
-    let per_ns = match part.weight_type {
-        WeightType::Quantized(_) => 400,
-        _ => 120,
-    };
+    let per_ns = if part.weight_type.is_quantized() { 400 } else { 120 };
     (part.panel_bytes() / 100).max(num_rows * inp * LANES / per_ns)
 }

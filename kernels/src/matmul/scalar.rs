@@ -6,7 +6,7 @@ use crate::LANES;
 /// # Safety
 /// No other task may hold the same outputs.
 pub(crate) unsafe fn matmul(tile: &Tile<'_>) {
-    let (inp, outp) = (tile.weights.in_features(), tile.weights.out_features());
+    let inp = tile.weights.in_features();
     let first = tile.part.first_output;
     let begin = first + tile.panels.start * LANES;
     let end = first + tile.part.outputs.min(tile.panels.end * LANES);
@@ -14,7 +14,7 @@ pub(crate) unsafe fn matmul(tile: &Tile<'_>) {
     for output in begin..end {
         tile.weights.row(output, &mut weights);
         for row in tile.rows.clone() {
-            let x = &tile.x[row * inp..(row + 1) * inp];
+            let x = &tile.input.x[row * inp..(row + 1) * inp];
             let mut sum = 0.0f32;
             for (&x, &weight) in x.iter().zip(&weights) {
                 sum = x.mul_add(weight, sum);
@@ -23,7 +23,7 @@ pub(crate) unsafe fn matmul(tile: &Tile<'_>) {
                 sum += bias[output];
             }
             // SAFETY: the caller's promise.
-            unsafe { tile.out.part(row * outp + output, 1)[0] = sum };
+            unsafe { tile.out.to.part(tile.out.at(row, output), 1)[0] = sum };
         }
     }
 }

@@ -158,7 +158,7 @@ unsafe fn panels<T: Target, W: Format, const P: usize>(tile: &Tile<'_>) {
 /// # Safety
 /// As for [`matmul`]; panels `panel..panel + P` are the tile's.
 unsafe fn row_blocks<T: Target, W: Format, const P: usize>(tile: &Tile<'_>, panel: usize) {
-    let (inputs, out_stride) = (tile.weights.in_features(), tile.weights.out_features());
+    let inputs = tile.weights.in_features();
     let first_output = tile.part.first_output + panel * LANES;
     let num_rows = tile.rows.len();
     let num_blocks = num_rows.div_ceil(T::MAX_ROWS);
@@ -169,12 +169,12 @@ unsafe fn row_blocks<T: Target, W: Format, const P: usize>(tile: &Tile<'_>, pane
         // are this task's.
         unsafe {
             let block = Block {
-                x: tile.x.as_ptr().add(begin * inputs),
+                x: tile.input.x.as_ptr().add(begin * inputs),
                 inputs,
                 panel: tile.weights.panels(tile.part).add(panel * tile.part.panel_bytes()),
                 panel_bytes: tile.part.panel_bytes(),
-                out: tile.out.start().add(begin * out_stride + first_output),
-                out_stride,
+                out: tile.out.to.start().add(tile.out.at(begin, first_output)),
+                out_stride: tile.out.stride,
                 bias: tile.bias.map(|bias| bias.as_ptr().add(first_output)),
                 outputs: tile.part.outputs - panel * LANES,
             };

@@ -22,18 +22,35 @@ fn element(weight_type: WeightType, lane: usize, input: usize) -> usize {
     }
 }
 
-/// Writes a row to lane `lane` of a panel.
-pub(super) fn put_row<T: Copy, const N: usize>(
-    weight_type: WeightType,
-    panel: &mut [Line],
-    lane: usize,
-    row: &[T],
-    to_bytes: fn(T) -> [u8; N],
-) {
-    for (line, weights) in panel.iter_mut().zip(row.chunks(inputs_per_line(weight_type))) {
-        for (i, &weight) in weights.iter().enumerate() {
-            line.0.as_chunks_mut::<N>().0[element(weight_type, lane, i)] = to_bytes(weight);
+/// Lines that are filled at a time: they stay in the cache while the rows pass.
+const STRIPE: usize = 64;
+
+/// Fills a panel of zeros with the elements of at most 16 rows.
+pub(super) fn pack(weight_type: WeightType, rows: &[&[u8]], panel: &mut [Line]) {
+    for (stripe, lines) in panel.chunks_mut(STRIPE).enumerate() {
+        for (lane, row) in rows.iter().enumerate() {
+            // A line has four bytes of every row.
+            let bytes = &row[stripe * STRIPE * 4..];
+            let (words, rest) = bytes[..bytes.len().min(lines.len() * 4)].as_chunks::<4>();
+            for (line, &word) in lines.iter_mut().zip(words) {
+                put(weight_type, line, lane, word);
+            }
+            if let &[low, high] = rest {
+                put(weight_type, &mut lines[words.len()], lane, [low, high, 0, 0]);
+            }
         }
+    }
+}
+
+/// Two neighbours of bf16 stay together, those of f16 part.
+#[inline(always)]
+fn put(weight_type: WeightType, line: &mut Line, lane: usize, word: [u8; 4]) {
+    if weight_type == WeightType::F16 {
+        let (halves, _) = line.0.as_chunks_mut::<2>();
+        halves[lane] = [word[0], word[1]];
+        halves[LANES + lane] = [word[2], word[3]];
+    } else {
+        line.0.as_chunks_mut::<4>().0[lane] = word;
     }
 }
 

@@ -4,7 +4,7 @@
 //! pages the same read is a fifth to a third faster. What is left of a matrix after its last whole
 //! large page stays in small ones: nothing is wasted.
 
-use std::alloc::{Layout, alloc, dealloc, handle_alloc_error};
+use std::alloc::{Layout, alloc_zeroed, dealloc, handle_alloc_error};
 use std::ptr::NonNull;
 
 pub(crate) const LINE_BYTES: usize = 64;
@@ -22,8 +22,23 @@ pub(crate) fn bytes_mut(lines: &mut [Line]) -> &mut [u8] {
     unsafe { std::slice::from_raw_parts_mut(lines.as_mut_ptr().cast(), size_of_val(lines)) }
 }
 
+/// The bytes of plain numbers.
+pub(crate) fn bytes_of<T: Number>(elements: &[T]) -> &[u8] {
+    // SAFETY: a number is its bytes, without padding.
+    unsafe { std::slice::from_raw_parts(elements.as_ptr().cast(), size_of_val(elements)) }
+}
+
+/// What [`bytes_of`] takes.
+pub(crate) trait Number {}
+
+impl Number for f32 {}
+impl Number for u16 {}
+
 /// A large page, and the least that is worth one.
 const LARGE_PAGE: usize = 2 << 20;
+
+/// A multiple of the system's ordinary page, whatever it is.
+const SMALL_PAGE: usize = 64 << 10;
 
 /// A fixed number of lines, zero at first.
 pub(crate) struct Lines {
@@ -37,22 +52,16 @@ unsafe impl Send for Lines {}
 unsafe impl Sync for Lines {}
 
 impl Lines {
-    /// `len` lines of zeros.
+    /// `len` lines of zeros. Pages of a large number of them are the system's to hand out when they are
+    /// first written, to whoever does.
     pub(crate) fn zeroed(len: usize) -> Self {
         if len == 0 {
             return Lines { start: NonNull::dangling(), len };
         }
         let layout = layout(len);
-        // SAFETY: the layout has a size.
-        let start = unsafe { alloc(layout) }.cast::<Line>();
-        let Some(start) = NonNull::new(start) else { handle_alloc_error(layout) };
-        if layout.align() == LARGE_PAGE {
-            advise_large_pages(start.cast(), layout.size());
-        }
-        // After the advice: the first write to a page decides its size.
-        // SAFETY: `len` lines were allocated at `start`; zero bytes are a line.
-        unsafe { start.write_bytes(0, len) };
-        Lines { start, len }
+        let start = if is_mapped(layout) { map(layout) } else { allocate(layout) };
+        let Some(start) = start else { handle_alloc_error(layout) };
+        Lines { start: start.cast(), len }
     }
 }
 
@@ -75,8 +84,13 @@ impl std::ops::DerefMut for Lines {
 impl Drop for Lines {
     fn drop(&mut self) {
         if self.len > 0 {
-            // SAFETY: allocated in `zeroed` with this layout.
-            unsafe { dealloc(self.start.as_ptr().cast(), layout(self.len)) };
+            let layout = layout(self.len);
+            if is_mapped(layout) {
+                unmap(self.start.cast(), mapped_size(layout));
+            } else {
+                // SAFETY: allocated in `zeroed` with this layout.
+                unsafe { dealloc(self.start.as_ptr().cast(), layout) };
+            }
         }
     }
 }
@@ -87,22 +101,58 @@ fn layout(len: usize) -> Layout {
     Layout::from_size_align(size, align).expect("a matrix that fits the address space")
 }
 
-/// Asks for large pages; a system that has none, or refuses, goes on with small ones.
+fn allocate(layout: Layout) -> Option<NonNull<u8>> {
+    // SAFETY: the layout has a size.
+    NonNull::new(unsafe { alloc_zeroed(layout) })
+}
+
+/// True if lines of this layout are a mapping of their own, with large pages where the system has them.
+fn is_mapped(layout: Layout) -> bool {
+    cfg!(target_os = "linux") && layout.align() == LARGE_PAGE
+}
+
+fn mapped_size(layout: Layout) -> usize {
+    layout.size().next_multiple_of(SMALL_PAGE)
+}
+
+/// A mapping that begins with a large page. The allocator would give none that the system has not
+/// cleared already, and clear it again.
 #[cfg(target_os = "linux")]
-fn advise_large_pages(start: NonNull<u8>, size: usize) {
-    // SAFETY: the range is this process's own fresh allocation, whole pages of it; the advice changes no
-    // contents.
-    let _ = unsafe {
-        rustix::mm::madvise(
-            start.as_ptr().cast(),
-            size / LARGE_PAGE * LARGE_PAGE,
-            rustix::mm::Advice::LinuxHugepage,
-        )
-    };
+fn map(layout: Layout) -> Option<NonNull<u8>> {
+    use rustix::mm::{Advice, MapFlags, ProtFlags, madvise, mmap_anonymous};
+    let size = mapped_size(layout);
+    let access = ProtFlags::READ | ProtFlags::WRITE;
+    // SAFETY: a new mapping, wherever the system likes.
+    let start = unsafe { mmap_anonymous(std::ptr::null_mut(), size + LARGE_PAGE, access, MapFlags::PRIVATE) };
+    let start = NonNull::new(start.ok()?.cast::<u8>())?;
+    let before = start.align_offset(LARGE_PAGE);
+    // SAFETY: within the mapping; what lies before and after is given back.
+    let lines = unsafe { start.add(before) };
+    if before > 0 {
+        unmap(start, before);
+    }
+    // SAFETY: within the mapping, or its end.
+    unmap(unsafe { lines.add(size) }, LARGE_PAGE - before);
+    // A system that has no large pages, or refuses, goes on with small ones.
+    // SAFETY: the range is this process's own fresh mapping; the advice changes no contents.
+    let _ = unsafe { madvise(lines.as_ptr().cast(), size / LARGE_PAGE * LARGE_PAGE, Advice::LinuxHugepage) };
+    Some(lines)
+}
+
+/// Gives back whole pages of a mapping that nobody uses any more.
+#[cfg(target_os = "linux")]
+fn unmap(start: NonNull<u8>, size: usize) {
+    // SAFETY: the callers' own mapping. It fails only for what is no mapping.
+    let _ = unsafe { rustix::mm::munmap(start.as_ptr().cast(), size) };
 }
 
 #[cfg(not(target_os = "linux"))]
-fn advise_large_pages(_start: NonNull<u8>, _size: usize) {}
+fn map(_layout: Layout) -> Option<NonNull<u8>> {
+    None
+}
+
+#[cfg(not(target_os = "linux"))]
+fn unmap(_start: NonNull<u8>, _size: usize) {}
 
 #[cfg(test)]
 mod tests {

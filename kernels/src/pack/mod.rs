@@ -19,13 +19,21 @@
 mod dense;
 pub(crate) mod memory;
 pub(crate) mod quantized;
+mod source;
 
 use std::fmt;
 use std::sync::Arc;
 
 use crate::LANES;
+use crate::pool::ThreadPool;
 use crate::quant::BlockFormat;
+use crate::shared_out::SharedOut;
 use memory::{LINE_BYTES, Line, Lines};
+use source::Sources;
+pub use source::Weights;
+
+/// Bytes that a thread packs in a nanosecond, about.
+const PACKED_BYTES_PER_NS: usize = 2;
 
 /// Element type of a weight matrix.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
@@ -49,11 +57,17 @@ impl WeightType {
         }
     }
 
-    /// Inputs that a row has a multiple of.
-    fn row_unit(self) -> usize {
+    /// True of block formats, whose products take quantised activations.
+    pub(crate) fn is_quantized(self) -> bool {
+        matches!(self, WeightType::Quantized(_))
+    }
+
+    /// Elements that are stored together, of which a row has a whole number, and their bytes.
+    pub(crate) fn unit(self) -> (usize, usize) {
         match self {
-            WeightType::Quantized(format) => format.block_len(),
-            _ => 1,
+            WeightType::F32 => (1, 4),
+            WeightType::Bf16 | WeightType::F16 => (1, 2),
+            WeightType::Quantized(format) => (format.block_len(), format.block_bytes()),
         }
     }
 }
@@ -66,50 +80,6 @@ impl fmt::Display for WeightType {
             WeightType::F16 => "f16",
             WeightType::Quantized(format) => format.name(),
         })
-    }
-}
-
-/// Row-major weights as they come from a file; 16-bit types as their bits.
-#[derive(Clone, Copy, Debug)]
-pub enum Weights<'a> {
-    /// f32.
-    F32(&'a [f32]),
-    /// bf16 bits.
-    Bf16(&'a [u16]),
-    /// f16 bits.
-    F16(&'a [u16]),
-    /// Whole blocks, a row after the other.
-    Quantized {
-        /// What the blocks are.
-        format: BlockFormat,
-        /// Their bytes.
-        blocks: &'a [u8],
-    },
-}
-
-impl Weights<'_> {
-    /// Elements.
-    pub fn len(&self) -> usize {
-        match self {
-            Weights::F32(data) => data.len(),
-            Weights::Bf16(bits) | Weights::F16(bits) => bits.len(),
-            Weights::Quantized { format, blocks } => blocks.len() / format.block_bytes() * format.block_len(),
-        }
-    }
-
-    /// True without elements.
-    pub fn is_empty(&self) -> bool {
-        self.len() == 0
-    }
-
-    /// The element type.
-    pub fn weight_type(&self) -> WeightType {
-        match self {
-            Weights::F32(_) => WeightType::F32,
-            Weights::Bf16(_) => WeightType::Bf16,
-            Weights::F16(_) => WeightType::F16,
-            Weights::Quantized { format, .. } => WeightType::Quantized(*format),
-        }
     }
 }
 
@@ -163,7 +133,7 @@ impl PackedMatrix {
     /// If `data` does not have `out * inp` elements.
     pub fn from_f32(data: &[f32], out: usize, inp: usize) -> Self {
         assert_size(data.len(), out, inp);
-        Self::stack(&[Weights::F32(data)], inp)
+        Self::stack(&[Weights::f32(data)], inp)
     }
 
     /// Packs a `[out, inp]` matrix of bf16 bits.
@@ -172,7 +142,7 @@ impl PackedMatrix {
     /// If `bits` does not have `out * inp` elements.
     pub fn from_bf16(bits: &[u16], out: usize, inp: usize) -> Self {
         assert_size(bits.len(), out, inp);
-        Self::stack(&[Weights::Bf16(bits)], inp)
+        Self::stack(&[Weights::bf16(bits)], inp)
     }
 
     /// Packs a `[out, inp]` matrix of f16 bits.
@@ -181,7 +151,7 @@ impl PackedMatrix {
     /// If `bits` does not have `out * inp` elements.
     pub fn from_f16(bits: &[u16], out: usize, inp: usize) -> Self {
         assert_size(bits.len(), out, inp);
-        Self::stack(&[Weights::F16(bits)], inp)
+        Self::stack(&[Weights::f16(bits)], inp)
     }
 
     /// Packs several matrices of the same input as one, their outputs one after the other: query, key
@@ -190,6 +160,41 @@ impl PackedMatrix {
     /// # Panics
     /// If there is no part, or one is not a whole number of rows of `inp`, each of whole blocks.
     pub fn stack(parts: &[Weights<'_>], inp: usize) -> Self {
+        let (mut packed, sources) = Self::lay_out(parts, inp);
+        let lines = unshared(&mut packed.lines);
+        for part in &packed.parts {
+            let panels = lines[part.first_line..].chunks_exact_mut(part.panel_lines);
+            for (panel, to) in panels.take(part.num_panels()).enumerate() {
+                sources.pack(part, panel, to);
+            }
+        }
+        packed
+    }
+
+    /// As [`stack`](Self::stack), on all threads of a pool. A byte of the file is read once and one of the
+    /// matrix written once, by the thread that has met its page first.
+    ///
+    /// # Panics
+    /// As [`stack`](Self::stack).
+    pub fn stack_on(pool: &ThreadPool, parts: &[Weights<'_>], inp: usize) -> Self {
+        let (mut packed, sources) = Self::lay_out(parts, inp);
+        let lines = SharedOut::new(unshared(&mut packed.lines));
+        for part in &packed.parts {
+            let panels = part.num_panels();
+            let tasks = pool.num_tasks(panels, part.panel_bytes() / PACKED_BYTES_PER_NS);
+            pool.run(tasks, &|i| {
+                for panel in i * panels / tasks..(i + 1) * panels / tasks {
+                    let first = part.first_line + panel * part.panel_lines;
+                    // SAFETY: a panel belongs to one task.
+                    sources.pack(part, panel, unsafe { lines.part(first, part.panel_lines) });
+                }
+            });
+        }
+        packed
+    }
+
+    /// A matrix of zeros with room for `parts`, and where its rows come from.
+    fn lay_out<'a>(parts: &'a [Weights<'a>], inp: usize) -> (Self, Sources<'a>) {
         assert!(inp > 0, "a weight matrix has at least one input");
         assert!(!parts.is_empty(), "at least one part to pack");
         let mut packed = PackedMatrix {
@@ -198,36 +203,25 @@ impl PackedMatrix {
             out_features: 0,
             in_features: inp,
         };
+        let mut first_outputs = Vec::with_capacity(parts.len());
         for part in parts {
-            packed.lay_out(part);
+            first_outputs.push(packed.out_features);
+            packed.add_part(part);
         }
         let last = packed.parts[packed.parts.len() - 1];
         packed.lines = Arc::new(Lines::zeroed(last.first_line + last.num_panels() * last.panel_lines));
-        let mut first_output = 0;
-        for part in parts {
-            packed.fill(first_output, part);
-            first_output += part.len() / inp;
-        }
-        packed
+        (packed, Sources::new(parts, first_outputs, inp))
     }
 
     /// Adds room for the outputs of `weights`: to the last part if it is of the same type.
-    fn lay_out(&mut self, weights: &Weights<'_>) {
+    fn add_part(&mut self, weights: &Weights<'_>) {
         let (weight_type, inp) = (weights.weight_type(), self.in_features);
+        let (unit, _) = weight_type.unit();
         assert!(
-            inp.is_multiple_of(weight_type.row_unit()),
-            "a row of {inp} inputs is not whole {weight_type} blocks of {}",
-            weight_type.row_unit()
+            inp.is_multiple_of(unit),
+            "a row of {inp} inputs is not whole {weight_type} blocks of {unit}"
         );
         assert!(weights.len().is_multiple_of(inp), "{} weights are not whole rows of {inp}", weights.len());
-        if let Weights::Quantized { format, blocks } = weights {
-            assert!(
-                blocks.len().is_multiple_of(format.block_bytes()),
-                "{} bytes are not whole {format} blocks of {}",
-                blocks.len(),
-                format.block_bytes()
-            );
-        }
         let outputs = weights.len() / inp;
         match self.parts.last_mut() {
             Some(last) if last.weight_type == weight_type => last.outputs += outputs,
@@ -244,32 +238,6 @@ impl PackedMatrix {
             }
         }
         self.out_features += outputs;
-    }
-
-    /// Writes `weights` as the outputs from `first_output` on.
-    fn fill(&mut self, first_output: usize, weights: &Weights<'_>) {
-        let inp = self.in_features;
-        match *weights {
-            Weights::F32(data) => {
-                for (i, row) in data.chunks_exact(inp).enumerate() {
-                    let (part, panel, lane) = self.panel_mut(first_output + i);
-                    dense::put_row(part.weight_type, panel, lane, row, f32::to_ne_bytes);
-                }
-            }
-            Weights::Bf16(bits) | Weights::F16(bits) => {
-                for (i, row) in bits.chunks_exact(inp).enumerate() {
-                    let (part, panel, lane) = self.panel_mut(first_output + i);
-                    dense::put_row(part.weight_type, panel, lane, row, u16::to_ne_bytes);
-                }
-            }
-            Weights::Quantized { format, blocks } => {
-                let row_bytes = inp / format.block_len() * format.block_bytes();
-                for (i, row) in blocks.chunks_exact(row_bytes).enumerate() {
-                    let (_, panel, lane) = self.panel_mut(first_output + i);
-                    quantized::put_row(format, panel, lane, row);
-                }
-            }
-        }
     }
 
     /// The matrix of the first `num_outputs` outputs. It shares this one's memory.
@@ -337,12 +305,6 @@ impl PackedMatrix {
         (part, &self.lines[first_line..][..part.panel_lines], lane)
     }
 
-    fn panel_mut(&mut self, output: usize) -> (Part, &mut [Line], usize) {
-        let (part, first_line, lane) = self.locate(output);
-        let lines = Arc::get_mut(&mut self.lines).expect("not shared before it is filled: this is a bug");
-        (part, &mut lines[first_line..][..part.panel_lines], lane)
-    }
-
     /// Row `index` of the matrix as f32: the embedding of a token when the head is tied to it.
     ///
     /// # Panics
@@ -367,6 +329,11 @@ fn assert_size(len: usize, out: usize, inp: usize) {
     assert!(Some(len) == out.checked_mul(inp), "{len} weights for a matrix of shape [{out}, {inp}]");
 }
 
+/// The memory of a matrix that is being made.
+fn unshared(lines: &mut Arc<Lines>) -> &mut Lines {
+    Arc::get_mut(lines).expect("it is shared when it is filled: this is a bug")
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -388,7 +355,7 @@ mod tests {
                 let blocks = blocks(format, out * inp);
                 let mut expected = vec![0.0; out * inp];
                 dequantize(format, &blocks, &mut expected);
-                let matrix = PackedMatrix::stack(&[Weights::Quantized { format, blocks: &blocks }], inp);
+                let matrix = PackedMatrix::stack(&[Weights::quantized(format, &blocks)], inp);
                 let mut row = vec![0.0; inp];
                 for (index, expected) in expected.chunks(inp).enumerate() {
                     matrix.row(index, &mut row);
@@ -405,10 +372,10 @@ mod tests {
         let (first, last) = (blocks(BlockFormat::Q4K, 20 * inp), blocks(format, 3 * inp));
         let floats: Vec<f32> = (0..5 * inp).map(|i| i as f32).collect();
         let parts = [
-            Weights::Quantized { format: BlockFormat::Q4K, blocks: &first },
-            Weights::F32(&floats),
-            Weights::Quantized { format, blocks: &last[..2 * 210] },
-            Weights::Quantized { format, blocks: &last[2 * 210..] },
+            Weights::quantized(BlockFormat::Q4K, &first),
+            Weights::f32(&floats),
+            Weights::quantized(format, &last[..2 * 210]),
+            Weights::quantized(format, &last[2 * 210..]),
         ];
         let matrix = PackedMatrix::stack(&parts, inp);
         assert_eq!(matrix.out_features(), 28);
@@ -427,7 +394,7 @@ mod tests {
     #[test]
     #[should_panic(expected = "a row of 896 inputs is not whole Q4_K blocks of 256")]
     fn a_row_of_broken_blocks_names_the_block() {
-        PackedMatrix::stack(&[Weights::Quantized { format: BlockFormat::Q4K, blocks: &[0; 144 * 7] }], 896);
+        PackedMatrix::stack(&[Weights::quantized(BlockFormat::Q4K, &[0; 144 * 7])], 896);
     }
 
     #[test]
@@ -454,7 +421,7 @@ mod tests {
     fn a_stack_is_the_rows_of_its_parts_in_order() {
         let a: Vec<f32> = (0..6).map(|i| i as f32).collect();
         let b: Vec<f32> = (6..51).map(|i| i as f32).collect();
-        let stacked = PackedMatrix::stack(&[Weights::F32(&a), Weights::F32(&b)], 3);
+        let stacked = PackedMatrix::stack(&[Weights::f32(&a), Weights::f32(&b)], 3);
         assert_eq!(stacked.out_features(), 17);
         let mut row = [0.0; 3];
         stacked.row(16, &mut row);

@@ -24,7 +24,7 @@ use super::memory::{LINE_BYTES, Line};
 use crate::LANES;
 use crate::math::{bf16_to_f32, f16_to_f32};
 use crate::quant::BlockFormat;
-use crate::quant::block::{self, e8m0_half, half_bits, half_offsets, sub_scale};
+use crate::quant::block::{self, MAX_BLOCK_LEN, array, e8m0_half, half_bits, half_offsets, sub_scale};
 
 /// Inputs of a whole group.
 pub(crate) const GROUP: usize = 256;
@@ -34,6 +34,7 @@ pub(crate) const CHUNK: usize = 32;
 const QUADS: usize = CHUNK / 4;
 
 /// Bits of a code beyond a nibble that lie in planes of their own; `None` for whole bytes.
+#[inline(always)]
 pub(crate) const fn plane_bits(format: BlockFormat) -> Option<u32> {
     match format {
         BlockFormat::Q8_0 => None,
@@ -44,6 +45,7 @@ pub(crate) const fn plane_bits(format: BlockFormat) -> Option<u32> {
 }
 
 /// Lines of a chunk.
+#[inline(always)]
 pub(crate) const fn chunk_lines(format: BlockFormat) -> usize {
     match plane_bits(format) {
         None => QUADS,
@@ -52,6 +54,7 @@ pub(crate) const fn chunk_lines(format: BlockFormat) -> usize {
 }
 
 /// Lines of a group's scales.
+#[inline(always)]
 pub(crate) const fn scale_lines(format: BlockFormat) -> usize {
     match format {
         BlockFormat::Q4_0
@@ -67,49 +70,100 @@ pub(crate) const fn scale_lines(format: BlockFormat) -> usize {
     }
 }
 
+/// The most that [`scale_lines`] says.
+const MAX_SCALE_LINES: usize = 8;
+
 /// Lines of a panel with `inp` inputs, a multiple of the format's block.
 pub(crate) const fn panel_lines(format: BlockFormat, inp: usize) -> usize {
     inp.div_ceil(GROUP) * scale_lines(format) + inp / CHUNK * chunk_lines(format)
 }
 
-/// Writes a row's blocks to lane `lane` of a zeroed panel.
-pub(super) fn put_row(format: BlockFormat, panel: &mut [Line], lane: usize, row: &[u8]) {
-    let group_lines = scale_lines(format) + GROUP / CHUNK * chunk_lines(format);
-    let group_bytes = GROUP / format.block_len() * format.block_bytes();
-    for (group, bytes) in panel.chunks_mut(group_lines).zip(row.chunks(group_bytes)) {
-        let (scales, chunks) = group.split_at_mut(scale_lines(format));
-        let scales = super::memory::bytes_mut(scales);
-        let mut chunks = chunks.chunks_exact_mut(chunk_lines(format));
-        for (i, bytes) in bytes.chunks_exact(format.block_bytes()).enumerate() {
-            put_scales(format, scales, lane, i, bytes);
-            let codes = block::codes(format, bytes);
-            for codes in codes[..format.block_len()].as_chunks::<CHUNK>().0 {
-                let chunk = chunks.next().expect("as many chunks as the row's codes fill");
-                put_codes(plane_bits(format), chunk, lane, codes);
+/// Fills a panel of zeros with the blocks of at most 16 rows.
+pub(super) fn pack(format: BlockFormat, rows: &[&[u8]], panel: &mut [Line]) {
+    type Packer = fn(&[&[u8]], &mut [Line]);
+    /// Each format has a function of its own, in which all that depends on it is known.
+    const PACKERS: [Packer; BlockFormat::ALL.len()] = [
+        pack_as::<0>,
+        pack_as::<1>,
+        pack_as::<2>,
+        pack_as::<3>,
+        pack_as::<4>,
+        pack_as::<5>,
+        pack_as::<6>,
+        pack_as::<7>,
+        pack_as::<8>,
+        pack_as::<9>,
+        pack_as::<10>,
+        pack_as::<11>,
+        pack_as::<12>,
+    ];
+    let index = BlockFormat::ALL.iter().position(|&known| known == format);
+    PACKERS[index.expect("ALL has every format: this is a bug")](rows, panel);
+}
+
+/// As [`pack`], for the format at `INDEX` of [`BlockFormat::ALL`]: group by group and row by row, so that a
+/// group's lines stay in the cache until they are whole. Plain loops, which the compiler sees through.
+fn pack_as<const INDEX: usize>(rows: &[&[u8]], panel: &mut [Line]) {
+    let format = const { BlockFormat::ALL[INDEX] };
+    let (scale_lines, chunk_lines) = (scale_lines(format), chunk_lines(format));
+    let (block_len, block_bytes) = (format.block_len(), format.block_bytes());
+    let row_bytes = rows.first().map_or(0, |row| row.len());
+    let group_bytes = GROUP / block_len * block_bytes;
+    let mut codes = [0; MAX_BLOCK_LEN];
+    let mut line = 0;
+    for begin in (0..row_bytes).step_by(group_bytes) {
+        let blocks = group_bytes.min(row_bytes - begin) / block_bytes;
+        let chunks = &mut panel[line + scale_lines..][..blocks * (block_len / CHUNK) * chunk_lines];
+        // Put together elsewhere: a fresh page that is read before it is written costs two faults.
+        let mut scales = [0; MAX_SCALE_LINES * LINE_BYTES];
+        for (lane, row) in rows.iter().enumerate() {
+            for block in 0..blocks {
+                let bytes = &row[begin + block * block_bytes..][..block_bytes];
+                put_scales(format, &mut scales, lane, block, bytes);
+                block::codes(format, bytes, &mut codes);
+                for i in 0..block_len / CHUNK {
+                    let first = (block * (block_len / CHUNK) + i) * chunk_lines;
+                    let chunk = &mut chunks[first..][..chunk_lines];
+                    put_codes(plane_bits(format), chunk, lane, array(&codes, i * CHUNK));
+                }
             }
         }
+        let num_lines = scale_lines + chunks.len();
+        super::memory::bytes_mut(&mut panel[line..][..scale_lines])
+            .copy_from_slice(&scales[..scale_lines * LINE_BYTES]);
+        line += num_lines;
     }
 }
 
+/// Writes the f16 (or bf16) number `at` of a lane.
+#[inline(always)]
+fn put_half(scales: &mut [u8; MAX_SCALE_LINES * LINE_BYTES], at: usize, lane: usize, bits: u16) {
+    scales.as_chunks_mut::<2>().0[at * LANES + lane] = bits.to_le_bytes();
+}
+
 /// Writes a block's scales to a group's; `index` is the block's place in the group.
-fn put_scales(format: BlockFormat, scales: &mut [u8], lane: usize, index: usize, bytes: &[u8]) {
-    let mut put_half = |at: usize, bits: u16| {
-        scales[(at * LANES + lane) * 2..][..2].copy_from_slice(&bits.to_le_bytes());
-    };
+#[inline(always)]
+fn put_scales(
+    format: BlockFormat,
+    scales: &mut [u8; MAX_SCALE_LINES * LINE_BYTES],
+    lane: usize,
+    index: usize,
+    bytes: &[u8],
+) {
     if format == BlockFormat::Mxfp4 {
-        return put_half(index, (e8m0_half(bytes[0]).to_bits() >> 16) as u16);
+        return put_half(scales, index, lane, (e8m0_half(bytes[0]).to_bits() >> 16) as u16);
     }
     let (d, min) = half_offsets(format);
     if format.block_len() == 32 {
-        put_half(index, half_bits(bytes, d));
+        put_half(scales, index, lane, half_bits(bytes, d));
         if let Some(min) = min {
-            put_half(GROUP / 32 + index, half_bits(bytes, min));
+            put_half(scales, GROUP / 32 + index, lane, half_bits(bytes, min));
         }
         return;
     }
-    put_half(0, half_bits(bytes, d));
+    put_half(scales, 0, lane, half_bits(bytes, d));
     if let Some(min) = min {
-        put_half(1, half_bits(bytes, min));
+        put_half(scales, 1, lane, half_bits(bytes, min));
     }
     let bytes_of = &mut scales[LINE_BYTES..];
     for block in 0..GROUP / format.scale_len() {
@@ -133,30 +187,50 @@ fn put_scales(format: BlockFormat, scales: &mut [u8], lane: usize, index: usize,
 }
 
 /// Four codes as the bytes of a word, the first lowest.
+#[inline(always)]
 fn words(codes: &[u8; CHUNK]) -> [u32; QUADS] {
-    let quads = codes.as_chunks::<4>().0;
-    std::array::from_fn(|quad| u32::from_le_bytes(quads[quad]))
+    let mut words = [0; QUADS];
+    for (quad, word) in words.iter_mut().enumerate() {
+        *word = u32::from_le_bytes(*array(codes, quad * 4));
+    }
+    words
+}
+
+/// Writes a word of a lane.
+#[inline(always)]
+fn put(lines: &mut [Line], line: usize, lane: usize, word: u32) {
+    lines[line].0.as_chunks_mut::<4>().0[lane] = word.to_le_bytes();
 }
 
 /// Every byte of a word.
+#[inline(always)]
 const fn each(byte: u8) -> u32 {
     u32::from_le_bytes([byte; 4])
 }
 
+/// Writes a row's codes of a chunk.
+#[inline(always)]
 fn put_codes(plane_bits: Option<u32>, chunk: &mut [Line], lane: usize, codes: &[u8; CHUNK]) {
     let quads = words(codes);
-    let mut or = |line: usize, word: u32| {
-        let to = &mut chunk[line].0.as_chunks_mut::<4>().0[lane];
-        *to = (u32::from_le_bytes(*to) | word).to_le_bytes();
-    };
     let Some(plane_bits) = plane_bits else {
-        return quads.into_iter().enumerate().for_each(|(quad, word)| or(quad, word));
-    };
-    for (quad, word) in quads.into_iter().enumerate() {
-        or(quad / 2, (word & each(0xf)) << (quad % 2 * 4));
-        if let Some(plane) = Plane::of(plane_bits, quad) {
-            or(plane.line, (word >> 4 & each(plane.mask)) << plane.shift);
+        for (quad, word) in quads.into_iter().enumerate() {
+            put(chunk, quad, lane, word);
         }
+        return;
+    };
+    for line in 0..QUADS / 2 {
+        put(chunk, line, lane, quads[2 * line] & each(0xf) | (quads[2 * line + 1] & each(0xf)) << 4);
+    }
+    for line in QUADS / 2..QUADS / 2 + plane_bits as usize {
+        let mut word = 0;
+        for (quad, codes) in quads.into_iter().enumerate() {
+            if let Some(plane) = Plane::of(plane_bits, quad)
+                && plane.line == line
+            {
+                word |= (codes >> 4 & each(plane.mask)) << plane.shift;
+            }
+        }
+        put(chunk, line, lane, word);
     }
 }
 

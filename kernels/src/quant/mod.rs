@@ -73,6 +73,7 @@ impl BlockFormat {
     ];
 
     /// Elements of a block.
+    #[inline]
     pub const fn block_len(self) -> usize {
         match self {
             BlockFormat::Q4_0
@@ -92,6 +93,7 @@ impl BlockFormat {
     }
 
     /// Bytes of a block.
+    #[inline]
     pub const fn block_bytes(self) -> usize {
         match self {
             BlockFormat::Mxfp4 => 1 + 16,
@@ -129,6 +131,7 @@ impl BlockFormat {
     }
 
     /// Elements that share a scale, and a minimum if the format has one.
+    #[inline]
     pub(crate) const fn scale_len(self) -> usize {
         match self {
             BlockFormat::Q2K | BlockFormat::Q3K | BlockFormat::Q6K => 16,
@@ -137,6 +140,7 @@ impl BlockFormat {
     }
 
     /// True if elements have a minimum.
+    #[inline]
     pub(crate) const fn has_min(self) -> bool {
         matches!(
             self,

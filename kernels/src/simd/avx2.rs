@@ -288,6 +288,13 @@ impl Integers for Avx2 {
         unsafe { (_mm256_loadu_si256(from.cast()), _mm256_loadu_si256(from.add(32).cast())) }
     }
     #[inline(always)]
+    unsafe fn store_bytes(bytes: Self::Bytes, to: *mut u8) {
+        unsafe {
+            _mm256_storeu_si256(to.cast(), bytes.0);
+            _mm256_storeu_si256(to.add(32).cast(), bytes.1);
+        }
+    }
+    #[inline(always)]
     unsafe fn low_nibbles(bytes: Self::Bytes) -> Self::Bytes {
         unsafe { both(bytes, |bytes| _mm256_and_si256(bytes, _mm256_set1_epi8(0xf))) }
     }

@@ -152,6 +152,10 @@ impl Integers for Avx512 {
         unsafe { _mm512_loadu_si512(from.cast()) }
     }
     #[inline(always)]
+    unsafe fn store_bytes(bytes: __m512i, to: *mut u8) {
+        unsafe { _mm512_storeu_si512(to.cast(), bytes) }
+    }
+    #[inline(always)]
     unsafe fn low_nibbles(bytes: __m512i) -> __m512i {
         unsafe { _mm512_and_si512(bytes, _mm512_set1_epi8(0xf)) }
     }

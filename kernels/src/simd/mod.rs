@@ -125,6 +125,8 @@ pub(crate) trait Integers: Simd {
     unsafe fn splat_bytes(from: *const i8) -> Self::Bytes;
     /// 64 bytes.
     unsafe fn load_bytes(from: *const u8) -> Self::Bytes;
+    /// 64 bytes.
+    unsafe fn store_bytes(bytes: Self::Bytes, to: *mut u8);
     /// The low four bits of every byte.
     unsafe fn low_nibbles(bytes: Self::Bytes) -> Self::Bytes;
     /// The high four bits of every byte, shifted down.

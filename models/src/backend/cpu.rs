@@ -3,21 +3,18 @@
 //! anything but the pool's own workers, and keeps the bit rule of [`crate::Model`] because every
 //! kernel does.
 
-use std::borrow::Cow;
 use std::ops::Range;
 use std::sync::Arc;
 
 use memmap2::MmapMut;
 use tandem_kernels::attention::{PagedAttention, paged_attention};
 use tandem_kernels::kv::{self, KvRows, KvType, write_kv};
-use tandem_kernels::pack::Weights;
-use tandem_kernels::quant::BlockFormat;
+use tandem_kernels::matmul::gated::{FeedForward, feed_forward};
+use tandem_kernels::pack::{WeightType, Weights};
 use tandem_kernels::rope::{Rope, rope};
-use tandem_kernels::{
-    PackedMatrix, ThreadPool, activation, experts, gate, head_norm, layer_norm, matmul, norm, scaling,
-};
+use tandem_kernels::{PackedMatrix, ThreadPool, experts, gate, head_norm, layer_norm, matmul, norm, scaling};
 
-use super::{Attention, Backend, ExpertLinear, Heads, Linear, Norm, QkNormWeights, Share};
+use super::{Attention, Backend, ExpertLinear, GatedFeedForward, Heads, Linear, Norm, QkNormWeights, Share};
 use crate::batch::ForwardBatch;
 use crate::config::{Activation, Experts, NormKind};
 use crate::error::ModelError;
@@ -60,32 +57,23 @@ pub struct Routing {
     projected: Vec<f32>,
 }
 
-/// A tensor's elements as the packer takes them: its own bytes, or an aligned copy.
-enum OwnedWeights<'a> {
-    F32(Vec<f32>),
-    Bf16(Cow<'a, [u16]>),
-    F16(Cow<'a, [u16]>),
-    Quantized(BlockFormat, &'a [u8]),
+fn gate_of(activation: Activation) -> gate::Gate {
+    match activation {
+        Activation::Silu => gate::Gate::Silu,
+        Activation::GeluTanh => gate::Gate::Gelu,
+        Activation::ClampedSwiglu { alpha, limit } => gate::Gate::ClampedSwiglu { alpha, limit },
+    }
 }
 
-impl<'a> OwnedWeights<'a> {
-    fn of(view: &TensorView<'a>) -> Self {
-        match (view.dtype, view.bits16()) {
-            (Dtype::Quantized(format), _) => OwnedWeights::Quantized(format, view.data),
-            (Dtype::Bf16, Some(bits)) => OwnedWeights::Bf16(bits),
-            (Dtype::F16, Some(bits)) => OwnedWeights::F16(bits),
-            _ => OwnedWeights::F32(view.to_f32()),
-        }
-    }
-
-    fn weights(&self) -> Weights<'_> {
-        match self {
-            OwnedWeights::F32(elements) => Weights::F32(elements),
-            OwnedWeights::Bf16(bits) => Weights::Bf16(bits),
-            OwnedWeights::F16(bits) => Weights::F16(bits),
-            OwnedWeights::Quantized(format, blocks) => Weights::Quantized { format: *format, blocks },
-        }
-    }
+/// A tensor's bytes as the packer takes them.
+fn weights<'a>(view: &TensorView<'a>) -> Weights<'a> {
+    let weight_type = match view.dtype {
+        Dtype::F32 => WeightType::F32,
+        Dtype::Bf16 => WeightType::Bf16,
+        Dtype::F16 => WeightType::F16,
+        Dtype::Quantized(format) => WeightType::Quantized(format),
+    };
+    Weights::new(weight_type, view.data)
 }
 
 impl Backend for CpuBackend {
@@ -103,9 +91,8 @@ impl Backend for CpuBackend {
         in_features: usize,
     ) -> Result<PackedMatrix, ModelError> {
         // Every part keeps its type: a stack of a Q4_K and a Q6_K tensor stays at that.
-        let parts: Vec<OwnedWeights<'_>> = parts.iter().map(OwnedWeights::of).collect();
-        let parts: Vec<Weights<'_>> = parts.iter().map(OwnedWeights::weights).collect();
-        Ok(PackedMatrix::stack(&parts, in_features))
+        let parts: Vec<Weights<'_>> = parts.iter().map(weights).collect();
+        Ok(PackedMatrix::stack_on(&self.pool, &parts, in_features))
     }
 
     fn first_outputs(
@@ -350,15 +337,29 @@ impl Backend for CpuBackend {
         out: &mut Vec<f32>,
     ) -> Result<(), ModelError> {
         let (gate_up, out) = (&gate_up[..rows * 2 * width], &mut out[..rows * width]);
-        let gate = match activation {
-            Activation::Silu => {
-                activation::silu_mul_stacked(&self.pool, gate_up, width, out);
-                return Ok(());
-            }
-            Activation::GeluTanh => gate::Gate::Gelu,
-            Activation::ClampedSwiglu { alpha, limit } => gate::Gate::ClampedSwiglu { alpha, limit },
+        gate::gate_stacked(&self.pool, gate_of(activation), gate_up, width, out);
+        Ok(())
+    }
+
+    fn gated_feed_forward(
+        &mut self,
+        rows: usize,
+        x: &Vec<f32>,
+        layer: GatedFeedForward<'_, PackedMatrix, Vec<f32>>,
+        _room: [&mut Vec<f32>; 2],
+        out: &mut Vec<f32>,
+    ) -> Result<(), ModelError> {
+        let GatedFeedForward { up, activation, down } = layer;
+        let x = &x[..rows * up.weight.in_features()];
+        let out = &mut out[..rows * down.weight.out_features()];
+        let layer = FeedForward {
+            up: up.weight,
+            up_bias: up.bias.map(Vec::as_slice),
+            gate: gate_of(activation),
+            down: down.weight,
+            down_bias: down.bias.map(Vec::as_slice),
         };
-        gate::gate_stacked(&self.pool, gate, gate_up, width, out);
+        feed_forward(&self.pool, x, &layer, out);
         Ok(())
     }
 

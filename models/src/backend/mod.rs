@@ -224,6 +224,17 @@ pub trait Backend: Send {
         out: &mut Self::Buffer,
     ) -> Result<(), ModelError>;
 
+    /// `out = down(act(gate) * up)`, gate and up being the halves of the first product of `x`. `room` may be
+    /// used for what lies between: gates and ups, and the gated.
+    fn gated_feed_forward(
+        &mut self,
+        rows: usize,
+        x: &Self::Buffer,
+        layer: GatedFeedForward<'_, Self::Matrix, Self::Vector>,
+        room: [&mut Self::Buffer; 2],
+        out: &mut Self::Buffer,
+    ) -> Result<(), ModelError>;
+
     /// Chooses every row's experts from the router's `logits` (`[rows, num_experts]`): those with the
     /// largest, the largest first, ties to the lower number. These are the row's *picks*.
     fn route(
@@ -319,6 +330,17 @@ pub struct ExpertLinear<'a, M, V> {
     pub weights: &'a [M],
     /// `[num_experts]` of `[out_features]`
     pub biases: Option<&'a [V]>,
+}
+
+/// A gated feed-forward layer's parameters.
+#[derive(Debug)]
+pub struct GatedFeedForward<'a, M, V> {
+    /// `[2 * width, in_features]`: gates, then ups.
+    pub up: Linear<'a, M, V>,
+    /// On the gates.
+    pub activation: Activation,
+    /// `[out_features, width]`
+    pub down: Linear<'a, M, V>,
 }
 
 /// A projection's parameters.

@@ -7,7 +7,7 @@
 
 use candle_core::{D, Device, Error, Result as CandleResult, Tensor};
 
-use super::{Attention, Backend, ExpertLinear, Heads, Linear, Norm, QkNormWeights, Share};
+use super::{Attention, Backend, ExpertLinear, GatedFeedForward, Heads, Linear, Norm, QkNormWeights, Share};
 use crate::batch::ForwardBatch;
 use crate::config::{Activation, Experts, NormKind};
 use crate::error::ModelError;
@@ -293,6 +293,20 @@ impl Backend for ReferenceBackend {
             }
         });
         replace(out, gated)
+    }
+
+    fn gated_feed_forward(
+        &mut self,
+        rows: usize,
+        x: &Tensor,
+        layer: GatedFeedForward<'_, Tensor, Tensor>,
+        [gate_up, gated]: [&mut Tensor; 2],
+        out: &mut Tensor,
+    ) -> Result<(), ModelError> {
+        let width = layer.down.weight.dims()[1];
+        self.matmul(rows, x, layer.up, gate_up)?;
+        self.gate(rows, width, layer.activation, gate_up, gated)?;
+        self.matmul(rows, gated, layer.down, out)
     }
 
     fn route(

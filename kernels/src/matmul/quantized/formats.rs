@@ -3,6 +3,7 @@
 
 use std::marker::PhantomData;
 
+use super::grouped::{Kind, KindOf};
 use crate::pack::memory::LINE_BYTES;
 use crate::pack::quantized::{Plane, chunk_lines, scale_lines};
 use crate::quant::{BlockFormat, IQ4_VALUES, MXFP4_VALUES};
@@ -13,6 +14,7 @@ pub(crate) trait Format {
     const FORMAT: BlockFormat;
     type Codes: Codes;
     type Scales: Scales;
+    type Kind: Kind;
 }
 
 /// Codes of a chunk.
@@ -20,6 +22,8 @@ pub(crate) trait Codes {
     /// The dot product takes codes that count from zero; they are `2^OFFSET_BITS` above the weights they
     /// stand for, or the weights themselves if this is 0.
     const OFFSET_BITS: u32;
+    /// True if a chunk is nothing but its quads, one after the other.
+    const IS_BYTES: bool = false;
     /// The codes of quad `quad`.
     ///
     /// # Safety
@@ -75,6 +79,7 @@ pub(crate) struct Bytes;
 
 impl Codes for Bytes {
     const OFFSET_BITS: u32 = 7;
+    const IS_BYTES: bool = true;
 
     #[inline(always)]
     unsafe fn quad<V: Integers>(chunk: *const u8, quad: usize) -> V::Bytes {
@@ -231,6 +236,14 @@ impl<F: Format> Shape<F> {
     pub(crate) const SCALE_BYTES: usize = scale_lines(F::FORMAT) * LINE_BYTES;
     pub(crate) const CHUNK_BYTES: usize = chunk_lines(F::FORMAT) * LINE_BYTES;
     pub(crate) const HAS_MIN: bool = F::FORMAT.has_min();
+    /// From how many rows on groups are unpacked first ([`super::grouped`]): early where there are twice as many
+    /// scales to widen, late where codes are bytes already, `None` where the few shifts and masks of a line
+    /// cost no more than writing and reading what they give.
+    pub(crate) const GROUPED_ROWS: Option<usize> = match F::FORMAT {
+        BlockFormat::Q8_0 => Some(25),
+        BlockFormat::Q2K | BlockFormat::Q3K | BlockFormat::Q6K => Some(4),
+        _ => None,
+    };
 }
 
 /// Names each format's kinds.
@@ -243,6 +256,11 @@ macro_rules! formats {
                 const FORMAT: BlockFormat = BlockFormat::$name;
                 type Codes = $codes;
                 type Scales = $scales;
+                type Kind = KindOf<
+                    { BlockFormat::$name.scale_len() },
+                    { <$codes as Codes>::OFFSET_BITS },
+                    { BlockFormat::$name.has_min() },
+                >;
             }
         )*
     };

@@ -30,6 +30,7 @@
 //! eight dot products, which only a long prefill feels.
 
 pub(crate) mod formats;
+pub(crate) mod grouped;
 pub(crate) mod scalar;
 pub(crate) mod vector;
 
@@ -111,39 +112,69 @@ impl QuantizedRows {
             "rows of {inputs} are quantised in multiples of {CHUNK}"
         );
         assert!(x.len().is_multiple_of(inputs), "x has {} elements, not whole rows of {inputs}", x.len());
-        let rows = x.len() / inputs;
+        let shared = self.begin(x.len() / inputs, inputs);
+        // Parts of rows, so that a single long row is shared out as well.
+        let pieces = inputs.div_ceil(PIECE);
+        let units = x.len() / inputs * pieces;
+        let tasks = pool.num_tasks(units, 1 + PIECE.min(inputs) / ELEMENTS_PER_NS);
+        pool.run(tasks, &|i| {
+            for unit in i * units / tasks..(i + 1) * units / tasks {
+                let (row, begin) = (unit / pieces, unit % pieces * PIECE);
+                let len = PIECE.min(inputs - begin);
+                // SAFETY: a piece belongs to one task; its length is a multiple of 32.
+                unsafe {
+                    let to = shared.part(row, begin, len);
+                    (pool.kernels().quantize)(&x[row * inputs + begin..][..len], to);
+                }
+            }
+        });
+    }
+
+    /// Makes room for `rows` rows of `inputs`, a multiple of 32, to be written by several threads.
+    pub(crate) fn begin(&mut self, rows: usize, inputs: usize) -> SharedRows<'_> {
         self.inputs = inputs;
         let stride = self.stride();
         grow(&mut self.codes, rows * stride);
         grow(&mut self.scales, rows * (inputs / 32));
         grow(&mut self.neg_sums16, rows * (inputs / 16));
         grow(&mut self.neg_sums32, rows * (inputs / 32));
-        let codes = SharedOut::new(&mut self.codes);
-        let scales = SharedOut::new(&mut self.scales);
-        let neg_sums16 = SharedOut::new(&mut self.neg_sums16);
-        let neg_sums32 = SharedOut::new(&mut self.neg_sums32);
-        // Parts of rows, so that a single long row is shared out as well.
-        let pieces = inputs.div_ceil(PIECE);
-        let units = rows * pieces;
-        let tasks = pool.num_tasks(units, 1 + PIECE.min(inputs) / ELEMENTS_PER_NS);
-        pool.run(tasks, &|i| {
-            for unit in i * units / tasks..(i + 1) * units / tasks {
-                let (row, begin) = (unit / pieces, unit % pieces * PIECE);
-                let len = PIECE.min(inputs - begin);
-                let (at16, at32) = (row * (inputs / 16) + begin / 16, row * (inputs / 32) + begin / 32);
-                // SAFETY: a piece belongs to one task; lengths are those of `len` inputs, a multiple
-                // of 32.
-                unsafe {
-                    let to = RowMut {
-                        codes: codes.part(row * stride + begin, len),
-                        scales: scales.part(at32, len / 32),
-                        neg_sums16: neg_sums16.part(at16, len / 16),
-                        neg_sums32: neg_sums32.part(at32, len / 32),
-                    };
-                    (pool.kernels().quantize)(&x[row * inputs + begin..][..len], to);
-                }
+        SharedRows {
+            inputs,
+            stride,
+            codes: SharedOut::new(&mut self.codes),
+            scales: SharedOut::new(&mut self.scales),
+            neg_sums16: SharedOut::new(&mut self.neg_sums16),
+            neg_sums32: SharedOut::new(&mut self.neg_sums32),
+        }
+    }
+}
+
+/// [`QuantizedRows`] whose parts several threads write.
+pub(crate) struct SharedRows<'a> {
+    inputs: usize,
+    stride: usize,
+    codes: SharedOut<'a, i8>,
+    scales: SharedOut<'a, f32>,
+    neg_sums16: SharedOut<'a, i32>,
+    neg_sums32: SharedOut<'a, i32>,
+}
+
+impl SharedRows<'_> {
+    /// The place for inputs `begin..begin + len` of a row, both multiples of 32.
+    ///
+    /// # Safety
+    /// No two live parts may overlap.
+    pub(crate) unsafe fn part(&self, row: usize, begin: usize, len: usize) -> RowMut<'_> {
+        let (at16, at32) = (row * (self.inputs / 16) + begin / 16, row * (self.inputs / 32) + begin / 32);
+        // SAFETY: the caller's promise.
+        unsafe {
+            RowMut {
+                codes: self.codes.part(row * self.stride + begin, len),
+                scales: self.scales.part(at32, len / 32),
+                neg_sums16: self.neg_sums16.part(at16, len / 16),
+                neg_sums32: self.neg_sums32.part(at32, len / 32),
             }
-        });
+        }
     }
 }
 

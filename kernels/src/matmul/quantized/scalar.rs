@@ -56,7 +56,7 @@ pub(crate) unsafe fn matmul(tile: &Tile<'_>) {
                 sum += bias[output];
             }
             // SAFETY: the caller's promise.
-            unsafe { tile.out.part(row * tile.weights.out_features() + output, 1)[0] = sum };
+            unsafe { tile.out.to.part(tile.out.at(row, output), 1)[0] = sum };
         }
     }
 }
@@ -66,7 +66,7 @@ fn product(tile: &Tile<'_>, row: usize, output: usize) -> f32 {
     let WeightType::Quantized(format) = part.weight_type else {
         unreachable!("a dense part in a quantised product: this is a bug")
     };
-    let x = tile.quantized.row(row);
+    let x = tile.input.quantized.row(row);
     let block_len = format.scale_len();
     let mut sum = 0.0f32;
     for (group, (scales, chunks)) in quantized::groups(format, panel).enumerate() {

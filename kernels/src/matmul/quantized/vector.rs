@@ -1,11 +1,17 @@
 //! Quantised products over 16 lanes.
 //!
-//! A block is `R` rows against `P` panels. Each line of codes is unpacked once for all rows; one dot product
+//! A block is `R` rows against `P` panels. Each line of codes is unpacked once for all its rows; one dot product
 //! instruction takes a quad of all 16 outputs with four activations of a row. Sums start anew at every
 //! block of inputs, so even a single row has enough independent work: the processor runs several blocks
 //! at once, and one panel is one stream from memory. From three rows on two panels go together, because
 //! then the activations' loads, one for two instructions, are what limits. The offset of the codes is
-//! folded into what a sum starts from.
+//! folded into what a sum starts from. More rows than a block holds go by in several, or as [`super::grouped`]
+//! has it.
+//!
+//! What bounds many rows is the two pipes that take dot products: of 32 inputs, a row and 16 outputs are eight dot
+//! products, a conversion, a multiplication and a multiply-add, and one more multiply-add for a minimum, which
+//! leaves 73 and 67 % of what dot products alone would reach. Scales for more than 32 activations would cost less,
+//! and precision (see [`super`]).
 
 #![allow(
     clippy::needless_range_loop,
@@ -14,6 +20,7 @@
 
 use super::RowMut;
 use super::formats::{self, Codes, Format, Scales, Shape};
+use super::grouped::{self, Kind, Rows, Unpacked};
 use super::scalar::scale_of;
 use crate::LANES;
 use crate::matmul::Tile;
@@ -38,6 +45,7 @@ pub(crate) struct Block {
     /// First panel, and bytes from panel to panel.
     panel: *const u8,
     panel_bytes: usize,
+    ahead: Ahead,
     /// First output of the first panel, and elements from row to row.
     out: *mut f32,
     out_stride: usize,
@@ -47,10 +55,22 @@ pub(crate) struct Block {
     outputs: usize,
 }
 
+/// What a block asks memory for while it computes.
+#[derive(Clone, Copy)]
+enum Ahead {
+    /// What it will use itself [`PREFETCH_BYTES`] later.
+    Soon,
+    /// A panel of those that come next, if there is one of this number: the rows of this block are not the
+    /// only ones, and each block of rows brings a part.
+    Next(usize),
+}
+
 /// An instruction set's compiled blocks.
 pub(crate) trait Target {
     /// Rows of the largest block, 6 at most.
     const MAX_ROWS: usize;
+    /// Rows of a block of two panels that leaves registers for the unpacking, for a product of many.
+    const MANY_ROWS: usize;
     /// True if blocks of two panels fit its registers.
     const TWO_PANELS: bool;
     /// [`block`] in a function that enables the instruction set.
@@ -58,6 +78,21 @@ pub(crate) trait Target {
     /// # Safety
     /// As for [`block`].
     unsafe fn block<F: Format, const R: usize, const P: usize>(block: &Block);
+    /// [`grouped::unpack`], likewise.
+    ///
+    /// # Safety
+    /// As for [`grouped::unpack`].
+    unsafe fn unpack<F: Format, const P: usize>(
+        at: *const u8,
+        panel_bytes: usize,
+        chunks: usize,
+        to: *mut Unpacked<P>,
+    );
+    /// [`grouped::group`] of `num_rows` rows, likewise.
+    ///
+    /// # Safety
+    /// As for [`grouped::group`], with at most `MAX_ROWS` rows.
+    unsafe fn group<K: Kind, const P: usize>(rows: &Rows<'_, P>, num_rows: usize);
 }
 
 /// # Safety
@@ -97,27 +132,31 @@ unsafe fn panels<T: Target, F: Format>(tile: &Tile<'_>) {
     unsafe {
         if T::TWO_PANELS && tile.rows.len() > 2 {
             while panel + 2 <= tile.panels.end {
-                row_blocks::<T, F, 2>(tile, panel);
+                rows::<T, F, 2>(tile, panel);
                 panel += 2;
             }
         }
         while panel < tile.panels.end {
-            row_blocks::<T, F, 1>(tile, panel);
+            rows::<T, F, 1>(tile, panel);
             panel += 1;
         }
     }
 }
 
-/// The tile's rows in blocks of nearly equal height, against `P` panels.
+/// The tile's rows against `P` panels.
 ///
 /// # Safety
 /// As for [`matmul`]; panels `panel..panel + P` are the tile's.
-unsafe fn row_blocks<T: Target, F: Format, const P: usize>(tile: &Tile<'_>, panel: usize) {
-    let x = tile.quantized;
-    let out_stride = tile.weights.out_features();
-    let first_output = tile.part.first_output + panel * LANES;
+unsafe fn rows<T: Target, F: Format, const P: usize>(tile: &Tile<'_>, panel: usize) {
     let num_rows = tile.rows.len();
-    let num_blocks = num_rows.div_ceil(T::MAX_ROWS);
+    let is_grouped = const { Shape::<F>::GROUPED_ROWS.is_some() };
+    if is_grouped && Shape::<F>::GROUPED_ROWS.is_some_and(|least| num_rows >= least) {
+        // SAFETY: the caller's promise.
+        return unsafe { grouped::panels::<T, F, P>(tile, panel) };
+    }
+    let x = tile.input.quantized;
+    let first_output = tile.part.first_output + panel * LANES;
+    let num_blocks = if num_rows <= T::MAX_ROWS { 1 } else { num_rows.div_ceil(T::MANY_ROWS) };
     for i in 0..num_blocks {
         let begin = tile.rows.start + i * num_rows / num_blocks;
         let end = tile.rows.start + (i + 1) * num_rows / num_blocks;
@@ -134,8 +173,9 @@ unsafe fn row_blocks<T: Target, F: Format, const P: usize>(tile: &Tile<'_>, pane
                 inputs: x.inputs(),
                 panel: tile.weights.panels(tile.part).add(panel * tile.part.panel_bytes()),
                 panel_bytes: tile.part.panel_bytes(),
-                out: tile.out.start().add(begin * out_stride + first_output),
-                out_stride,
+                ahead: if num_blocks == 1 { Ahead::Soon } else { Ahead::Next(i) },
+                out: tile.out.to.start().add(tile.out.at(begin, first_output)),
+                out_stride: tile.out.stride,
                 bias: tile.bias.map(|bias| bias.as_ptr().add(first_output)),
                 outputs: tile.part.outputs - panel * LANES,
             };
@@ -257,18 +297,45 @@ unsafe fn dot_block<V: Integers, F: Format, const R: usize, const P: usize>(
     }
 }
 
-/// Asks for what lies [`PREFETCH_BYTES`] after the `bytes` bytes at `at` in the first panel, and in the
-/// others.
+/// Asks for what will be used after the `bytes` bytes at `at` in the first panel, and in the others.
+///
+/// # Safety
+/// The processor has `V`'s instruction set; `at` is in the first panel.
+#[inline(always)]
+unsafe fn prefetch<V: Integers, const P: usize>(block: &Block, at: *const u8, bytes: usize) {
+    // SAFETY: the caller's promise.
+    unsafe {
+        match block.ahead {
+            Ahead::Soon => {
+                // Further on in the same panels, or at the beginning of those that follow all of them.
+                let ahead = at.wrapping_add(PREFETCH_BYTES);
+                let is_past = ahead as usize - block.panel as usize >= block.panel_bytes;
+                let ahead = ahead.wrapping_add(if is_past { (P - 1) * block.panel_bytes } else { 0 });
+                prefetch_lines::<V, P>(ahead, block.panel_bytes, bytes / 64);
+            }
+            Ahead::Next(panel) if panel < P => {
+                let ahead = at.wrapping_add((P + panel) * block.panel_bytes);
+                prefetch_lines::<V, 1>(ahead, 0, bytes / 64);
+            }
+            Ahead::Next(_) => {}
+        }
+    }
+}
+
+/// Asks for `lines` lines at `at`, and as many of each of `P` panels.
 ///
 /// # Safety
 /// The processor has `V`'s instruction set. Any address will do.
 #[inline(always)]
-unsafe fn prefetch<V: Integers, const P: usize>(block: &Block, at: *const u8, bytes: usize) {
+pub(super) unsafe fn prefetch_lines<V: Integers, const P: usize>(
+    at: *const u8,
+    panel_bytes: usize,
+    lines: usize,
+) {
     for p in 0..P {
-        for line in 0..bytes / 64 {
-            let at = at.wrapping_add(p * block.panel_bytes + PREFETCH_BYTES + line * 64);
+        for line in 0..lines {
             // SAFETY: the caller's promise.
-            unsafe { V::prefetch(at) };
+            unsafe { V::prefetch(at.wrapping_add(p * panel_bytes + line * 64)) };
         }
     }
 }

@@ -10,6 +10,7 @@ mod deep;
 mod edits;
 mod http;
 mod isolation;
+mod kernels;
 mod pair;
 mod peer;
 mod policy;
@@ -39,6 +40,8 @@ pub(super) enum BenchCommand {
     Edits(edits::EditsArgs),
     /// Whether the speculation policy is ever slower than the best fixed setting
     Policy(policy::PolicyArgs),
+    /// Each kernel against what this machine allows: reading, and arithmetic
+    Kernels(kernels::KernelsArgs),
     /// Passes of Tandem and of llama.cpp over the same GGUF file, in turns
     Peer(peer::PeerArgs),
     /// What HTTP costs beside the engine, and what idle connections do to it
@@ -54,6 +57,7 @@ pub(super) fn run(command: &BenchCommand) -> anyhow::Result<ExitCode> {
         BenchCommand::Isolation(args) => isolation::run(args),
         BenchCommand::Edits(args) => edits::run(args),
         BenchCommand::Policy(args) => policy::run(args),
+        BenchCommand::Kernels(args) => kernels::run(args),
         BenchCommand::Peer(args) => peer::run(args),
         BenchCommand::Http(args) => http::run(args),
         BenchCommand::Soak(args) => soak::run(args),

@@ -1,10 +1,72 @@
-//! What this machine allows: the two roofs that a product is measured against, taken on the same
-//! threads and from the same kind of memory.
+//! What this machine allows, and how near the kernels come.
+//!
+//! Three roofs, taken on the same threads and from the same kind of memory as operations are: reading, dot
+//! products of bytes, multiply-adds of f32. [`products`] and [`attention`] measure operations at the shapes of real models
+//! in turns with the roofs, so that a share does not depend on what else the machine did meanwhile. Of
+//! every time the least over the rounds counts: what disturbs a kernel only adds.
+
+pub mod attention;
+pub mod products;
 
 use std::hint::black_box;
 
+use std::time::Instant;
+
 use crate::pack::memory::Lines;
 use crate::pool::ThreadPool;
+
+/// Bytes over which the operands of an operation are spread, so that they come from memory: far beyond the
+/// caches of a machine with a few cores' share of one.
+pub const WORKING_SET_BYTES: usize = 192 << 20;
+
+/// An operation and the roofs of the same rounds.
+#[derive(Clone, Copy, Debug)]
+pub struct Measured {
+    /// Rows of activations, or tokens.
+    pub rows: usize,
+    /// The least over the rounds.
+    pub seconds: f64,
+    /// What the operation must read: weights, or keys and values.
+    pub bytes: f64,
+    /// What it must compute; a multiplication and an addition are two.
+    pub operations: f64,
+    /// Bytes that the machine reads in a second.
+    pub read_roof: f64,
+    /// Operations of the operation's kind that it does in a second.
+    pub compute_roof: f64,
+}
+
+impl Measured {
+    /// Share of the read roof.
+    pub fn read_share(&self) -> f64 {
+        self.bytes / self.seconds / self.read_roof
+    }
+
+    /// Share of the compute roof.
+    pub fn compute_share(&self) -> f64 {
+        self.operations / self.seconds / self.compute_roof
+    }
+}
+
+/// The least that something has taken so far.
+#[derive(Clone, Copy, Debug)]
+struct Least(f64);
+
+impl Least {
+    const NONE: Least = Least(f64::INFINITY);
+
+    fn time<T>(&mut self, work: impl FnOnce() -> T) -> T {
+        let start = Instant::now();
+        let result = work();
+        self.0 = self.0.min(start.elapsed().as_secs_f64());
+        result
+    }
+}
+
+/// `len` numbers from -1 to 1.
+fn noise(len: usize) -> Vec<f32> {
+    (0..len).map(|i| (i.wrapping_mul(2_654_435_761) >> 8 & 0xffff) as f32 / 32768.0 - 1.0).collect()
+}
 
 /// Memory to read, in large pages where the system has them.
 pub struct ReadRoof {
@@ -41,6 +103,16 @@ pub fn dot_products(pool: &ThreadPool, rounds: usize) -> usize {
     pool.threads() * rounds * CHAINS * 2 * 64
 }
 
+/// Multiply-adds of f32 without touching memory, on all threads, `rounds` times sixteen vectors on each.
+/// Returns the operations.
+pub fn multiply_adds(pool: &ThreadPool, rounds: usize) -> usize {
+    pool.run(pool.threads(), &|_| {
+        // SAFETY: the pool's table is for this processor.
+        black_box(unsafe { (pool.kernels().multiply_adds)(rounds) });
+    });
+    pool.threads() * rounds * CHAINS * 2 * crate::LANES
+}
+
 /// Independent sums, enough to hide the latency of a dot product.
 pub(crate) const CHAINS: usize = 16;
 
@@ -58,12 +130,22 @@ pub(crate) mod scalar {
         }
         sum
     }
+
+    pub(crate) unsafe fn multiply_adds(rounds: usize) -> f32 {
+        let mut sums = [0.0f32; crate::LANES];
+        for _ in 0..rounds * super::CHAINS {
+            for sum in &mut sums {
+                *sum = std::hint::black_box(*sum).mul_add(0.999, 0.001);
+            }
+        }
+        sums[0]
+    }
 }
 
 pub(crate) mod vector {
     use super::CHAINS;
     use crate::pack::memory::Line;
-    use crate::simd::Integers;
+    use crate::simd::{Integers, Simd};
 
     /// # Safety
     /// The processor has `V`'s instruction set.
@@ -98,6 +180,24 @@ pub(crate) mod vector {
             }
             let total = sums.into_iter().map(|sum| V::to_f32(sum)).fold(V::splat(0.0), |a, b| a.add(b));
             total.sum() as i32
+        }
+    }
+
+    /// # Safety
+    /// The processor has `V`'s instruction set.
+    #[inline(always)]
+    pub(crate) unsafe fn multiply_adds<V: Simd>(rounds: usize) -> f32 {
+        let factor = std::hint::black_box(0.999f32);
+        // SAFETY: the caller's promise.
+        unsafe {
+            let factor = V::splat(factor);
+            let mut sums = [V::splat(1.0); CHAINS];
+            for _ in 0..rounds {
+                for sum in &mut sums {
+                    *sum = sum.fma(factor, factor);
+                }
+            }
+            sums.into_iter().fold(V::splat(0.0), |a, b| a.add(b)).sum()
         }
     }
 }

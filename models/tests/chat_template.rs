@@ -119,6 +119,14 @@ fn a_list_of_templates_has_one_for_tools() {
     assert_eq!(render(&template, Some(&json!([{"name": "f"}]))), "T");
 }
 
+/// Found by `examples/fuzz`.
+#[test]
+fn a_tag_that_seems_to_close_itself_is_an_error() {
+    for source in ["{%}", "{%} x %}", "a {%-}{% generation %}"] {
+        assert!(ChatTemplate::from_source(source, None, None).is_err(), "{source}");
+    }
+}
+
 #[test]
 fn damaged_templates_name_file_and_place() {
     let error = from_dir(&[("chat_template.jinja", "{% if x %}\n{{ y")]).unwrap_err().to_string();

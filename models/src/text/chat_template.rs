@@ -248,7 +248,8 @@ fn without_generation_tags(source: &str) -> String {
     let mut result = String::with_capacity(source.len());
     let mut rest = source;
     while let Some(start) = rest.find("{%") {
-        let Some(len) = rest[start..].find("%}").map(|len| len + 2) else { break };
+        // Behind the opening: `{%}` is no tag that closes itself.
+        let Some(len) = rest[start + 2..].find("%}").map(|len| len + 4) else { break };
         let (before, tag, after) = (&rest[..start], &rest[start..start + len], &rest[start + len..]);
         result.push_str(before);
         let content = tag[2..tag.len() - 2].trim_matches(['-', '+']).trim();

@@ -14,6 +14,7 @@ use serde_json::json;
 
 use super::record::Latest;
 use super::turn::{ResponseBody, Turn};
+use crate::http::auth;
 use crate::http::body::JsonBody;
 use crate::http::error::{ApiError, ErrorKind};
 use crate::http::io::Activity;
@@ -70,7 +71,14 @@ impl Session {
                     Err(_) => return self.socket.send(Message::Close(None)).await.map_err(|_| Gone),
                 },
             };
-            let begun = match JsonBody::parse(&self.state, message).await.and_then(check_type) {
+            // Each turn is a request of its key, which may have been revoked since the last.
+            let admitted =
+                auth::client(&self.state, &self.headers).and_then(|key| auth::admit(key.as_deref()));
+            let body = match admitted {
+                Ok(()) => JsonBody::parse(&self.state, message).await.and_then(check_type),
+                Err(error) => Err(error),
+            };
+            let begun = match body {
                 Ok(body) => Turn::begin(&self.state, &self.headers, body, Some(&self.latest)).await,
                 Err(error) => Err(error),
             };

@@ -151,9 +151,10 @@ impl ScheduledBatch {
             scheduler.grow(seat, want.computed + want.uncomputed.min(limits.most(&want, sequence, role)), now)
         });
         self.fill(role, &seats, scheduler, limits);
-        // Whoever answers with the draft has all of its head.
+        // Whoever answers with the draft has all of its head, and so has a form: its few tokens may be rare.
         let only_proposes = |s: &ScheduledSequence| {
-            s.num_logits == 0 || scheduler.seats[s.seat].as_ref().is_none_or(|s| s.lane == Lane::Deep)
+            let takes_short = |s: &Sequence| s.lane == Lane::Deep && !s.is_constrained();
+            s.num_logits == 0 || scheduler.seats[s.seat].as_deref().is_none_or(takes_short)
         };
         self.inputs.short_head =
             limits.short_head && role == ModelRole::Draft && self.sequences.iter().all(only_proposes);

@@ -226,6 +226,11 @@ impl Sequence {
         self.clock.first_token.is_none()
     }
 
+    /// True if not every token may stand everywhere.
+    pub(crate) fn is_constrained(&self) -> bool {
+        self.constraint.is_some()
+    }
+
     /// Tokens the sequence has when it has produced all it may.
     pub(crate) fn max_len(&self) -> usize {
         self.prompt.len() + self.params.max_tokens as usize

@@ -110,8 +110,6 @@ impl<'a> Intake<'a> {
         if self.outgrows_fast(&prompts) {
             self.escalate(Reason::Outgrown);
         }
-        let watched = self.escalation.filter(|_| prompts.iter().any(|prompt| prompt.max_tokens > 0));
-        self.common.params.num_margins = watched.map_or(0, |escalation| escalation.tokens);
         let mut reply = Reply {
             model: self.model.take().unwrap_or_else(|| AUTO.to_owned()),
             lane: "",
@@ -130,6 +128,10 @@ impl<'a> Intake<'a> {
             Some(plan) => Some(plan.compile(self.served).await?),
             None => None,
         };
+        // A form says little of how sure the draft is: it leaves some tokens no alternative.
+        let has_margins = grammar.is_none() && prompts.iter().any(|prompt| prompt.max_tokens > 0);
+        let watched = self.escalation.filter(|_| has_margins);
+        self.common.params.num_margins = watched.map_or(0, |escalation| escalation.tokens);
         let common = std::mem::take(&mut self.common);
         let mut request = common.into_request(prompts, self.cache_salt, self.client.clone(), grammar);
         let mut generation = Generation::start(self.state, self.served, &request)?;

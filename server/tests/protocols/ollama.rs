@@ -103,7 +103,7 @@ async fn models_are_listed_and_shown_and_faults_have_its_shape() {
         ("/api/chat", chat(json!({ "options": { "num_predict": -3 } })), 400),
         ("/api/chat", chat(json!({ "options": { "temperature": "hot" } })), 400),
         ("/api/chat", chat(json!({ "think": 7 })), 400),
-        ("/api/chat", chat(json!({ "format": "json" })), 400),
+        ("/api/chat", chat(json!({ "format": 3 })), 400),
         ("/api/generate", json!({ "prompt": "a" }), 400),
         ("/api/show", json!({}), 400),
         ("/api/pull", json!({}), 404),

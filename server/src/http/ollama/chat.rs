@@ -9,7 +9,7 @@ use serde::Deserialize;
 use serde_json::{Map, Value};
 use utoipa::ToSchema;
 
-use super::fields::{OllamaCommon, Options, only_text, think};
+use super::fields::{OllamaCommon, Options, format, think};
 use super::wire::{OllamaWire, Said};
 use crate::http::body::JsonBody;
 use crate::http::chat::{ChatStream, Conversation, ToolFields};
@@ -36,9 +36,10 @@ pub(super) async fn chat(
     headers: HeaderMap,
     JsonBody { common, fields, size_bytes }: JsonBody<OllamaCommon, OllamaChatFields>,
 ) -> Result<Response, ApiError> {
-    only_text(fields.format.as_ref())?;
+    let format = format(fields.format)?;
     let (common, max_tokens) = common.resolve(fields.options)?;
     let mut intake = Intake::new(&state, &headers, common, Work::Chat, false)?;
+    intake.common.format = format;
     let mut variables = Map::new();
     think(fields.think, &mut variables)?;
     let (tools, tool_choice) = ToolFields { tools: fields.tools, tool_choice: None }.resolve()?;

@@ -1,11 +1,13 @@
 //! Ollama's fields. Those that shape an answer stand in `options`, most of them under common names.
 
 use serde::Deserialize;
-use serde_json::{Map, Value};
+use serde_json::{Map, Value, json};
 use utoipa::ToSchema;
 
 use crate::http::error::ApiError;
-use crate::http::fields::{Bounded, CommonFields, in_range, integer, wrong_type};
+use crate::http::fields::{
+    AskedFormat, Bounded, CommonFields, in_range, integer, response_format, wrong_type,
+};
 
 /// What both endpoints have; `options` is read twice, for its common fields and for its own.
 #[derive(Deserialize, ToSchema)]
@@ -73,17 +75,17 @@ pub(super) fn think(field: Option<Bounded>, variables: &mut Map<String, Value>) 
     Ok(())
 }
 
-/// `format`: only text can be promised.
+/// `format`: `"json"`, or a JSON schema.
 ///
 /// # Errors
-/// If another is asked for.
-pub(super) fn only_text(format: Option<&Bounded>) -> Result<(), ApiError> {
-    match format.map(|Bounded(format)| format) {
-        None | Some(Value::Null) => Ok(()),
-        Some(Value::String(word)) if word.is_empty() => Ok(()),
-        Some(_) => Err(ApiError::invalid(
-            "format",
-            "format asks for JSON; answers can only be promised as text here",
-        )),
-    }
+/// If it is neither.
+pub(super) fn format(field: Option<Bounded>) -> Result<Option<AskedFormat>, ApiError> {
+    let asked = match field.map(|Bounded(value)| value) {
+        None | Some(Value::Null) => return Ok(None),
+        Some(Value::String(word)) if word.is_empty() => return Ok(None),
+        Some(Value::String(word)) if word == "json" => json!({ "type": "json_object" }),
+        Some(schema @ Value::Object(_)) => json!({ "type": "json_schema", "schema": schema }),
+        Some(other) => return Err(wrong_type("format", "\"json\" or a JSON schema", &other)),
+    };
+    response_format("format", asked)
 }

@@ -9,7 +9,7 @@ use serde::Deserialize;
 use serde_json::{Map, Value, json};
 use utoipa::ToSchema;
 
-use super::fields::{OllamaCommon, Options, only_text, think};
+use super::fields::{OllamaCommon, Options, format, think};
 use super::wire::{OllamaWire, Said};
 use crate::http::body::JsonBody;
 use crate::http::chat::{ChatStream, Conversation, ReadingPlan, ToolChoice};
@@ -39,7 +39,7 @@ pub(super) async fn generate(
     headers: HeaderMap,
     JsonBody { common, mut fields, size_bytes }: JsonBody<OllamaCommon, GenerateFields>,
 ) -> Result<Response, ApiError> {
-    only_text(fields.format.as_ref())?;
+    let format = format(fields.format.take())?;
     let (common, asked) = common.resolve(fields.options.take())?;
     let suffix = fields.suffix.take().filter(|suffix| !suffix.is_empty());
     let text = fields.prompt.take().unwrap_or_default();
@@ -50,6 +50,7 @@ pub(super) async fn generate(
         (None, false) => Work::Chat,
     };
     let mut intake = Intake::new(&state, &headers, common, work, suffix.is_some())?;
+    intake.common.format = format;
     let (prompt, plan) = if suffix.is_some() || is_raw {
         if suffix.is_some() {
             fim_of(intake.served, "model")?;

@@ -220,7 +220,10 @@ async fn a_prompt_can_be_scored_without_an_answer() {
 #[tokio::test]
 async fn a_suffix_makes_a_fill_in_the_middle_prompt() {
     let server = TestServer::plain().await;
-    let filled = server.post(PATH, &body(json!({ "prompt": "def ", "suffix": "return a" }))).await.json();
+    let filled = server
+        .post(PATH, &body(json!({ "prompt": "def ", "suffix": "return a", "fill": "raw" })))
+        .await
+        .json();
     let by_hand = json!({ "prompt": "<|fim_prefix|>def <|fim_suffix|>return a<|fim_middle|>" });
     let by_hand = server.post(PATH, &body(by_hand)).await.json();
     assert_eq!(filled["choices"][0]["text"], by_hand["choices"][0]["text"]);
@@ -233,7 +236,10 @@ async fn a_suffix_makes_a_fill_in_the_middle_prompt() {
 
     let checkpoint = CheckpointSpec { fim_order: Some("spm"), ..CheckpointSpec::default() };
     let server = TestServer::start(TestOptions { checkpoint, ..TestOptions::default() }).await;
-    let filled = server.post(PATH, &body(json!({ "prompt": "def ", "suffix": "return a" }))).await.json();
+    let filled = server
+        .post(PATH, &body(json!({ "prompt": "def ", "suffix": "return a", "fill": "raw" })))
+        .await
+        .json();
     let by_hand = json!({ "prompt": "<|fim_prefix|><|fim_suffix|>return a<|fim_middle|>def " });
     let by_hand = server.post(PATH, &body(by_hand)).await.json();
     assert_eq!(filled["choices"][0]["text"], by_hand["choices"][0]["text"]);

@@ -269,7 +269,8 @@ async fn typing_what_a_running_completion_proposed_goes_on_with_it() {
         let server = server(TestOptions::default()).await;
         let prompt = "def add(a, b):";
         let request = |typed: &str, extra: Value| {
-            let mut body = greedy(json!({ "prompt": format!("{prompt}{typed}"), "suffix": suffix }));
+            let mut body =
+                greedy(json!({ "prompt": format!("{prompt}{typed}"), "suffix": suffix, "fill": "raw" }));
             body.as_object_mut().expect("an object").extend(extra.as_object().expect("an object").clone());
             body
         };

@@ -14,6 +14,7 @@ that, Python 3.10 and, for the agents, Node 20. Build before:
 
 import argparse
 import json
+import shutil
 import signal
 import sys
 from pathlib import Path
@@ -66,6 +67,9 @@ def main():
     options = parser.parse_args()
     options.scratch = options.scratch.resolve()
     groups = {"light": list(PACKAGES), "all": list(CLIENTS)}
+    if options.client == "light" and shutil.which("npm") is None:
+        groups["light"].remove("openai-node")
+        print("skip openai-node: there is no npm", flush=True)
     failed = []
     for name in groups.get(options.client) or options.client.split(","):
         if name not in CLIENTS:

@@ -1,5 +1,6 @@
 //! What passes cost on this machine, measured before the first sequence.
 
+use std::ops::Range;
 use std::time::Duration;
 
 use arrayvec::ArrayVec;
@@ -19,6 +20,12 @@ const PASSES: std::ops::RangeInclusive<usize> = 2..=16;
 /// Time for the passes of one row count.
 const TIME_A_ROW_COUNT: Duration = Duration::from_millis(20);
 
+/// After so long one pass is enough: a large model's are steadier, and its start is not to wait for this.
+const TIME_OF_SLOW_PASSES: Duration = Duration::from_millis(60);
+
+/// No more rows are timed than take so long.
+const SLOW_PASS: Duration = Duration::from_millis(250);
+
 /// How long the fast lane may have to wait for a layer of the target or a pass of the draft that
 /// prefills a deep prompt. Where even few rows take longer, twice the time of one row.
 const SLICE: Duration = Duration::from_micros(500);
@@ -37,11 +44,7 @@ impl Engine {
         assert!(self.scheduler.is_idle(), "the profile would overwrite live sequences: this is a bug");
         let mut costs = [Vec::new(), Vec::new()];
         for role in [ModelRole::Target, ModelRole::Draft] {
-            for rows in PROFILED_ROWS {
-                if let Some(time) = self.time_pass(role, rows, false, clock)? {
-                    costs[role as usize].push((rows, time));
-                }
-            }
+            costs[role as usize] = self.time_passes(role, &PROFILED_ROWS, false, clock)?;
         }
         if self.lane_isolation && self.models.draft.is_some() {
             for (role, costs) in costs.iter().enumerate() {
@@ -75,7 +78,7 @@ impl Engine {
             if !self.set_short_head(length)? {
                 break;
             }
-            if let Some(time) = self.time_pass(ModelRole::Draft, 1, true, clock)? {
+            if let Some(&(_, time)) = self.time_passes(ModelRole::Draft, &[1], true, clock)?.first() {
                 measured.push((length, of_one_row.saturating_sub(time).as_secs_f64()));
             }
         }
@@ -123,47 +126,78 @@ impl Engine {
         self.models.target.as_ref().map_or(1, |model| model.config().num_layers.max(1))
     }
 
-    /// The fastest of a few passes over one sequence of `rows` rows after some context.
+    /// Times passes of one sequence of each of these many rows after some context, up to the first count that is
+    /// slow: more rows follow from fewer. Fewer too where the cache has no blocks for more.
+    fn time_passes(
+        &mut self,
+        role: ModelRole,
+        row_counts: &[usize],
+        short_head: bool,
+        clock: &dyn Fn() -> Duration,
+    ) -> Result<Vec<(usize, Duration)>, EngineError> {
+        let mut table = BlockTable::default();
+        let mut times = Vec::with_capacity(row_counts.len());
+        let outcome = self.fill_times(role, row_counts, short_head, &mut table, &mut times, clock);
+        self.scheduler.blocks.release(table);
+        outcome.map(|()| times)
+    }
+
+    fn fill_times(
+        &mut self,
+        role: ModelRole,
+        row_counts: &[usize],
+        short_head: bool,
+        table: &mut BlockTable,
+        times: &mut Vec<(usize, Duration)>,
+        clock: &dyn Fn() -> Duration,
+    ) -> Result<(), EngineError> {
+        for &rows in row_counts {
+            if self.models.get(role).is_none() || !self.scheduler.blocks.grow(table, CONTEXT + rows) {
+                break;
+            }
+            if times.is_empty() {
+                self.time_pass(role, table, 0..CONTEXT, short_head, clock)?;
+            }
+            let mut best = Duration::MAX;
+            let mut spent = Duration::ZERO;
+            for pass in 1..=*PASSES.end() {
+                let time = self.time_pass(role, table, CONTEXT..CONTEXT + rows, short_head, clock)?;
+                best = best.min(time);
+                spent += time;
+                let is_enough = pass >= *PASSES.start() && spent > TIME_A_ROW_COUNT;
+                if is_enough || spent > TIME_OF_SLOW_PASSES {
+                    break;
+                }
+            }
+            times.push((rows, best));
+            if best > SLOW_PASS {
+                break;
+            }
+        }
+        Ok(())
+    }
+
+    /// A pass over the tokens at these positions of one sequence.
     fn time_pass(
         &mut self,
         role: ModelRole,
-        rows: usize,
+        table: &BlockTable,
+        positions: Range<usize>,
         short_head: bool,
         clock: &dyn Fn() -> Duration,
-    ) -> Result<Option<Duration>, EngineError> {
-        let blocks = &mut self.scheduler.blocks;
-        let Some(model) = self.models.get(role) else { return Ok(None) };
-        let mut table = BlockTable::default();
-        if !blocks.grow(&mut table, CONTEXT + rows) {
-            return Ok(None);
-        }
+    ) -> Result<Duration, EngineError> {
+        let Some(model) = self.models.get(role) else { return Ok(Duration::ZERO) };
         let inputs = &mut self.draft_batch.inputs;
-        let mut best: Option<Duration> = None;
-        let mut outcome = Ok(());
-        let mut spent = Duration::ZERO;
-        for pass in 0..=*PASSES.end() {
-            if pass > *PASSES.start() && spent > TIME_A_ROW_COUNT {
-                break;
-            }
-            inputs.clear();
-            let (start, num_tokens, num_logits) =
-                if pass == 0 { (0, CONTEXT, 1) } else { (CONTEXT, rows, rows) };
-            blocks.push_sequence(inputs, &vec![0; num_tokens], start, &table, num_logits);
-            inputs.short_head = short_head;
-            let before = clock();
-            outcome = model.forward(inputs, &mut self.logits);
-            let time = clock().saturating_sub(before);
-            if pass > 0 {
-                spent += time;
-                best = Some(best.map_or(time, |best| best.min(time)));
-            }
-            if outcome.is_err() {
-                break;
-            }
-        }
-        blocks.release(table);
+        inputs.clear();
+        let num_logits = if positions.start == 0 { 1 } else { positions.len() };
+        let tokens = vec![0; positions.len()];
+        self.scheduler.blocks.push_sequence(inputs, &tokens, positions.start, table, num_logits);
+        inputs.short_head = short_head;
+        let before = clock();
+        let outcome = model.forward(inputs, &mut self.logits);
+        let time = clock().saturating_sub(before);
         outcome.map_err(|error| EngineError::Forward(error.to_string()))?;
-        Ok(best)
+        Ok(time)
     }
 }
 

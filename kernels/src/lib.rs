@@ -37,7 +37,6 @@ pub mod sampling;
 pub mod scaling;
 mod shared_out;
 mod simd;
-pub mod turns;
 
 pub use isa::Isa;
 pub use pack::PackedMatrix;

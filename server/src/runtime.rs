@@ -11,7 +11,7 @@ use tandem::http::lanes::LanePolicy;
 use tandem::http::{AppConfig, AppState, LaneModel, Limits};
 use tandem::keys::Keyring;
 use tandem_engine::{EngineConfig, EngineHandle, Models};
-use tandem_kernels::{ThreadPool, turns};
+use tandem_kernels::ThreadPool;
 use tandem_models::{
     BackendKind, ChatTemplate, Checkpoint, Dtype, FileType, FimTokens, HubOptions, KvType, Model, Tokenizer,
     VocabMap, WeightMemory,
@@ -141,22 +141,13 @@ fn yield_to_others() {
         // Without it a request may wait some milliseconds longer.
         let _ = rustix::process::setpriority_process(None, COMPUTE_NICENESS);
     }
-    // Who starts the engine may be one of the threads with short turns.
-    turns::set(None);
 }
 
-/// A turn on the CPU of the threads that talk to clients: what reading a request takes.
-const SERVING_TURN: Duration = Duration::from_micros(100);
-
-/// The threads for sockets and parsing, the caller among them; the engine and the pool have threads of their
-/// own. They wake often and do little, so they take short turns on the CPU, which lets them in at once beside
-/// threads that compute.
+/// The threads for sockets and parsing; the engine and the pool have threads of their own.
 ///
 /// # Errors
 /// If the operating system refuses a thread.
 pub(crate) fn async_runtime() -> std::io::Result<tokio::runtime::Runtime> {
-    // Threads inherit it from who starts them.
-    turns::set(Some(SERVING_TURN));
     tokio::runtime::Builder::new_multi_thread().worker_threads(2).enable_all().build()
 }
 

@@ -76,7 +76,7 @@ impl Default for Config {
             target: None,
             draft: None,
             draft_tokens: DraftTokens::Auto,
-            draft_head: DraftHead::Auto,
+            draft_head: DraftHead::Whole,
             backend: BackendKind::Cpu,
             threads: None,
             kv_memory: None,

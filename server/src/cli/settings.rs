@@ -28,7 +28,7 @@ pub(crate) struct ModelSettings {
 
     /// Tokens of the vocabulary that the draft chooses among while it proposes, the frequent ones first:
     /// auto (what pays, by measured costs and the text), all, or a number. Changes speed, never the output
-    /// [default: auto]
+    /// [default: all]
     #[arg(long, value_name = "auto|all|N", help_heading = "Models")]
     draft_head: Option<String>,
 

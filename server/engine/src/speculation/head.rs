@@ -21,9 +21,9 @@ use super::policy::DraftPolicy;
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub enum DraftHead {
     /// The length that pays, from measured costs and the text.
-    #[default]
     Auto,
     /// Every token.
+    #[default]
     Whole,
     /// Always the first so many tokens.
     First(usize),

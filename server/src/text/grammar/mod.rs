@@ -1,14 +1,12 @@
 //! Structured output: what an answer must be, as a grammar over the model's own tokens.
 //!
 //! Everything a client can ask for, a JSON schema, a regular expression, a few choices, a grammar, the
-//! arguments of a tool, is written as one text in llguidance's dialect of Lark ([`Format`], [`calls`]). The text
+//! arguments of a tool, is written as one text in llguidance's dialect of Lark ([`Format`], `calls`). The text
 //! is compiled away from the engine's thread and kept ([`Grammars`]); each sequence then follows it with a
 //! state of its own ([`Grammar::start`]), which is the engine's [`tandem_engine::Constraint`].
 //!
 //! Everything here is a client's: texts are bounded in bytes and nesting, compiling by llguidance's own fuel
 //! and by a stack of its own, a mask by fuel and lexer states, the cache by the bytes that it keeps.
-//!
-//! [`calls`]: mod@calls
 
 mod alternatives;
 mod cache;

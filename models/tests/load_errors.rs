@@ -41,6 +41,21 @@ fn a_config_that_is_not_the_checkpoints_names_tensor_found_and_wanted() {
     }
 }
 
+/// Found by fuzzing: the rotary frequencies of such a head took megabytes before any tensor was looked at.
+#[test]
+fn a_head_of_a_size_that_no_model_has_is_refused() {
+    let written = config("llama", json!({}));
+    for changes in [
+        json!({"hidden_size": 1 << 20, "num_attention_heads": 2, "num_key_value_heads": 2}),
+        json!({"head_dim": 1 << 14}),
+    ] {
+        let claimed = config("llama", changes.clone());
+        let message = load(&written, &claimed, BackendKind::Cpu).err().unwrap().to_string();
+        let key = if changes.get("head_dim").is_some() { "head_dim" } else { "hidden_size" };
+        assert!(message.contains(key) && message.contains("8192"), "{message}");
+    }
+}
+
 #[test]
 fn a_missing_tensor_is_named() {
     let written = config("llama", json!({}));

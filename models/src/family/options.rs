@@ -16,6 +16,8 @@ use crate::{DecoderConfig, ModelError};
 const MAX_VOCAB: usize = 1 << 24;
 pub(super) const MAX_HIDDEN: usize = 1 << 20;
 pub(super) const MAX_INTERMEDIATE: usize = 1 << 22;
+/// Rotary frequencies are made for it before any tensor is looked at.
+const MAX_HEAD_DIM: usize = 1 << 13;
 const MAX_LAYERS: usize = 1 << 12;
 pub(super) const MAX_HEADS: usize = 1 << 12;
 pub(super) const MAX_POSITIONS: usize = 1 << 28;
@@ -294,13 +296,17 @@ impl<'a> Options<'a> {
             ));
         }
         let head_dim = match self.get("head_dim") {
-            Some(_) => self.size("head_dim", None, MAX_HIDDEN / num_heads)?,
+            Some(_) => self.size("head_dim", None, MAX_HEAD_DIM.min(MAX_HIDDEN / num_heads))?,
             None if hidden_size % num_heads == 0 => hidden_size / num_heads,
             None => {
                 let wanted = format!("a multiple of `num_attention_heads`, which is {num_heads}");
                 return Err(self.error("hidden_size", wanted));
             }
         };
+        if head_dim > MAX_HEAD_DIM {
+            let wanted = format!("at most {MAX_HEAD_DIM} times `num_attention_heads`, which is {num_heads}");
+            return Err(self.error("hidden_size", wanted));
+        }
         if head_dim % 2 != 0 {
             return Err(self.error("head_dim", format!("even for rotary embeddings, not {head_dim}")));
         }

@@ -56,16 +56,16 @@ async fn each_name_for_it_is_understood() {
         let text = answer["choices"][0]["text"].as_str().expect("text");
         assert!(wanted.contains(&text), "{extra}: {answer}");
     }
-    let native = json!({ "prompt": "x = ", "n_predict": 200, "json_schema": schema() });
+    let native = json!({ "prompt": "x = ", "n_predict": 200, "seed": 1, "json_schema": schema() });
     let answer = server.post("/completion", &native).await.json();
     assert!(is_right(&answer["content"]), "{answer}");
     assert_eq!(answer["stop_type"], "eos");
-    let chat = json!({ "messages": [{ "role": "user", "content": "x" }], "max_tokens": 200, "n": 2,
+    let chat = json!({ "messages": [{ "role": "user", "content": "x" }], "max_tokens": 1000, "n": 2, "seed": 1,
         "response_format": { "type": "json_schema", "json_schema": { "schema": schema() } } });
     let answer = server.post("/v1/chat/completions", &chat).await.json();
     assert!(is_right(&answer["choices"][0]["message"]["content"]), "{answer}");
     assert!(is_right(&answer["choices"][1]["message"]["content"]), "{answer}");
-    let response = json!({ "input": "x", "text": { "format": { "type": "json_schema", "name": "a", "schema": schema() } } });
+    let response = json!({ "input": "x", "seed": 1, "text": { "format": { "type": "json_schema", "name": "a", "schema": schema() } } });
     let answer = server.post("/v1/responses", &response).await.json();
     assert!(is_right(&answer["output"][0]["content"][0]["text"]), "{answer}");
     assert_eq!(answer["text"]["format"]["type"], "json_schema");

@@ -16,7 +16,7 @@ pub(crate) struct ModelSettings {
     #[arg(long, value_name = "MODEL", help_heading = "Models")]
     target: Option<String>,
 
-    /// The small model, of the same vocabulary: answers the fast lane and drafts for the deep lane.
+    /// The small model, best of the same vocabulary: answers the fast lane and drafts for the deep lane.
     /// With --draft alone there is no deep lane
     #[arg(long, value_name = "MODEL", help_heading = "Models")]
     draft: Option<String>,

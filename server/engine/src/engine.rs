@@ -11,7 +11,7 @@ use tandem_models::{Model, VocabMap};
 use crate::api::{
     EngineError, EngineStats, FinishReason, Lane, MAX_TOKENS_PER_STEP, SequenceId, SubmitRequest,
 };
-use crate::batch::{PassLimits, ScheduledBatch};
+use crate::batch::{PassLimits, PrefillLimit, ScheduledBatch};
 use crate::block_manager::BlockManager;
 use crate::plan::PlanScratch;
 use crate::prefix_cache::HashSettings;
@@ -121,7 +121,7 @@ pub struct Engine {
     pub(crate) translated: Vec<f32>,
     pub(crate) lane_isolation: bool,
     pub(crate) stats: EngineStats,
-    max_model_len: usize,
+    pub(crate) max_model_len: usize,
 }
 
 impl Engine {
@@ -147,7 +147,10 @@ impl Engine {
             config.max_num_batched_tokens.max(2 * config.max_num_seqs * MAX_TOKENS_PER_STEP);
         let limits = PassLimits {
             max_num_batched_tokens,
-            max_deep_prefill_tokens: [config.max_num_batched_tokens.max(1); 2],
+            deep_prefill: [PrefillLimit {
+                num_tokens: config.max_num_batched_tokens.max(1),
+                context_cost: 0.0,
+            }; 2],
             max_logits_rows: MAX_PROMPT_LOGITS_ROWS,
             short_head: false,
         };

@@ -128,6 +128,7 @@ fn bench_attention(c: &mut Criterion) {
                     num_heads,
                     scale: 0.125,
                     window: None,
+                    first_key: 0,
                     soft_cap: None,
                     sinks: None,
                     block_tables: &block_tables,

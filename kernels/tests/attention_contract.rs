@@ -28,6 +28,7 @@ struct Options {
     window: Option<usize>,
     soft_cap: Option<f32>,
     sinks: Option<Vec<f32>>,
+    first_key: usize,
 }
 
 impl Options {
@@ -40,7 +41,9 @@ impl Options {
         all.push(Options::default());
         all.push(Options { soft_cap: Some(0.8), ..Options::default() });
         all.push(Options { sinks: sinks.clone(), ..Options::default() });
-        all.push(Options { window: Some(CHUNK + 30), soft_cap: Some(1.5), sinks });
+        all.push(Options { first_key: 1, ..Options::default() });
+        all.push(Options { first_key: CHUNK + 2, ..Options::default() });
+        all.push(Options { window: Some(CHUNK + 30), soft_cap: Some(1.5), sinks, first_key: 1 });
         all
     }
 }
@@ -113,6 +116,7 @@ impl World {
             num_heads: self.num_heads,
             scale: 0.3,
             window: self.options.window,
+            first_key: self.options.first_key,
             soft_cap: self.options.soft_cap,
             sinks: self.options.sinks.as_deref(),
             block_tables: &tables,
@@ -141,6 +145,7 @@ impl World {
                 self.options.soft_cap.map(f64::from).map_or(score, |cap| cap * (score / cap).tanh())
             };
             let first = self.options.window.map_or(0, |window| (position + 1).saturating_sub(window));
+            let first = first.max(self.options.first_key).min(position);
             let scores: Vec<f64> = (first..=position).map(score).collect();
             let sink = self.options.sinks.as_ref().map(|sinks| f64::from(sinks[head]));
             let max = scores.iter().copied().chain(sink).fold(f64::MIN, f64::max);
@@ -328,6 +333,7 @@ fn a_block_table_that_is_too_short_is_refused() {
         num_heads: world.num_heads,
         scale: 1.0,
         window: None,
+        first_key: 0,
         soft_cap: None,
         sinks: None,
         block_tables: &world.tables[0],

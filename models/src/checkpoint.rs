@@ -119,7 +119,7 @@ impl std::fmt::Debug for Checkpoint {
     }
 }
 
-fn name_of(dir: &Path) -> String {
+pub(crate) fn name_of(dir: &Path) -> String {
     let full = std::path::absolute(dir).unwrap_or_else(|_| dir.to_owned());
     // A hub cache keeps a snapshot in models--org--name/snapshots/<commit>.
     let hub_id = full

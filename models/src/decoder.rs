@@ -14,11 +14,14 @@ use crate::model::{Model, WeightMemory};
 use crate::rope::RopeTable;
 use crate::validate::Bounds;
 
+mod head;
 mod load;
 pub(crate) mod tensors;
 mod weights;
 mod workspace;
 
+pub use head::load_with_head;
+use head::{Attached, HeadStart};
 pub use load::{load, load_with};
 use weights::{FeedForward, NormWeights, Weights};
 use workspace::Workspace;
@@ -30,6 +33,10 @@ pub struct Decoder<B: Backend> {
     weights: Weights<B>,
     memory: WeightMemory,
     short_head: Option<ShortHead<B>>,
+    /// Of a drafting head: what its stream begins with instead of the embedding.
+    start: Option<HeadStart<B>>,
+    /// The head that drafts from this decoder's hidden states.
+    drafter: Option<Box<Attached<B>>>,
     cache: Option<Cache<B>>,
     workspace: Option<Workspace<B>>,
     pass: Pass,
@@ -91,7 +98,7 @@ impl<B: Backend> Model for Decoder<B> {
     }
 
     fn kv_bytes_per_token(&self) -> usize {
-        kv_bytes_per_token(&self.config, self.backend.kv_type())
+        kv_bytes_per_token(&self.config, self.backend.kv_type()) + self.head_bytes_per_token()
     }
 
     fn allocate_kv_cache(&mut self, num_blocks: usize, block_size: usize) -> Result<(), ModelError> {
@@ -112,7 +119,11 @@ impl<B: Backend> Model for Decoder<B> {
             },
             inputs: self.backend.allocate_inputs(&kv)?,
         });
-        Ok(())
+        self.allocate_head_storage(&kv)
+    }
+
+    fn drafting_head(&mut self) -> Option<&mut dyn Model> {
+        self.drafter.as_mut().map(|attached| attached.as_model())
     }
 
     fn set_short_head(&mut self, num_tokens: usize) -> Result<bool, ModelError> {
@@ -120,6 +131,9 @@ impl<B: Backend> Model for Decoder<B> {
         if num_tokens == 0 || num_tokens > vocab_size {
             let reason = format!("of {num_tokens} tokens; wanted 1 to {vocab_size}");
             return Err(ModelError::Backend { context: "short head", reason });
+        }
+        if self.has_own_vocabulary() {
+            return Ok(false);
         }
         let weight = self.backend.first_outputs(self.weights.head(), num_tokens)?;
         self.short_head = Some(ShortHead { weight, num_tokens });
@@ -132,6 +146,7 @@ impl<B: Backend> Model for Decoder<B> {
         let shape = self.set_up(batch)?;
         if shape.num_tokens > 0 {
             self.embed(shape)?;
+            self.leave_features(0, shape)?;
         }
         self.pass = Pass { shape, num_layers_done: 0 };
         Ok(())
@@ -143,13 +158,16 @@ impl<B: Backend> Model for Decoder<B> {
             return Ok(false);
         }
         self.layer(num_layers_done, shape)?;
+        self.leave_features(num_layers_done + 1, shape)?;
         self.pass.num_layers_done += 1;
         Ok(true)
     }
 
     fn finish(&mut self, logits: &mut Vec<f32>) -> Result<(), ModelError> {
         let Pass { shape, .. } = std::mem::take(&mut self.pass);
-        self.head(shape, logits)
+        self.head(shape, logits)?;
+        self.spread_logits(logits);
+        Ok(())
     }
 }
 
@@ -181,6 +199,9 @@ impl<B: Backend> Decoder<B> {
     }
 
     fn embed(&mut self, shape: PassShape) -> Result<(), ModelError> {
+        if self.start.is_some() {
+            return self.embed_with_features(shape);
+        }
         let Decoder { config, weights, cache, workspace, backend, .. } = self;
         let (ws, cache) = (ready(workspace), ready(cache));
         backend.embed(&cache.inputs, &weights.embed, &mut ws.residual)?;
@@ -197,14 +218,20 @@ impl<B: Backend> Decoder<B> {
     /// head. All state of a pass between two layers is `residual` and, where there are norms before
     /// sublayers, `normed`.
     fn layer(&mut self, index: usize, shape: PassShape) -> Result<(), ModelError> {
-        let Decoder { config, heads, weights, cache, workspace, backend, .. } = self;
+        // Otherwise a head wants hidden states of every row; see `leave_features`.
+        let picks_rows = !self.leaves_last_features();
+        let Decoder { config, heads, weights, start, cache, workspace, backend, .. } = self;
         let (config, heads, ws, cache) = (&*config, *heads, ready(workspace), ready(cache));
         let (layer, kind) = (&weights.layers[index], config.layer(index));
         let next_layer = weights.layers.get(index + 1);
         let next_norm = next_layer.map_or(Some(&weights.final_norm), |next| next.attn_norm.as_ref());
         let mut rows = shape.num_tokens;
 
-        let input = if layer.attn_norm.is_some() { &ws.normed } else { &ws.residual };
+        let input = match start.as_ref().and_then(HeadStart::attention_input) {
+            Some(joined) => joined,
+            None if layer.attn_norm.is_some() => &ws.normed,
+            None => &ws.residual,
+        };
         backend.matmul(rows, input, layer.qkv.linear(), &mut ws.qkv)?;
         if let Some(norm) = layer.qk_norm(config) {
             backend.qk_norm(rows, heads, norm, &mut ws.qkv)?;
@@ -212,19 +239,20 @@ impl<B: Backend> Decoder<B> {
         let Cache { layers, ropes, inputs, .. } = cache;
         let kv = &mut layers[index];
         backend.rope_and_store(inputs, heads, ropes.of(kind.positions), &mut ws.qkv, kv)?;
-        if next_layer.is_none() && shape.num_logits_rows == 0 {
+        if next_layer.is_none() && shape.num_logits_rows == 0 && picks_rows {
             return Ok(()); // Nobody reads what this layer computes from here on.
         }
         let attention = Attention {
             scale: config.attn_scale.unwrap_or_else(|| (config.head_dim as f32).sqrt().recip()),
             window: kind.window,
+            first_key: usize::from(start.is_some()),
             soft_cap: config.attn_soft_cap,
             sinks: layer.sinks.as_ref(),
         };
         backend.attention(inputs, heads, attention, &ws.qkv, kv, &mut ws.attn)?;
         backend.matmul(rows, &ws.attn, layer.o.linear(), &mut ws.update)?;
 
-        if next_layer.is_none() && shape.num_logits_rows < rows {
+        if next_layer.is_none() && shape.num_logits_rows < rows && picks_rows {
             // The other rows have left their keys and values; no later layer asks for more of them.
             rows = shape.num_logits_rows;
             backend.pick_logits_rows(inputs, config.hidden_size, &mut ws.residual)?;
@@ -241,11 +269,12 @@ impl<B: Backend> Decoder<B> {
             logits.clear();
             return Ok(());
         }
+        let num_outputs = self.num_outputs();
         let Decoder { config, weights, short_head, workspace, backend, .. } = self;
         let ws = ready(workspace);
         let (weight, num_tokens) = match short_head {
             Some(short) if shape.short_head => (&short.weight, short.num_tokens),
-            _ => (weights.head(), config.vocab_size),
+            _ => (weights.head(), num_outputs),
         };
         let len = shape.num_logits_rows * num_tokens;
         let head = Linear { weight, bias: None };
@@ -271,7 +300,7 @@ impl<B: Backend> Decoder<B> {
         self.workspace = None;
         self.workspace =
             Some(Workspace::new(&mut self.backend, &self.config, self.heads, max_tokens, max_logits_rows)?);
-        Ok(())
+        self.reserve_for_head(max_tokens)
     }
 }
 

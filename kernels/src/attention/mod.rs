@@ -57,6 +57,9 @@ pub struct PagedAttention<'a> {
     pub scale: f32,
     /// Keys that a token sees, itself included; `None` for all before it.
     pub window: Option<usize>,
+    /// Keys before this position are seen by nobody but their own token: a drafting head has nothing to make
+    /// the first from.
+    pub first_key: usize,
     /// Bound on the scores' magnitude (Gemma 2's `attn_logit_softcapping`).
     pub soft_cap: Option<f32>,
     /// `[num_heads]`: a logit that joins each head's softmax without a value (gpt-oss).
@@ -123,7 +126,8 @@ impl PagedAttention<'_> {
     /// Positions of the keys that the token at `position` sees.
     #[inline]
     pub(crate) fn visible(&self, position: usize) -> Range<usize> {
-        self.window.map_or(0, |window| (position + 1).saturating_sub(window))..position + 1
+        let first = self.window.map_or(0, |window| (position + 1).saturating_sub(window));
+        first.max(self.first_key).min(position)..position + 1
     }
 
     /// The logit that joins the softmax of a query head.

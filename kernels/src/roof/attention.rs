@@ -73,6 +73,7 @@ pub fn measure(
                     num_heads,
                     scale: (head_dim as f32).sqrt().recip(),
                     window: None,
+                    first_key: 0,
                     soft_cap: None,
                     sinks: None,
                     block_tables: &block_table,

@@ -14,7 +14,10 @@ use tandem_kernels::pack::{WeightType, Weights};
 use tandem_kernels::rope::{Rope, rope};
 use tandem_kernels::{PackedMatrix, ThreadPool, experts, gate, head_norm, layer_norm, matmul, norm, scaling};
 
-use super::{Attention, Backend, ExpertLinear, GatedFeedForward, Heads, Linear, Norm, QkNormWeights, Share};
+use super::{
+    Attention, Backend, Columns, ExpertLinear, GatedFeedForward, Heads, Linear, Norm, QkNormWeights, Rows,
+    Share,
+};
 use crate::batch::ForwardBatch;
 use crate::config::{Activation, Experts, NormKind};
 use crate::error::ModelError;
@@ -300,6 +303,7 @@ impl Backend for CpuBackend {
             num_heads: heads.num_heads,
             scale: attention.scale,
             window: attention.window,
+            first_key: attention.first_key,
             soft_cap: attention.soft_cap,
             sinks: attention.sinks.map(Vec::as_slice),
             block_tables: &inputs.block_tables,
@@ -420,6 +424,76 @@ impl Backend for CpuBackend {
     ) -> Result<(), ModelError> {
         let x = &x[..routing.weights.len() * width];
         experts::combine(&self.pool, x, &routing.weights, width, &mut out[..rows * width]);
+        Ok(())
+    }
+
+    fn allocate_slots(&mut self, num_slots: usize, width: usize) -> Result<Vec<f32>, ModelError> {
+        let zeros = num_slots.checked_mul(width).map(bytemuck::allocation::try_zeroed_vec::<f32>);
+        zeros.and_then(Result::ok).ok_or_else(|| ModelError::Backend {
+            context: "KV cache",
+            reason: format!("no memory for the hidden states of {num_slots} tokens, {width} numbers each"),
+        })
+    }
+
+    fn store_slots(
+        &mut self,
+        inputs: &ForwardBatch,
+        rows: Rows,
+        width: usize,
+        x: &Vec<f32>,
+        store: &mut Vec<f32>,
+    ) -> Result<(), ModelError> {
+        let mut put = |slot: u32, row: &[f32]| {
+            let at = slot as usize * width;
+            store[at..at + width].copy_from_slice(row);
+        };
+        let values = x.chunks_exact(width);
+        match rows {
+            Rows::All => inputs.slot_mapping.iter().zip(values).for_each(|(&slot, row)| put(slot, row)),
+            Rows::Logits => {
+                let slots = inputs.logits_rows.iter().map(|&row| inputs.slot_mapping[row as usize]);
+                slots.zip(values).for_each(|(slot, row)| put(slot, row));
+            }
+        }
+        Ok(())
+    }
+
+    fn load_slots_before(
+        &mut self,
+        inputs: &ForwardBatch,
+        block_size: usize,
+        width: usize,
+        store: &Vec<f32>,
+        out: &mut Vec<f32>,
+    ) -> Result<(), ModelError> {
+        for sequence in 0..inputs.num_seqs() {
+            let rows = inputs.cu_seqlens_q[sequence] as usize..inputs.cu_seqlens_q[sequence + 1] as usize;
+            let blocks = &inputs.block_tables[inputs.block_table_offsets[sequence] as usize..];
+            for row in rows {
+                let to = &mut out[row * width..(row + 1) * width];
+                match (inputs.positions[row] as usize).checked_sub(1) {
+                    None => to.fill(0.0),
+                    Some(before) => {
+                        let slot = blocks[before / block_size] as usize * block_size + before % block_size;
+                        to.copy_from_slice(&store[slot * width..(slot + 1) * width]);
+                    }
+                }
+            }
+        }
+        Ok(())
+    }
+
+    fn put_columns(
+        &mut self,
+        rows: usize,
+        x: &Vec<f32>,
+        columns: Columns,
+        out: &mut Vec<f32>,
+    ) -> Result<(), ModelError> {
+        let Columns { first, width, of } = columns;
+        for (x, out) in x.chunks_exact(width).zip(out.chunks_exact_mut(of)).take(rows) {
+            out[first..first + width].copy_from_slice(x);
+        }
         Ok(())
     }
 

@@ -267,6 +267,41 @@ pub trait Backend: Send {
         out: &mut Self::Buffer,
     ) -> Result<(), ModelError>;
 
+    /// Zeros, a row of `width` a slot of the KV cache: a place for hidden states beside it.
+    fn allocate_slots(&mut self, num_slots: usize, width: usize) -> Result<Self::Buffer, ModelError>;
+
+    /// `store[slot] = x[i]`, rows of `width`, for the slots of the pass's tokens, of all or of those in
+    /// `logits_rows`.
+    fn store_slots(
+        &mut self,
+        inputs: &Self::Inputs,
+        rows: Rows,
+        width: usize,
+        x: &Self::Buffer,
+        store: &mut Self::Buffer,
+    ) -> Result<(), ModelError>;
+
+    /// `out[i]` = the row in `store` of the token before the `i`-th of the pass, in its sequence; zeros for
+    /// a first token. Blocks have `block_size` slots.
+    fn load_slots_before(
+        &mut self,
+        inputs: &Self::Inputs,
+        block_size: usize,
+        width: usize,
+        store: &Self::Buffer,
+        out: &mut Self::Buffer,
+    ) -> Result<(), ModelError>;
+
+    /// Puts the rows of `x` side by side with what rows of `out` have before `columns.first`. Called from
+    /// left to right; after the last columns the rows are whole.
+    fn put_columns(
+        &mut self,
+        rows: usize,
+        x: &Self::Buffer,
+        columns: Columns,
+        out: &mut Self::Buffer,
+    ) -> Result<(), ModelError>;
+
     /// `x[i] = x[logits_rows[i]]`, rows of `width`. In place: the rows ascend, so front to back no row
     /// is overwritten before it is read.
     fn pick_logits_rows(
@@ -275,6 +310,26 @@ pub trait Backend: Send {
         width: usize,
         x: &mut Self::Buffer,
     ) -> Result<(), ModelError>;
+}
+
+/// Rows of a pass.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Rows {
+    /// One a token.
+    All,
+    /// One of each of its `logits_rows`.
+    Logits,
+}
+
+/// A stretch of columns in wider rows.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Columns {
+    /// Where they begin.
+    pub first: usize,
+    /// How many there are.
+    pub width: usize,
+    /// Width of the rows that they are part of.
+    pub of: usize,
 }
 
 /// A norm's parameters.
@@ -308,6 +363,8 @@ pub struct Attention<'a, V> {
     pub scale: f32,
     /// Keys that a query sees, its own included; `None`: all before it.
     pub window: Option<usize>,
+    /// Keys before this position are seen by nobody but their own token.
+    pub first_key: usize,
     /// Scores become `cap * tanh(score / cap)`.
     pub soft_cap: Option<f32>,
     /// `[num_heads]`: a logit that joins the softmax of a head and has no value.

@@ -7,7 +7,10 @@
 
 use candle_core::{D, Device, Error, Result as CandleResult, Tensor};
 
-use super::{Attention, Backend, ExpertLinear, GatedFeedForward, Heads, Linear, Norm, QkNormWeights, Share};
+use super::{
+    Attention, Backend, Columns, ExpertLinear, GatedFeedForward, Heads, Linear, Norm, QkNormWeights, Rows,
+    Share,
+};
 use crate::batch::ForwardBatch;
 use crate::config::{Activation, Experts, NormKind};
 use crate::error::ModelError;
@@ -57,6 +60,8 @@ struct Pass {
     sequences: Vec<Sequence>,
     /// `None` if there are none: candle has no empty tensors on some devices.
     logits_rows: Option<Tensor>,
+    /// Their tokens' slots.
+    logits_slots: Vec<usize>,
 }
 
 #[derive(Debug)]
@@ -356,6 +361,74 @@ impl Backend for ReferenceBackend {
         replace(out, weighted.and_then(|x| x.sum(1)))
     }
 
+    fn allocate_slots(&mut self, num_slots: usize, width: usize) -> Result<Tensor, ModelError> {
+        let zeros = num_slots.checked_mul(width).map(bytemuck::allocation::try_zeroed_vec::<f32>);
+        let zeros = zeros.and_then(Result::ok);
+        let zeros =
+            zeros.ok_or_else(|| failed(Error::Msg(format!("no memory for {num_slots} x {width}"))))?;
+        Tensor::from_vec(zeros, (num_slots, width), &self.device).map_err(failed)
+    }
+
+    fn store_slots(
+        &mut self,
+        inputs: &Inputs,
+        rows: Rows,
+        width: usize,
+        x: &Tensor,
+        store: &mut Tensor,
+    ) -> Result<(), ModelError> {
+        let pass = inputs.pass();
+        let slots = match rows {
+            Rows::All => &pass.slot_mapping,
+            Rows::Logits => &pass.logits_slots,
+        };
+        assert_eq!(x.dims(), [slots.len(), width]);
+        let store_rows = || -> CandleResult<()> {
+            let x = x.contiguous()?;
+            (slots.iter().enumerate())
+                .try_for_each(|(row, &slot)| store.slice_set(&x.narrow(0, row, 1)?, 0, slot))
+        };
+        store_rows().map_err(failed)
+    }
+
+    fn load_slots_before(
+        &mut self,
+        inputs: &Inputs,
+        _block_size: usize,
+        width: usize,
+        store: &Tensor,
+        out: &mut Tensor,
+    ) -> Result<(), ModelError> {
+        let rows = || -> CandleResult<Tensor> {
+            let mut rows = Vec::new();
+            for sequence in &inputs.pass().sequences {
+                for position in &sequence.positions {
+                    rows.push(match position.checked_sub(1) {
+                        None => Tensor::zeros((1, width), candle_core::DType::F32, store.device())?,
+                        Some(before) => store.index_select(&sequence.slots.narrow(0, before, 1)?, 0)?,
+                    });
+                }
+            }
+            Tensor::cat(&rows, 0)
+        };
+        replace(out, rows())
+    }
+
+    fn put_columns(
+        &mut self,
+        rows: usize,
+        x: &Tensor,
+        columns: Columns,
+        out: &mut Tensor,
+    ) -> Result<(), ModelError> {
+        assert_eq!(x.dims(), [rows, columns.width]);
+        let joined = match columns.first {
+            0 => Ok(x.clone()),
+            first => out.narrow(1, 0, first).and_then(|left| Tensor::cat(&[&left, x], 1)),
+        };
+        replace(out, joined)
+    }
+
     fn pick_logits_rows(&mut self, inputs: &Inputs, width: usize, x: &mut Tensor) -> Result<(), ModelError> {
         assert_eq!(x.dims()[1], width);
         let rows = inputs.pass().logits_rows.as_ref();
@@ -376,6 +449,11 @@ impl Pass {
             slot_mapping: batch.slot_mapping.iter().map(|&slot| slot as usize).collect(),
             sequences: sequences.filter_map(CandleResult::transpose).collect::<CandleResult<_>>()?,
             logits_rows,
+            logits_slots: batch
+                .logits_rows
+                .iter()
+                .map(|&row| batch.slot_mapping[row as usize] as usize)
+                .collect(),
         })
     }
 }
@@ -503,9 +581,13 @@ fn rotate(x: &Tensor, head_dim: usize, cos: &Tensor, sin: &Tensor) -> CandleResu
 }
 
 /// `[num_rows, context_len]`: 0 where a row may look, -inf where it may not.
-fn mask(sequence: &Sequence, window: Option<usize>) -> CandleResult<Tensor> {
+fn mask(sequence: &Sequence, attention: &Attention<'_, Tensor>) -> CandleResult<Tensor> {
+    let Attention { window, first_key, .. } = *attention;
     let context_len = sequence.slots.dims1()?;
-    let visible = |row: usize, key: usize| key <= row && window.is_none_or(|window| key + window > row);
+    let visible = |row: usize, key: usize| {
+        let is_near = key <= row && window.is_none_or(|window| key + window > row);
+        is_near && (key >= first_key || key == row)
+    };
     let mask: Vec<f32> = sequence
         .positions
         .iter()
@@ -545,7 +627,7 @@ fn attend(
     if let Some(cap) = attention.soft_cap {
         scores = soft_cap(&scores, cap)?;
     }
-    scores = scores.broadcast_add(&mask(sequence, attention.window)?)?;
+    scores = scores.broadcast_add(&mask(sequence, attention)?)?;
     // A sink is one more column, left out again after the softmax.
     if let Some(sinks) = attention.sinks {
         let column = sinks.reshape((num_heads, 1, 1))?.broadcast_as((num_heads, sequence.num_rows, 1))?;

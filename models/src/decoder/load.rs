@@ -69,7 +69,9 @@ impl<B: Backend> Decoder<B> {
         };
         let row_order = row_order(&config.rope, config.head_dim);
         let memory = WeightMemory::default();
-        let mut loader = Loader { checkpoint, config: &config, heads, row_order, memory, backend };
+        let attn_width = config.hidden_size;
+        let mut loader =
+            Loader { checkpoint, config: &config, heads, attn_width, row_order, memory, backend };
         let weights = loader.weights()?;
         let Loader { backend, memory, .. } = loader;
         Ok(Decoder {
@@ -78,6 +80,8 @@ impl<B: Backend> Decoder<B> {
             weights,
             memory,
             short_head: None,
+            start: None,
+            drafter: None,
             cache: None,
             workspace: None,
             pass: Pass::default(),
@@ -86,14 +90,16 @@ impl<B: Backend> Decoder<B> {
     }
 }
 
-struct Loader<'a, B> {
-    checkpoint: &'a Checkpoint,
-    config: &'a DecoderConfig,
-    heads: Heads,
+pub(super) struct Loader<'a, B> {
+    pub(super) checkpoint: &'a Checkpoint,
+    pub(super) config: &'a DecoderConfig,
+    pub(super) heads: Heads,
+    /// Width of what the query, key and value projections read.
+    pub(super) attn_width: usize,
     /// Of the rows of each query and key head; see [`row_order`].
-    row_order: Option<Vec<usize>>,
-    memory: WeightMemory,
-    backend: B,
+    pub(super) row_order: Option<Vec<usize>>,
+    pub(super) memory: WeightMemory,
+    pub(super) backend: B,
 }
 
 impl<'a, B: Backend> Loader<'a, B> {
@@ -118,7 +124,7 @@ impl<'a, B: Backend> Loader<'a, B> {
         Ok(Weights { embed, layers, final_norm, lm_head })
     }
 
-    fn layer(&mut self, index: usize) -> Result<LayerWeights<B>, ModelError> {
+    pub(super) fn layer(&mut self, index: usize) -> Result<LayerWeights<B>, ModelError> {
         let (config, names) = (self.config, &self.checkpoint.names);
         let placement: NormPlacement = config.norm_placement;
         let name = |role: Role| names.layer(role, index);
@@ -126,7 +132,9 @@ impl<'a, B: Backend> Loader<'a, B> {
         let experts = config.experts.filter(|_| !is_dense);
         // In the order of the pass, so that the first tensor missing is the first one needed.
         Ok(LayerWeights {
-            attn_norm: self.norm_if(placement.has_pre(), || name(Role::AttnNorm))?,
+            // A drafting head may have it on the halves of what its attention reads.
+            attn_norm: self
+                .norm_if(placement.has_pre() && names.has(Role::AttnNorm), || name(Role::AttnNorm))?,
             qkv: self.qkv(index)?,
             qk_norm: self.qk_norm(index)?,
             sinks: match config.attn_sinks {
@@ -153,7 +161,7 @@ impl<'a, B: Backend> Loader<'a, B> {
 
     /// Query, key and value projections as one, rows of queries and keys in the rotation's order.
     fn qkv(&mut self, layer: usize) -> Result<Projection<B>, ModelError> {
-        let (hidden, names) = (self.config.hidden_size, &self.checkpoint.names);
+        let (hidden, names) = (self.attn_width, &self.checkpoint.names);
         let (q, kv) = (self.heads.q_width(), self.heads.kv_width());
         let sizes = [q, kv, kv];
         let (mut parts, mut biases) = (Vec::new(), Vec::new());
@@ -335,7 +343,7 @@ impl<'a, B: Backend> Loader<'a, B> {
         Ok(Projection { weight, bias })
     }
 
-    fn matrix(&mut self, parts: &[Part<'_>], in_features: usize) -> Result<B::Matrix, ModelError> {
+    pub(super) fn matrix(&mut self, parts: &[Part<'_>], in_features: usize) -> Result<B::Matrix, ModelError> {
         let views: Vec<_> = parts.iter().map(Part::view).collect();
         for view in &views {
             self.memory.add(view);
@@ -359,7 +367,7 @@ impl<'a, B: Backend> Loader<'a, B> {
         if wanted { self.norm(&name()).map(Some) } else { Ok(None) }
     }
 
-    fn norm(&mut self, name: &str) -> Result<NormWeights<B>, ModelError> {
+    pub(super) fn norm(&mut self, name: &str) -> Result<NormWeights<B>, ModelError> {
         let width = self.config.hidden_size;
         let mut weight = self.part(name, &[width])?;
         weight.add(self.config.norm_weight_offset);
@@ -371,7 +379,7 @@ impl<'a, B: Backend> Loader<'a, B> {
     }
 
     /// A matrix of `[rows, in_features]`, in the type that it is kept in.
-    fn rows(
+    pub(super) fn rows(
         &self,
         (role, layer): (Role, usize),
         rows: usize,
@@ -402,7 +410,7 @@ impl<'a, B: Backend> Loader<'a, B> {
         if wanted { self.part(&WeightNames::bias(name), &[size]).map(Some) } else { Ok(None) }
     }
 
-    fn part(&self, name: &str, wanted: &[usize]) -> Result<Part<'a>, ModelError> {
+    pub(super) fn part(&self, name: &str, wanted: &[usize]) -> Result<Part<'a>, ModelError> {
         let checkpoint: &'a Checkpoint = self.checkpoint;
         let tensor = checkpoint.weights.read(name)?;
         if tensor.shape != wanted {

@@ -52,6 +52,7 @@ const FAMILIES: &[Family] = &[
     qwen::QWEN2,
     qwen::QWEN3,
     qwen::QWEN3_MOE,
+    qwen::MIMO,
     mistral::MISTRAL,
     mistral::MISTRAL3,
     starcoder2::FAMILY,

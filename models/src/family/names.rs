@@ -53,6 +53,15 @@ pub enum Role {
     ExpertGateUp,
     /// The down projection of an expert.
     ExpertDown,
+    /// `[hidden_size]`: of a drafting head, the norm of a token's embedding.
+    DraftTokenNorm,
+    /// `[hidden_size]`: of a drafting head, the norm of the hidden state beside it.
+    DraftHiddenNorm,
+    /// `[hidden_size, 2 * hidden_size]`: of a drafting head, what makes one of the two.
+    DraftInput,
+    /// `[hidden_size, layers * target's hidden_size]`: of a drafting head, what makes one of the hidden states of
+    /// several layers.
+    DraftFeatures,
 }
 
 /// Patterns of names: `{layer}` stands for the number of a layer, `{expert}` for that of an expert. An

@@ -1,4 +1,4 @@
-//! Qwen2, Qwen2.5 and Qwen2.5-Coder: Llama with a bias on query, key and value. Qwen3: norms on queries
+//! Qwen2, Qwen2.5, Qwen2.5-Coder and MiMo: Llama with a bias on query, key and value. Qwen3: norms on queries
 //! and keys instead. Qwen3-MoE (Qwen3-Coder-30B-A3B): experts besides.
 //! Source: transformers, `configuration_qwen{2,3,3_moe}.py` and their `modeling_*.py`.
 
@@ -16,6 +16,10 @@ pub(super) const QWEN2: Family = Family {
 
 pub(super) const QWEN3: Family =
     Family { model_type: "qwen3", architecture: "Qwen3ForCausalLM", config: qwen3, ..QWEN2 };
+
+/// MiMo: Qwen2 with a layer for multi-token prediction, which [`crate::Head`] reads.
+pub(super) const MIMO: Family =
+    Family { model_type: "mimo", architecture: "MiMoForCausalLM", config: mimo, ..QWEN2 };
 
 pub(super) const QWEN3_MOE: Family = Family {
     model_type: "qwen3_moe",
@@ -37,6 +41,11 @@ fn qwen2(options: &Options<'_>) -> Result<DecoderConfig, ModelError> {
         return Err(options.error("attention_bias", "true or absent: the family has biases on q, k and v"));
     }
     Ok(DecoderConfig { qkv_bias: true, ..common(options)? })
+}
+
+fn mimo(options: &Options<'_>) -> Result<DecoderConfig, ModelError> {
+    options.ignore(&["num_nextn_predict_layers"]);
+    qwen2(options)
 }
 
 fn qwen3(options: &Options<'_>) -> Result<DecoderConfig, ModelError> {

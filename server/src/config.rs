@@ -25,7 +25,7 @@ pub(crate) struct Config {
     pub(crate) port: u16,
     /// The large model: a folder or a hub id.
     pub(crate) target: Option<String>,
-    /// The small model: a folder or a hub id.
+    /// What drafts: the small model or a head, by folder or hub id, or `mtp`.
     pub(crate) draft: Option<String>,
     /// Draft tokens a verification.
     pub(crate) draft_tokens: DraftTokens,
@@ -137,7 +137,9 @@ const SETTINGS: &[Setting] = &[
     one("host", "an address or host name", |c, v| put(&mut c.host, parse::text(v))),
     one("port", "a port from 0 to 65535", |c, v| put(&mut c.port, parse::number(v, 0, u16::MAX))),
     one("target", "a model folder or hub id", |c, v| put(&mut c.target, parse::optional_text(v))),
-    one("draft", "a model folder or hub id", |c, v| put(&mut c.draft, parse::optional_text(v))),
+    one("draft", "a folder or hub id of a model or an EAGLE-3 head, or `mtp`", |c, v| {
+        put(&mut c.draft, parse::optional_text(v))
+    }),
     one("draft-tokens", "`auto` or a number from 0 to 32", |c, v| {
         put(&mut c.draft_tokens, parse::draft_tokens(v, MAX_DRAFT_TOKENS as u8))
     }),

@@ -32,6 +32,7 @@ Examples:
   tandem serve --target ./big --draft ./small --kv-memory 4GiB
   tandem serve --target ./big                                    no fast lane, no speculation
   tandem serve --target big-q4_k_m.gguf --draft small-q8_0.gguf
+  tandem serve --target ./big --draft ./big-eagle3               a head drafts; no fast lane
   TANDEM_API_KEY=KEY1,KEY2 tandem serve --host 0.0.0.0
   tandem serve --keys keys.db --tls-cert chain.pem --tls-key key.pem --host 0.0.0.0
   tandem serve --config tandem.toml
@@ -132,7 +133,10 @@ fn greeting(config: &Config, runtime: &Runtime, address: SocketAddr, ready: Dura
     if let Some(info) = draft {
         line("draft", describe(info));
     }
-    line("lanes", lanes(target, draft, config.draft_tokens));
+    if let Some(head) = &runtime.head {
+        line("head", format!("{}: {}", head.kind.name(), describe(&head.info)));
+    }
+    line("lanes", lanes(target, draft, runtime.head.is_some(), config.draft_tokens));
     line(
         "context",
         format!(
@@ -165,15 +169,25 @@ fn describe(info: &ModelInfo) -> String {
     )
 }
 
-fn lanes(target: Option<&ModelInfo>, draft: Option<&ModelInfo>, draft_tokens: DraftTokens) -> String {
-    let speculation = match (draft, draft_tokens) {
-        (None, _) => "no draft, so no speculation".to_owned(),
-        (Some(_), DraftTokens::Fixed(0)) => "speculation off".to_owned(),
-        (Some(_), DraftTokens::Fixed(1)) => "1 draft token a verification".to_owned(),
-        (Some(_), DraftTokens::Fixed(count)) => format!("{count} draft tokens a verification"),
-        (Some(_), DraftTokens::Auto) => "draft tokens chosen as it runs".to_owned(),
+fn lanes(
+    target: Option<&ModelInfo>,
+    draft: Option<&ModelInfo>,
+    has_head: bool,
+    draft_tokens: DraftTokens,
+) -> String {
+    let speculation = match draft_tokens {
+        _ if draft.is_none() && !has_head => "no draft, so no speculation".to_owned(),
+        DraftTokens::Fixed(0) => "speculation off".to_owned(),
+        DraftTokens::Fixed(1) => "1 draft token a verification".to_owned(),
+        DraftTokens::Fixed(count) => format!("{count} draft tokens a verification"),
+        DraftTokens::Auto => "draft tokens chosen as it runs".to_owned(),
     };
     match (target, draft) {
+        (Some(_), None) if has_head => {
+            format!(
+                "deep = target ({speculation}); auto = deep; no fast lane, as a head answers nobody by itself"
+            )
+        }
         (Some(_), Some(_)) => format!("fast = draft; deep = target ({speculation}); auto"),
         (Some(_), None) => format!("deep = target ({speculation}); auto = deep"),
         _ => "fast = draft; auto = fast (no target, so no deep lane)".to_owned(),

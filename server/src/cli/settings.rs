@@ -17,7 +17,8 @@ pub(crate) struct ModelSettings {
     target: Option<String>,
 
     /// The small model, best of the same vocabulary: answers the fast lane and drafts for the deep lane.
-    /// With --draft alone there is no deep lane
+    /// With --draft alone there is no deep lane. Or a head that only drafts, so that there is no fast lane: the
+    /// folder or hub id of an EAGLE-3 head, or `mtp` for the target's own multi-token-prediction layer
     #[arg(long, value_name = "MODEL", help_heading = "Models")]
     draft: Option<String>,
 

@@ -113,7 +113,8 @@ impl<B: Backend> Decoder<B> {
         let checkpoint = &head.checkpoint;
         let mut loader =
             Loader { checkpoint, config: &config, heads, attn_width, row_order, memory, backend };
-        let (weights, start, projection) = self.head_weights(head, &mut loader)?;
+        let tap = self.tap(head, &mut loader)?;
+        let (weights, start) = self.head_weights(head, &mut loader)?;
         let Loader { backend, memory, .. } = loader;
         let decoder = Decoder {
             heads,
@@ -128,28 +129,34 @@ impl<B: Backend> Decoder<B> {
             backend,
             config,
         };
-        let tap = Tap { features: head.features.clone(), projection, joined: None, projected: None };
         self.drafter = Some(Box::new(Attached { head: decoder, tap }));
         Ok(())
     }
 
-    /// A head's weights, with those that it shares with this decoder: the embedding unless it has its own, and the
-    /// outputs.
+    /// What this decoder is to leave for a head.
+    fn tap(&self, head: &Head, loader: &mut Loader<'_, B>) -> Result<Tap<B>, ModelError> {
+        let projection = match &head.features {
+            Features::FinalNorm => None,
+            Features::Layers(layers) => {
+                let (name, width) = (
+                    head.checkpoint.names.global(Role::DraftFeatures),
+                    layers.len() * self.config.hidden_size,
+                );
+                let part = loader.part(&name, &[loader.config.hidden_size, width])?;
+                Some(loader.matrix(&[part], width)?)
+            }
+        };
+        Ok(Tap { features: head.features.clone(), projection, joined: None, projected: None })
+    }
+
+    /// A head's weights, with those that it shares with this decoder: embedding and outputs, unless it has its own.
     fn head_weights(
         &mut self,
         head: &Head,
         loader: &mut Loader<'_, B>,
-    ) -> Result<(Weights<B>, HeadStart<B>, Option<B::Matrix>), ModelError> {
+    ) -> Result<(Weights<B>, HeadStart<B>), ModelError> {
         let (names, hidden) = (&head.checkpoint.names, loader.config.hidden_size);
         let vocab_size = loader.config.vocab_size;
-        let projection = match &head.features {
-            Features::FinalNorm => None,
-            Features::Layers(layers) => {
-                let width = layers.len() * self.config.hidden_size;
-                let part = loader.part(&names.global(Role::DraftFeatures), &[hidden, width])?;
-                Some(loader.matrix(&[part], width)?)
-            }
-        };
         let embed = match names.has(Role::Embed) {
             true => {
                 let part = loader.rows((Role::Embed, 0), vocab_size, hidden)?;
@@ -186,7 +193,7 @@ impl<B: Backend> Decoder<B> {
             to_target: head.to_target.clone(),
             scratch: Vec::new(),
         };
-        Ok((Weights { embed, layers, final_norm, lm_head: Some(lm_head) }, start, projection))
+        Ok((Weights { embed, layers, final_norm, lm_head: Some(lm_head) }, start))
     }
 
     /// Bytes that a token costs beside this decoder's keys and values.

@@ -39,7 +39,10 @@ pub fn head_matmul(pool: &ThreadPool, x: &[f32], heads: &HeadProducts<'_>, out: 
     let (in_width, out_width) = (weights.len() * (inp + tail), weights.len() * (outp + tail));
     assert!(x.len().is_multiple_of(in_width), "head_matmul: {} elements in rows of {in_width}", x.len());
     let rows = x.len() / in_width;
-    assert!(out_row_stride >= out_width, "head_matmul: rows of {out_width} with a stride of {out_row_stride}");
+    assert!(
+        out_row_stride >= out_width,
+        "head_matmul: rows of {out_width} with a stride of {out_row_stride}"
+    );
     let needed = rows.checked_sub(1).map_or(0, |last| last * out_row_stride + out_width);
     assert!(out.len() >= needed, "head_matmul: out has {} elements; {rows} rows need {needed}", out.len());
     if rows == 0 {

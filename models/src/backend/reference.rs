@@ -6,6 +6,8 @@
 //! rounding: candle's own matrix product may sum in another order when the number of rows changes.
 
 use candle_core::{D, Device, Error, Result as CandleResult, Tensor};
+use tandem_kernels::experts::{Groups, Scoring};
+use tandem_kernels::kv::Values;
 
 use super::{Attention, Backend, ExpertLinear, GatedFeedForward, Heads, Linear, Norm, QkNormWeights, Share};
 use crate::batch::ForwardBatch;
@@ -28,11 +30,12 @@ impl ReferenceBackend {
     }
 }
 
-/// Keys and values of one layer, each `[num_slots, num_kv_heads * head_dim]`.
+/// Keys and values of one layer, each `[num_slots, num_kv_heads * head_dim]`; no values where they are those of
+/// the keys.
 #[derive(Debug)]
 pub struct KvTensors {
     keys: Tensor,
-    values: Tensor,
+    values: Option<Tensor>,
 }
 
 /// Rotary tables, each `[num_positions, head_dim / 2]`.
@@ -124,7 +127,8 @@ impl Backend for ReferenceBackend {
             let zeros = zeros.map_err(|()| failed(Error::Msg(format!("no memory for {layout:?}"))))?;
             Tensor::from_vec(zeros, shape, &self.device).map_err(failed)
         };
-        Ok(KvTensors { keys: zeros()?, values: zeros()? })
+        let values = if layout.values == Values::Own { Some(zeros()?) } else { None };
+        Ok(KvTensors { keys: zeros()?, values })
     }
 
     fn allocate_buffer(&mut self, _len: usize) -> Result<Tensor, ModelError> {
@@ -225,6 +229,49 @@ impl Backend for ReferenceBackend {
         replace(qkv, normed)
     }
 
+    fn norm_first(
+        &mut self,
+        rows: usize,
+        width: usize,
+        norm: Norm<'_, Tensor>,
+        x: &mut Tensor,
+    ) -> Result<(), ModelError> {
+        assert_eq!(x.dims(), [rows, width]);
+        let first = norm.weight.elem_count();
+        let normed = x.narrow(1, 0, first).and_then(|part| rms_norm(&part, norm.weight, norm.eps));
+        let rest = x.narrow(1, first, width - first);
+        replace(x, normed.and_then(|normed| Tensor::cat(&[normed, rest?], 1)))
+    }
+
+    fn join_latents(
+        &mut self,
+        rows: usize,
+        heads: Heads,
+        q: &Tensor,
+        up: &[Tensor],
+        latents: &Tensor,
+        qkv: &mut Tensor,
+    ) -> Result<(), ModelError> {
+        assert_eq!(latents.dims(), [rows, heads.head_dim]);
+        replace(qkv, join_latents(heads, q, up, latents))
+    }
+
+    fn head_matmul(
+        &mut self,
+        rows: usize,
+        x: &Tensor,
+        weights: &[Tensor],
+        out: &mut Tensor,
+    ) -> Result<(), ModelError> {
+        assert_eq!(x.dims()[0], rows);
+        let product = |(head, weight): (usize, &Tensor)| {
+            let inputs = weight.dims()[1];
+            x.narrow(1, head * inputs, inputs)?.contiguous()?.matmul(&weight.t()?)
+        };
+        let heads: CandleResult<Vec<Tensor>> = weights.iter().enumerate().map(product).collect();
+        replace(out, heads.and_then(|heads| Tensor::cat(&heads, 1)))
+    }
+
     fn rope_and_store(
         &mut self,
         inputs: &Inputs,
@@ -313,11 +360,12 @@ impl Backend for ReferenceBackend {
         &mut self,
         rows: usize,
         experts: &Experts,
+        choice_bias: Option<&Tensor>,
         logits: &Tensor,
         routing: &mut Routing,
     ) -> Result<(), ModelError> {
         assert_eq!(logits.dims(), [rows, experts.num_experts]);
-        route(experts, logits, routing).map_err(failed)
+        route(experts, choice_bias, logits, routing).map_err(failed)
     }
 
     fn expert_matmul(
@@ -444,20 +492,57 @@ fn norm_queries_and_keys(
     Tensor::cat(&[part(0, q, norm.q)?, part(q, kv, norm.k)?, qkv.narrow(1, q + kv, kv)?], 1)
 }
 
+/// `[rows, heads.qkv_width()]`; see [`Backend::join_latents`].
+fn join_latents(heads: Heads, q: &Tensor, up: &[Tensor], latents: &Tensor) -> CandleResult<Tensor> {
+    let mut parts = Vec::new();
+    for (head, up) in up.iter().enumerate() {
+        let (rank, content) = up.dims2()?;
+        let turning = heads.head_dim - rank;
+        let first = head * (content + turning);
+        parts.push(q.narrow(1, first, content)?.contiguous()?.matmul(&up.t()?)?);
+        parts.push(q.narrow(1, first + content, turning)?);
+    }
+    parts.push(latents.clone());
+    Tensor::cat(&parts, 1)
+}
+
 /// Sorting on the host: the device's own sort has no rule for ties.
-fn route(experts: &Experts, logits: &Tensor, routing: &mut Routing) -> CandleResult<()> {
+fn route(
+    experts: &Experts,
+    choice_bias: Option<&Tensor>,
+    logits: &Tensor,
+    routing: &mut Routing,
+) -> CandleResult<()> {
     routing.picks.clear();
     let mut weights = Vec::new();
+    let bias = choice_bias.map(Tensor::to_vec1::<f32>).transpose()?;
     for logits in logits.to_vec2::<f32>()? {
+        let scores: Vec<f32> = match experts.scoring {
+            Scoring::Softmax => {
+                let max = logits.iter().copied().fold(f32::NEG_INFINITY, f32::max);
+                let sum: f32 = logits.iter().map(|logit| (logit - max).exp()).sum();
+                logits.iter().map(|logit| (logit - max).exp() / sum).collect()
+            }
+            Scoring::Sigmoid => logits.iter().map(|logit| 1.0 / (1.0 + (-logit).exp())).collect(),
+        };
+        let choice = |expert: usize| scores[expert] + bias.as_ref().map_or(0.0, |bias| bias[expert]);
         let mut order: Vec<usize> = (0..logits.len()).collect();
-        order.sort_by(|&a, &b| logits[b].total_cmp(&logits[a]));
-        let max = logits[order[0]];
-        let weight = |&expert: &usize| (logits[expert] - max).exp();
-        let all: f32 = order.iter().map(weight).sum();
+        order.sort_by(|&a, &b| choice(b).total_cmp(&choice(a)));
+        if let Some(Groups { num_groups, num_picked, two_best }) = experts.groups {
+            let group_of = |expert: usize| expert / (experts.num_experts / num_groups);
+            let score = |group: usize| -> f32 {
+                let best = order.iter().filter(|&&expert| group_of(expert) == group);
+                best.take(if two_best { 2 } else { 1 }).map(|&expert| choice(expert)).sum()
+            };
+            let mut groups: Vec<usize> = (0..num_groups).collect();
+            groups.sort_by(|&a, &b| score(b).total_cmp(&score(a)));
+            groups.truncate(num_picked);
+            order.retain(|&expert| groups.contains(&group_of(expert)));
+        }
         order.truncate(experts.num_experts_per_token);
-        let chosen: f32 = order.iter().map(weight).sum();
-        let sum = if experts.renormalise { chosen } else { all };
-        weights.extend(order.iter().map(|expert| weight(expert) / sum));
+        let chosen: f32 = order.iter().map(|&expert| scores[expert]).sum();
+        let factor = experts.weight_scale / if experts.renormalise { chosen } else { 1.0 };
+        weights.extend(order.iter().map(|&expert| scores[expert] * factor));
         routing.picks.extend(order);
     }
     routing.weights = Tensor::from_vec(weights, (routing.picks.len(), 1), logits.device())?;
@@ -482,24 +567,34 @@ fn rotate_and_store(
     };
     let queries = rotate(0, q_width)?;
     let keys = rotate(q_width, kv_width)?;
-    let values = qkv.narrow(1, q_width + kv_width, kv_width)?.contiguous()?;
     for (row, &slot) in pass.slot_mapping.iter().enumerate() {
         kv.keys.slice_set(&keys.narrow(0, row, 1)?, 0, slot)?;
-        kv.values.slice_set(&values.narrow(0, row, 1)?, 0, slot)?;
+    }
+    if let Some(stored) = &kv.values {
+        let values = qkv.narrow(1, q_width + kv_width, kv_width)?.contiguous()?;
+        for (row, &slot) in pass.slot_mapping.iter().enumerate() {
+            stored.slice_set(&values.narrow(0, row, 1)?, 0, slot)?;
+        }
     }
     Ok(queries)
 }
 
-/// `x` is `[num_tokens, _ * head_dim]`; channel `i` of a head turns with channel `i + head_dim / 2`.
+/// `x` is `[num_tokens, _ * head_dim]`; `cos` and `sin` are for a head's last `2 * half` channels, of which
+/// channel `i` turns with channel `i + half`.
 fn rotate(x: &Tensor, head_dim: usize, cos: &Tensor, sin: &Tensor) -> CandleResult<Tensor> {
     let (num_tokens, width) = x.dims2()?;
-    let half = head_dim / 2;
+    let half = cos.dims()[1];
+    let still = head_dim - 2 * half;
     let x = x.reshape((num_tokens, width / head_dim, head_dim))?;
-    let (first, second) = (x.narrow(2, 0, half)?, x.narrow(2, half, half)?);
+    let (first, second) = (x.narrow(2, still, half)?, x.narrow(2, still + half, half)?);
     let (cos, sin) = (cos.unsqueeze(1)?, sin.unsqueeze(1)?);
     let rotated_first = (first.broadcast_mul(&cos)? - second.broadcast_mul(&sin)?)?;
     let rotated_second = (second.broadcast_mul(&cos)? + first.broadcast_mul(&sin)?)?;
-    Tensor::cat(&[rotated_first, rotated_second], 2)?.reshape((num_tokens, width))
+    let mut parts = vec![rotated_first, rotated_second];
+    if still > 0 {
+        parts.insert(0, x.narrow(2, 0, still)?);
+    }
+    Tensor::cat(&parts, 2)?.reshape((num_tokens, width))
 }
 
 /// `[num_rows, context_len]`: 0 where a row may look, -inf where it may not.
@@ -523,7 +618,7 @@ fn attend(
     queries: &Tensor,
     kv: &KvTensors,
 ) -> CandleResult<Tensor> {
-    let Heads { num_heads, num_kv_heads, head_dim } = heads;
+    let Heads { num_heads, num_kv_heads, head_dim, .. } = heads;
     let group = num_heads / num_kv_heads;
     let context_len = sequence.slots.dims1()?;
     // [num_heads, context_len, head_dim]: each key/value head serves `group` query heads.
@@ -554,8 +649,12 @@ fn attend(
     let weights = scores.broadcast_sub(&scores.max_keepdim(D::Minus1)?)?.exp()?;
     let weights = weights.broadcast_div(&weights.sum_keepdim(D::Minus1)?)?;
     let weights = weights.narrow(2, 0, context_len)?.contiguous()?;
-    let mixed = weights.matmul(&context(&kv.values)?)?;
-    mixed.transpose(0, 1)?.reshape((sequence.num_rows, num_heads * head_dim))
+    let values = match &kv.values {
+        Some(values) => context(values)?,
+        None => context(&kv.keys)?.narrow(2, 0, heads.value_dim())?.contiguous()?,
+    };
+    let mixed = weights.matmul(&values)?;
+    mixed.transpose(0, 1)?.reshape((sequence.num_rows, heads.out_width()))
 }
 
 fn replace(out: &mut Tensor, result: CandleResult<Tensor>) -> Result<(), ModelError> {

@@ -15,7 +15,10 @@ impl Group<'_> {
     /// # Safety
     /// As for [`group`].
     #[inline(always)]
-    pub(super) unsafe fn score<V: Simd, E: Element, const R: usize, const W: usize>(&self, seen: &mut Seen<R>) {
+    pub(super) unsafe fn score<V: Simd, E: Element, const R: usize, const W: usize>(
+        &self,
+        seen: &mut Seen<R>,
+    ) {
         let args = self.task.args;
         let KvLayout { block_size, head_dim, .. } = args.layout;
         let end = self.start + seen.end[R - 1];
@@ -123,7 +126,10 @@ impl Group<'_> {
     /// # Safety
     /// As for [`group`].
     #[inline(always)]
-    pub(super) unsafe fn score_rows<V: Simd, E: Element, const R: usize, const W: usize>(&self, seen: &mut Seen<R>) {
+    pub(super) unsafe fn score_rows<V: Simd, E: Element, const R: usize, const W: usize>(
+        &self,
+        seen: &mut Seen<R>,
+    ) {
         let (begin, end) = (seen.begin[0], seen.end[R - 1]);
         let mut key = begin;
         // SAFETY: the caller's promise; keys below `end` are in the checked blocks.

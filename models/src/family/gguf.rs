@@ -161,11 +161,15 @@ pub(super) const ARCHITECTURES: &[Architecture] = &[
             ("expert_group_used_count", "topk_group"),
         ],
         implied: deepseek,
+        flags: &[("blk.0.attn_kv_a_mqa.bias", "attention_bias"), MLP_BIAS],
         ..PLAIN
     },
 ];
 
 const DEEPSEEK: &str = "deepseek2";
+/// What `expert_gating_func` says.
+pub(super) const SOFTMAX: u64 = 1;
+pub(super) const SIGMOID: u64 = 2;
 
 /// What files of DeepSeek-V2 and V3 say in other words than their config.json.
 fn deepseek(file: &GgufFile) -> Json {
@@ -175,7 +179,6 @@ fn deepseek(file: &GgufFile) -> Json {
     let key = size("attention.key_length_mla").or_else(|| size("attention.key_length"));
     let value = size("attention.value_length_mla").or_else(|| size("attention.value_length"));
     let flag = |key: &str| file.get(&format!("{DEEPSEEK}.{key}")) == Some(Value::Bool(true));
-    const SIGMOID: u64 = 2;
     let (scoring, method) = match size("expert_gating_func") {
         Some(SIGMOID) => ("sigmoid", "noaux_tc"),
         _ if size("expert_group_count").unwrap_or(1) > 1 => ("softmax", "group_limited_greedy"),
@@ -426,8 +429,9 @@ fn rotary(
     if architecture == DEEPSEEK
         && let Some(Value::Float(product)) = file.get(&key("scaling.yarn_log_multiplier"))
     {
-        // As the converter writes it, and for both gains, which are one number in the published models.
-        let gain = product / 0.1;
+        // As the converter writes it, in f32; for both gains, which are one number of three digits in the
+        // published models.
+        let gain = (product * 1e7).round() / 1e6;
         scaling.insert("mscale".to_owned(), gain.into());
         scaling.insert("mscale_all_dim".to_owned(), gain.into());
     }

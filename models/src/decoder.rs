@@ -5,9 +5,9 @@
 //! Query, key and value projections are one matrix, and so are gate and up: small models are bound by
 //! the number of operations, and larger ones lose nothing.
 
-use crate::backend::{Attention, Backend, GatedFeedForward, Heads, Linear, Share};
+use crate::backend::{Attention, Backend, Heads, Linear, Norm, Share};
 use crate::batch::ForwardBatch;
-use crate::config::{DecoderConfig, Positions};
+use crate::config::{DecoderConfig, NormKind, Positions};
 use crate::error::ModelError;
 use crate::kv_cache::{KvLayout, kv_bytes_per_token};
 use crate::model::{Model, WeightMemory};
@@ -23,7 +23,7 @@ mod workspace;
 pub use head::load_with_head;
 use head::{Attached, HeadStart};
 pub use load::{load, load_with};
-use weights::{FeedForward, NormWeights, Weights};
+use weights::{AttentionWeights, FeedForward, LatentWeights, LayerWeights, NormWeights, Weights};
 use workspace::Workspace;
 
 /// A decoder-only transformer on a backend.
@@ -109,7 +109,7 @@ impl<B: Backend> Model for Decoder<B> {
         let layers =
             (0..kv.num_layers).map(|_| self.backend.allocate_kv_layer(&kv)).collect::<Result<_, _>>()?;
         let mut load_rope =
-            |rope| self.backend.load_rope(RopeTable::new(rope, self.config.head_dim, num_positions));
+            |rope| self.backend.load_rope(RopeTable::new(rope, self.config.rotary_width(), num_positions));
         self.cache = Some(Cache {
             bounds: Bounds { vocab_size: self.config.vocab_size, num_positions, kv },
             layers,
@@ -227,15 +227,8 @@ impl<B: Backend> Decoder<B> {
         let next_norm = next_layer.map_or(Some(&weights.final_norm), |next| next.attn_norm.as_ref());
         let mut rows = shape.num_tokens;
 
-        let input = match start.as_ref().and_then(HeadStart::attention_input) {
-            Some(joined) => joined,
-            None if layer.attn_norm.is_some() => &ws.normed,
-            None => &ws.residual,
-        };
-        backend.matmul(rows, input, layer.qkv.linear(), &mut ws.qkv)?;
-        if let Some(norm) = layer.qk_norm(config) {
-            backend.qk_norm(rows, heads, norm, &mut ws.qkv)?;
-        }
+        let joined = start.as_ref().and_then(HeadStart::attention_input);
+        queries_keys_values(backend, config, joined, rows, ws, layer)?;
         let Cache { layers, ropes, inputs, .. } = cache;
         let kv = &mut layers[index];
         backend.rope_and_store(inputs, heads, ropes.of(kind.positions), &mut ws.qkv, kv)?;
@@ -250,7 +243,15 @@ impl<B: Backend> Decoder<B> {
             sinks: layer.sinks.as_ref(),
         };
         backend.attention(inputs, heads, attention, &ws.qkv, kv, &mut ws.attn)?;
-        backend.matmul(rows, &ws.attn, layer.o.linear(), &mut ws.update)?;
+        let values = match &layer.attention {
+            AttentionWeights::Heads { .. } => &ws.attn,
+            AttentionWeights::Latent(weights) => {
+                let room = ready(&mut ws.latent);
+                backend.head_matmul(rows, &ws.attn, &weights.v_up, &mut room.values)?;
+                &room.values
+            }
+        };
+        backend.matmul(rows, values, layer.o.linear(), &mut ws.update)?;
 
         if next_layer.is_none() && shape.num_logits_rows < rows && picks_rows {
             // The other rows have left their keys and values; no later layer asks for more of them.
@@ -304,6 +305,49 @@ impl<B: Backend> Decoder<B> {
     }
 }
 
+/// Queries, keys and values of every row, side by side, into `qkv`.
+fn queries_keys_values<B: Backend>(
+    backend: &mut B,
+    config: &DecoderConfig,
+    joined: Option<&B::Buffer>,
+    rows: usize,
+    ws: &mut Workspace<B>,
+    layer: &LayerWeights<B>,
+) -> Result<(), ModelError> {
+    let heads = Heads::of(config);
+    let input = match joined {
+        Some(joined) => joined,
+        None if layer.attn_norm.is_some() => &ws.normed,
+        None => &ws.residual,
+    };
+    let (qkv, qk_norm) = match &layer.attention {
+        AttentionWeights::Heads { qkv, qk_norm } => (qkv, qk_norm),
+        AttentionWeights::Latent(weights) => {
+            let LatentWeights { q_down, q, kv_down, kv_norm, k_up, .. } = weights;
+            let (room, eps) = (ready(&mut ws.latent), config.latent.map_or(0.0, |latent| latent.norm_eps));
+            let norm = |weight| Norm { kind: NormKind::Rms, weight, bias: None, eps };
+            let [made, normed] = &mut room.q_down;
+            let q_input = match q_down {
+                None => input,
+                Some((down, weight)) => {
+                    backend.matmul(rows, input, down.linear(), made)?;
+                    backend.norm(rows, made, norm(weight), normed)?;
+                    &*normed
+                }
+            };
+            backend.matmul(rows, q_input, q.linear(), &mut room.q)?;
+            backend.matmul(rows, input, kv_down.linear(), &mut room.latents)?;
+            backend.norm_first(rows, heads.head_dim, norm(kv_norm), &mut room.latents)?;
+            return backend.join_latents(rows, heads, &room.q, k_up, &room.latents, &mut ws.qkv);
+        }
+    };
+    backend.matmul(rows, input, qkv.linear(), &mut ws.qkv)?;
+    match qk_norm {
+        None => Ok(()),
+        Some(norm) => backend.qk_norm(rows, heads, norm.of(config), &mut ws.qkv),
+    }
+}
+
 /// Adds what a sublayer has computed, in `update`, to the residual stream, and puts the norm that comes
 /// next, if one does, into `normed`. `norms`: the one on the update itself, and the next.
 fn add_update<B: Backend>(
@@ -339,18 +383,17 @@ fn feed_forward<B: Backend>(
 ) -> Result<(), ModelError> {
     let input = if is_pre_norm { &ws.normed } else { &ws.residual };
     match ffn {
-        FeedForward::Dense { up, down } => {
+        FeedForward::Dense(dense) => {
             let (width, activation) = (config.intermediate_size, config.activation);
+            let room = [&mut ws.gate_up, &mut ws.activated];
             if config.gated {
-                let layer = GatedFeedForward { up: up.linear(), activation, down: down.linear() };
-                let room = [&mut ws.gate_up, &mut ws.activated];
-                return backend.gated_feed_forward(rows, input, layer, room, &mut ws.update);
+                return backend.gated_feed_forward(rows, input, dense.gated(config), room, &mut ws.update);
             }
-            backend.matmul(rows, input, up.linear(), &mut ws.gate_up)?;
+            backend.matmul(rows, input, dense.up.linear(), &mut ws.gate_up)?;
             backend.activate(rows, width, activation, &ws.gate_up, &mut ws.activated)?;
-            backend.matmul(rows, &ws.activated, down.linear(), &mut ws.update)
+            backend.matmul(rows, &ws.activated, dense.down.linear(), &mut ws.update)
         }
-        FeedForward::Experts { router, up, down } => {
+        FeedForward::Experts { router, choice_bias, up, down, shared } => {
             let (experts, room) = config
                 .experts
                 .as_ref()
@@ -358,13 +401,17 @@ fn feed_forward<B: Backend>(
                 .expect("a layer of experts has its options and its room: this is a bug");
             let picks = rows * experts.num_experts_per_token;
             backend.matmul(rows, input, router.linear(), &mut room.router)?;
-            backend.route(rows, experts, &room.router, &mut room.routing)?;
+            backend.route(rows, experts, choice_bias.as_ref(), &room.router, &mut room.routing)?;
             backend.expert_matmul(&mut room.routing, input, Share::Row, up.linear(), &mut ws.gate_up)?;
             let (width, act) = (experts.intermediate_size, config.activation);
             backend.gate(picks, width, act, &ws.gate_up, &mut ws.activated)?;
             let (x, answers) = (&ws.activated, &mut room.answers);
             backend.expert_matmul(&mut room.routing, x, Share::Pick, down.linear(), answers)?;
-            backend.combine(rows, config.hidden_size, &room.routing, answers, &mut ws.update)
+            backend.combine(rows, config.hidden_size, &room.routing, answers, &mut ws.update)?;
+            let Some(shared) = shared else { return Ok(()) };
+            let between = [&mut ws.gate_up, &mut ws.activated];
+            backend.gated_feed_forward(rows, input, shared.gated(config), between, answers)?;
+            backend.add(rows * config.hidden_size, &mut ws.update, answers)
         }
     }
 }

@@ -155,6 +155,9 @@ fn a_written_file_computes_what_transformers_computed_for_the_folder() {
         "granite",
         "phi3_longrope",
         "glm4",
+        "deepseek_v2_lite",
+        "deepseek_v2",
+        "deepseek_v3",
     ];
     let wrong: Vec<String> =
         cases.into_iter().filter_map(|case| same_model(case, &byte_level()).err()).collect();
@@ -198,6 +201,7 @@ fn what_gguf_cannot_say_is_refused() {
         ("gemma2", "0.2236"),
         ("olmo2", "qkv_bias"),
         ("gpt_oss", "limit: 1.5"),
+        ("deepseek_v3_half_split", "interleaved: false"),
     ] {
         let (folder, out) = (tempfile::tempdir().unwrap(), tempfile::tempdir().unwrap());
         with_tokenizer(case, &byte_level(), folder.path());

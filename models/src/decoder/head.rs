@@ -102,13 +102,9 @@ impl<B: Backend> Decoder<B> {
     /// As [`Decoder::load`].
     pub fn attach(&mut self, head: &Head, backend: B) -> Result<(), ModelError> {
         let config = head.checkpoint.config.clone();
-        let heads = Heads {
-            num_heads: config.num_heads,
-            num_kv_heads: config.num_kv_heads,
-            head_dim: config.head_dim,
-        };
+        let heads = Heads::of(&config);
         let attn_width = if head.input.is_projected() { 1 } else { 2 } * config.hidden_size;
-        let row_order = row_order(&config.rope, config.head_dim);
+        let row_order = row_order(&config.rope, config.rotary_width());
         let memory = WeightMemory::default();
         let checkpoint = &head.checkpoint;
         let mut loader =

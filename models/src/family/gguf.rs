@@ -145,7 +145,54 @@ pub(super) const ARCHITECTURES: &[Architecture] = &[
         ],
         ..PLAIN
     },
+    Architecture {
+        name: DEEPSEEK,
+        model_type: "deepseek_v2",
+        keys: &[
+            ("attention.q_lora_rank", "q_lora_rank"),
+            ("attention.kv_lora_rank", "kv_lora_rank"),
+            ("leading_dense_block_count", "first_k_dense_replace"),
+            ("expert_count", "n_routed_experts"),
+            ("expert_used_count", "num_experts_per_tok"),
+            ("expert_shared_count", "n_shared_experts"),
+            ("expert_feed_forward_length", "moe_intermediate_size"),
+            ("expert_weights_scale", "routed_scaling_factor"),
+            ("expert_group_count", "n_group"),
+            ("expert_group_used_count", "topk_group"),
+        ],
+        implied: deepseek,
+        flags: &[("blk.0.attn_kv_a_mqa.bias", "attention_bias"), MLP_BIAS],
+        ..PLAIN
+    },
 ];
+
+const DEEPSEEK: &str = "deepseek2";
+/// What `expert_gating_func` says.
+pub(super) const SOFTMAX: u64 = 1;
+pub(super) const SIGMOID: u64 = 2;
+
+/// What files of DeepSeek-V2 and V3 say in other words than their config.json.
+fn deepseek(file: &GgufFile) -> Json {
+    let size = |key: &str| file.u64(&format!("{DEEPSEEK}.{key}")).ok().flatten();
+    let turning = size("rope.dimension_count").unwrap_or(0);
+    // Older files, in which keys and values are made whole, have the widths of these.
+    let key = size("attention.key_length_mla").or_else(|| size("attention.key_length"));
+    let value = size("attention.value_length_mla").or_else(|| size("attention.value_length"));
+    let flag = |key: &str| file.get(&format!("{DEEPSEEK}.{key}")) == Some(Value::Bool(true));
+    let (scoring, method) = match size("expert_gating_func") {
+        Some(SIGMOID) => ("sigmoid", "noaux_tc"),
+        _ if size("expert_group_count").unwrap_or(1) > 1 => ("softmax", "group_limited_greedy"),
+        _ => ("softmax", "greedy"),
+    };
+    json!({
+        "qk_rope_head_dim": turning,
+        "qk_nope_head_dim": key.unwrap_or(0).saturating_sub(turning),
+        "v_head_dim": value,
+        "norm_topk_prob": flag("expert_weights_norm"),
+        "scoring_func": scoring,
+        "topk_method": method,
+    })
+}
 
 /// Norms after the sublayers.
 const SANDWICH: NameTable = &[
@@ -170,6 +217,18 @@ pub(super) const NAMES: NameTable = &[
     (Role::Up, "blk.{layer}.ffn_up.weight"),
     (Role::Down, "blk.{layer}.ffn_down.weight"),
     (Role::Router, "blk.{layer}.ffn_gate_inp.weight"),
+    (Role::QDown, "blk.{layer}.attn_q_a.weight"),
+    (Role::QDownNorm, "blk.{layer}.attn_q_a_norm.weight"),
+    (Role::QUp, "blk.{layer}.attn_q_b.weight"),
+    (Role::KvDown, "blk.{layer}.attn_kv_a_mqa.weight"),
+    (Role::KvDownNorm, "blk.{layer}.attn_kv_a_norm.weight"),
+    (Role::KvUp, "blk.{layer}.attn_kv_b.weight"),
+    (Role::KUp, "blk.{layer}.attn_k_b.weight"),
+    (Role::VUp, "blk.{layer}.attn_v_b.weight"),
+    (Role::RouterChoiceBias, "blk.{layer}.exp_probs_b.bias"),
+    (Role::SharedGate, "blk.{layer}.ffn_gate_shexp.weight"),
+    (Role::SharedUp, "blk.{layer}.ffn_up_shexp.weight"),
+    (Role::SharedDown, "blk.{layer}.ffn_down_shexp.weight"),
     (Role::ExpertGate, "blk.{layer}.ffn_gate_exps.weight"),
     (Role::ExpertUp, "blk.{layer}.ffn_up_exps.weight"),
     (Role::ExpertDown, "blk.{layer}.ffn_down_exps.weight"),
@@ -335,6 +394,7 @@ fn rotary(
     if let Some(dim) = file.u64(&key("dimension_count"))?
         && let Some(head_dim) = head_dim
         && (dim != head_dim || architecture == "glm4")
+        && architecture != DEEPSEEK
     {
         json.insert("partial_rotary_factor".to_owned(), (dim as f64 / head_dim as f64).into());
     }
@@ -365,6 +425,15 @@ fn rotary(
         if file.get(&key(name)).is_some() {
             scaling.insert(option.to_owned(), number(file, &key(name))?);
         }
+    }
+    if architecture == DEEPSEEK
+        && let Some(Value::Float(product)) = file.get(&key("scaling.yarn_log_multiplier"))
+    {
+        // As the converter writes it, in f32; for both gains, which are one number of three digits in the
+        // published models.
+        let gain = (product * 1e7).round() / 1e6;
+        scaling.insert("mscale".to_owned(), gain.into());
+        scaling.insert("mscale_all_dim".to_owned(), gain.into());
     }
     // gpt-oss was trained so; its files do not say it.
     if architecture == "gpt-oss" && kind == Some("yarn") {

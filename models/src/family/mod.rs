@@ -1,6 +1,7 @@
 //! Model families: how each writes its `config.json` and names its tensors. A family is a short file
 //! and a line in `FAMILIES`; the maths is `decoder.rs`, once, for all of them.
 
+mod deepseek;
 mod gemma;
 pub(crate) mod gguf;
 pub(crate) mod gguf_write;
@@ -65,6 +66,8 @@ const FAMILIES: &[Family] = &[
     smollm3::FAMILY,
     glm4::FAMILY,
     gpt_oss::FAMILY,
+    deepseek::V2,
+    deepseek::V3,
 ];
 
 /// What `config.json` says.

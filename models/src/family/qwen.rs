@@ -65,7 +65,7 @@ fn qwen3_moe(options: &Options<'_>) -> Result<DecoderConfig, ModelError> {
         num_experts_per_token: options.size("num_experts_per_tok", None, num_experts)?,
         intermediate_size: options.size("moe_intermediate_size", None, MAX_INTERMEDIATE)?,
         renormalise: options.bool("norm_topk_prob", false)?,
-        bias: false,
+        ..Experts::default()
     };
     let step = options.size("decoder_sparse_step", Some(1), usize::MAX)?;
     let plain = options.indices("mlp_only_layers", base.num_layers)?;

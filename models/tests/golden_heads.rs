@@ -15,7 +15,8 @@ const NUM_BLOCKS: usize = 7;
 const VOCAB_SIZE: usize = 64;
 
 /// Head and target.
-const CASES: [(&str, &str); 3] = [("eagle3", "llama"), ("speculators", "llama"), ("mimo", "mimo")];
+const CASES: [(&str, &str); 4] =
+    [("eagle3", "llama"), ("speculators", "llama"), ("mimo", "mimo"), ("deepseek", "deepseek")];
 
 fn folder(case: &str) -> PathBuf {
     Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/golden/heads").join(case)
@@ -45,8 +46,8 @@ fn golden(case: &str) -> Golden {
 }
 
 fn open(head: &str, target: &str) -> (Checkpoint, Head) {
+    let is_own = head == target;
     let target = Checkpoint::open(&folder(target)).unwrap();
-    let is_own = head == "mimo";
     assert_eq!(Head::is_in(&folder(head)), !is_own);
     let head = if is_own { Head::of_target(&target) } else { Head::open(&folder(head), &target) };
     let head = head.unwrap();
@@ -158,4 +159,9 @@ fn the_cases_are_as_different_as_their_names_say() {
     assert_eq!(speculators.input, Input::Attention { normed_residual: true });
     let (_, mimo) = open("mimo", "mimo");
     assert_eq!((mimo.kind, mimo.num_outputs()), (HeadKind::Mtp, VOCAB_SIZE));
+    assert_eq!(mimo.input, Input::Projection { hidden_first: true });
+    let (target, deepseek) = open("deepseek", "deepseek");
+    assert_eq!(deepseek.input, Input::Projection { hidden_first: false });
+    assert!(target.config.layer(0).dense && !deepseek.checkpoint.config.layer(0).dense);
+    assert!(deepseek.checkpoint.config.latent.is_some());
 }

@@ -153,25 +153,25 @@ impl<B: Backend> Decoder<B> {
     ) -> Result<(Weights<B>, HeadStart<B>), ModelError> {
         let (names, hidden) = (&head.checkpoint.names, loader.config.hidden_size);
         let vocab_size = loader.config.vocab_size;
-        let embed = match names.has(Role::Embed) {
+        let embed = match head.has_embedding {
             true => {
                 let part = loader.rows((Role::Embed, 0), vocab_size, hidden)?;
                 loader.matrix(&[part], hidden)?
             }
             false => self.backend.first_outputs(&self.weights.embed, vocab_size)?,
         };
-        let token_norm = loader.norm(&names.global(Role::DraftTokenNorm))?;
-        let hidden_norm = loader.norm(&names.global(Role::DraftHiddenNorm))?;
+        let token_norm = loader.norm(&names.layer(Role::DraftTokenNorm, head.layer))?;
+        let hidden_norm = loader.norm(&names.layer(Role::DraftHiddenNorm, head.layer))?;
         let input = match head.input.is_projected() {
             true => {
-                let part = loader.part(&names.global(Role::DraftInput), &[hidden, 2 * hidden])?;
+                let part = loader.part(&names.layer(Role::DraftInput, head.layer), &[hidden, 2 * hidden])?;
                 Some(loader.matrix(&[part], 2 * hidden)?)
             }
             false => None,
         };
-        let layers = vec![loader.layer(0)?];
-        let final_norm = loader.norm(&names.global(Role::FinalNorm))?;
-        let lm_head = match names.has(Role::LmHead) {
+        let layers = vec![loader.layer(head.layer)?];
+        let final_norm = loader.norm(&names.layer(Role::FinalNorm, head.layer))?;
+        let lm_head = match head.has_outputs {
             true => {
                 let num_outputs = head.to_target.as_ref().map_or(vocab_size, Vec::len);
                 let part = loader.rows((Role::LmHead, 0), num_outputs, hidden)?;

@@ -17,9 +17,14 @@ use crate::weights::{SafetensorsStore, WeightStore};
 use crate::{Checkpoint, ModelError};
 
 /// What both forms share.
-const COMMON: NameTable = &[(Role::DraftFeatures, "fc.weight"), (Role::FinalNorm, "norm.weight")];
-const EMBED: NameTable = &[(Role::Embed, "embed_tokens.weight")];
-const LM_HEAD: NameTable = &[(Role::LmHead, "lm_head.weight")];
+const COMMON: NameTable = &[
+    (Role::DraftFeatures, "fc.weight"),
+    (Role::FinalNorm, "norm.weight"),
+    (Role::Embed, EMBED),
+    (Role::LmHead, LM_HEAD),
+];
+const EMBED: &str = "embed_tokens.weight";
+const LM_HEAD: &str = "lm_head.weight";
 
 const MIDLAYER: NameTable = &[
     (Role::DraftTokenNorm, "midlayer.input_layernorm.weight"),
@@ -119,27 +124,25 @@ pub(super) fn open(dir: &Path, target: &Checkpoint) -> Result<Head, ModelError> 
     let store = SafetensorsStore::open(dir)?;
     let num_outputs = keys.size(DRAFT_VOCAB)?.unwrap_or(config.vocab_size);
     let to_target = to_target(&store, dir, num_outputs, config.vocab_size)?;
-    let mut tables =
-        vec![COMMON, if store.contains("midlayer.hidden_norm.weight") { MIDLAYER } else { LAYERS }];
-    if store.contains("embed_tokens.weight") {
-        tables.push(EMBED);
-    } else if config.hidden_size != target_hidden {
+    let layer = if store.contains("midlayer.hidden_norm.weight") { MIDLAYER } else { LAYERS };
+    let is_as_wide = config.hidden_size == target_hidden;
+    let has_embedding = store.contains(EMBED);
+    if !has_embedding && !is_as_wide {
         let reason = format!(
             "the head is {} wide and has no embedding of its own; the target's is {target_hidden} wide",
             config.hidden_size
         );
         return Err(mismatch(target, &name, reason));
     }
-    if store.contains("lm_head.weight") || to_target.is_some() || config.hidden_size != target_hidden {
-        tables.push(LM_HEAD);
-    }
+    // Then the target's would not do, and it is an error that there are none.
+    let has_outputs = store.contains(LM_HEAD) || to_target.is_some() || !is_as_wide;
     // Where features are, tokens are: a head has the positions of its target, whatever it was trained with.
     config.max_position_embeddings = target_config.max_position_embeddings;
     let checkpoint = Checkpoint {
         dir: dir.to_owned(),
         name,
         config,
-        names: WeightNames { tables, ..WeightNames::of(COMMON) },
+        names: WeightNames::of(COMMON).with(layer),
         generation: GenerationConfig::default(),
         weights: Box::new(store),
         json,
@@ -147,7 +150,8 @@ pub(super) fn open(dir: &Path, target: &Checkpoint) -> Result<Head, ModelError> 
         quantize: None,
     };
     let input = Input::Attention { normed_residual };
-    Ok(Head { kind: HeadKind::Eagle3, checkpoint, features, input, to_target })
+    let kind = HeadKind::Eagle3;
+    Ok(Head { kind, checkpoint, features, input, to_target, layer: 0, has_embedding, has_outputs })
 }
 
 /// The target's token of every output; `None` if they are the same.

@@ -33,6 +33,11 @@ pub struct Head {
     pub input: Input,
     /// The target's token of every output; `None`: outputs are the target's tokens.
     pub to_target: Option<Vec<u32>>,
+    /// The number that its layer goes by in its files.
+    pub(crate) layer: usize,
+    /// It has an embedding of its own, and outputs; otherwise they are its target's.
+    pub(crate) has_embedding: bool,
+    pub(crate) has_outputs: bool,
 }
 
 /// How a head was made.

@@ -4,7 +4,8 @@
     python models/tests/golden/make_heads.py
 
 Targets are tiny random checkpoints as Hugging Face transformers saves them; the heads' arithmetic is written
-down below, from the papers and from what the trainers' own code computes (SafeAILab/EAGLE, XiaomiMiMo/MiMo).
+down below, from the papers and from what the trainers' own code computes (SafeAILab/EAGLE, XiaomiMiMo/MiMo). The
+layer of a DeepSeek's head is transformers' own.
 A case holds `tokens`; `logits` after each of them but the first, each from the target's hidden state at the token
 before; and a chain of drafts: the tokens that the head likes best, and the logits after them, made from
 the head's own hidden states. Deterministic for one version of torch.
@@ -17,7 +18,15 @@ from pathlib import Path
 import torch
 from safetensors.torch import load_file, save_file
 from torch.nn.functional import silu, softmax
-from transformers import LlamaConfig, LlamaForCausalLM, Qwen2Config, Qwen2ForCausalLM
+from transformers import (
+    DeepseekV3Config,
+    DeepseekV3ForCausalLM,
+    LlamaConfig,
+    LlamaForCausalLM,
+    Qwen2Config,
+    Qwen2ForCausalLM,
+)
+from transformers.models.deepseek_v3.modeling_deepseek_v3 import DeepseekV3DecoderLayer
 
 HERE = Path(__file__).parent / "heads"
 NUM_TOKENS = 19
@@ -100,6 +109,20 @@ def mimo(layer, embed, lm_head):
         x = torch.cat([hidden, token], -1) @ layer.get("input_proj.weight").T
         out = layer(norm(x, layer.get("input_layernorm.weight")), x)
         out = norm(out, layer.get("final_layernorm.weight"))
+        return out, out @ lm_head.T
+
+    return forward
+
+
+def deepseek(weights, layer, rotary, embed, lm_head):
+    def forward(tokens, features):
+        token = norm(embed[tokens], weights["enorm.weight"])
+        hidden = norm(features, weights["hnorm.weight"])
+        x = (torch.cat([token, hidden], -1) @ weights["eh_proj.weight"].T)[None]
+        mask = torch.full((len(tokens), len(tokens)), float("-inf")).triu(1)[None, None]
+        positions = torch.arange(len(tokens))[None]
+        out = layer(x, attention_mask=mask, position_embeddings=rotary(x, positions))[0]
+        out = norm(out, weights["shared_head.norm.weight"])
         return out, out @ lm_head.T
 
     return forward
@@ -259,6 +282,59 @@ def main():
     _, features = hidden_states(target, tokens)
     layer = Layer(weights, prefix, 2, 1, 10000.0)
     forward = mimo(layer, target.model.embed_tokens.weight, target.lm_head.weight)
+    save(folder, forward, tokens, features, torch.arange(VOCAB))
+
+    # DeepSeek-V3: its head is one more layer, with latent attention and experts, behind the others.
+    folder = HERE / "deepseek"
+    config = DeepseekV3Config(
+        **SHAPE | dict(num_hidden_layers=2, num_key_value_heads=2),
+        rms_norm_eps=EPS,
+        tie_word_embeddings=False,
+        q_lora_rank=10,
+        kv_lora_rank=8,
+        qk_rope_head_dim=4,
+        qk_nope_head_dim=8,
+        v_head_dim=6,
+        n_routed_experts=4,
+        num_experts_per_tok=2,
+        n_shared_experts=1,
+        moe_intermediate_size=12,
+        first_k_dense_replace=1,
+        n_group=2,
+        topk_group=1,
+        norm_topk_prob=True,
+    )
+    target = DeepseekV3ForCausalLM(config).float()
+    save_target(folder, target)
+    config_json = json.loads((folder / "config.json").read_text())
+    save_config(folder, config_json | dict(num_nextn_predict_layers=1))
+    layer = DeepseekV3DecoderLayer(config, 2).float()
+    for name, tensor in layer.state_dict().items():
+        tensor.copy_((1 if "norm" in name else 0) + random(generator, *tensor.shape, scale=0.2 if "norm" in name else 0.4))
+    head = {
+        "enorm.weight": 1 + random(generator, HIDDEN, scale=0.2),
+        "hnorm.weight": 1 + random(generator, HIDDEN, scale=0.2),
+        "eh_proj.weight": random(generator, HIDDEN, 2 * HIDDEN),
+        "shared_head.norm.weight": 1 + random(generator, HIDDEN, scale=0.2),
+    }
+    weights = {}
+    for name, tensor in (layer.state_dict() | head).items():
+        match name:
+            case "mlp.experts.gate_up_proj":
+                for expert, both in enumerate(tensor):
+                    for half, rows in zip(["gate", "up"], both.chunk(2)):
+                        weights[f"mlp.experts.{expert}.{half}_proj.weight"] = rows.clone()
+            case "mlp.experts.down_proj":
+                weights |= {f"mlp.experts.{expert}.down_proj.weight": x.clone() for expert, x in enumerate(tensor)}
+            case _:
+                weights[name] = tensor
+    # Published files have the shared matrices a second time.
+    weights |= {"embed_tokens.weight": target.model.embed_tokens.weight, "shared_head.head.weight": target.lm_head.weight}
+    weights = {f"model.layers.2.{name}": tensor.clone() for name, tensor in weights.items()}
+    save_file(load_file(folder / "model.safetensors") | weights, folder / "model.safetensors")
+    _, features = hidden_states(target, tokens)
+    embed, lm_head = target.model.embed_tokens.weight, target.lm_head.weight
+    forward = deepseek(head, layer, target.model.rotary_emb, embed, lm_head)
     save(folder, forward, tokens, features, torch.arange(VOCAB))
 
 

@@ -27,6 +27,7 @@ pub use checkpoint::Checkpoint;
 pub use config::{DecoderConfig, Rope, RopeScaling};
 pub use decoder::{Decoder, load, load_with};
 pub use error::ModelError;
+pub use family::RopeOverride;
 pub use generation::GenerationConfig;
 pub use model::{Model, WeightMemory};
 pub use pair::{VocabMap, check_pair};

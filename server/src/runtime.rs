@@ -13,8 +13,8 @@ use tandem::keys::Keyring;
 use tandem_engine::{EngineConfig, EngineHandle, Models};
 use tandem_kernels::ThreadPool;
 use tandem_models::{
-    BackendKind, ChatTemplate, Checkpoint, Dtype, FileType, FimTokens, HubOptions, KvType, Model, Tokenizer,
-    VocabMap, WeightMemory,
+    BackendKind, ChatTemplate, Checkpoint, Dtype, FileType, FimTokens, HubOptions, KvType, Model,
+    RopeOverride, Tokenizer, VocabMap, WeightMemory,
 };
 
 use crate::config::Config;
@@ -40,6 +40,8 @@ pub(crate) struct ModelInfo {
     pub(crate) size_bytes: u64,
     /// The element type that most of them have.
     pub(crate) dtype: Dtype,
+    /// The rotary scaling in the place of the files'.
+    pub(crate) rope_scaling: Option<RopeOverride>,
 }
 
 /// A loaded model as people and the HTTP side see it; the engine has the rest.
@@ -58,6 +60,11 @@ impl KvInfo {
     /// Tokens that fit, of all sequences together.
     pub(crate) fn num_tokens(&self) -> usize {
         self.num_blocks * self.block_size
+    }
+
+    /// What a sequence of so many tokens takes of it.
+    pub(crate) fn bytes_of(&self, num_tokens: usize) -> u64 {
+        num_tokens.div_ceil(self.block_size) as u64 * (self.size_bytes / self.num_blocks as u64)
     }
 }
 
@@ -157,7 +164,11 @@ fn load(config: &Config, adapt: impl FnOnce(Models) -> Models) -> anyhow::Result
     let threads = config.threads.unwrap_or_else(default_threads);
     let pool = thread_pool(threads)?;
 
-    let (target, draft) = side_by_side(target_dir, draft_dir, |dir| Opened::open(&dir, config.quantize))?;
+    let target = target_dir.map(|dir| (dir, config.rope_scaling.as_ref()));
+    let draft_scaling = config.draft_rope_scaling.as_ref().unwrap_or(&config.rope_scaling);
+    let draft = draft_dir.map(|dir| (dir, draft_scaling.as_ref()));
+    let open = |(dir, rope): (PathBuf, Option<&RopeOverride>)| Opened::open(&dir, config.quantize, rope);
+    let (target, draft) = side_by_side(target, draft, open)?;
     let mut vocab_map = None;
     if let (Some(target), Some(draft)) = (&target, &draft) {
         // Before the weights: a wrong pair should not cost the minutes that large ones take.
@@ -242,7 +253,10 @@ fn context_len<'a>(asked: Option<usize>, loaded: impl Iterator<Item = &'a Loaded
     let (longest, name) = longest.expect("find_pair returns at least one model: this is a bug");
     match asked {
         Some(len) if len > longest => {
-            bail!("--max-model-len is {len}; {name} holds at most {longest} tokens of context")
+            bail!(
+                "--max-model-len is {len}; {name} holds at most {longest} tokens of context; --rope-scaling \
+                 can stretch it"
+            )
         }
         asked => Ok(asked.unwrap_or(longest)),
     }
@@ -295,11 +309,12 @@ pub(crate) fn default_threads() -> usize {
 struct Opened {
     checkpoint: Checkpoint,
     text: LaneModel,
+    rope_scaling: Option<RopeOverride>,
 }
 
 impl Opened {
-    fn open(dir: &Path, quantize: Option<FileType>) -> anyhow::Result<Self> {
-        let mut checkpoint = Checkpoint::open(dir)?;
+    fn open(dir: &Path, quantize: Option<FileType>, rope: Option<&RopeOverride>) -> anyhow::Result<Self> {
+        let mut checkpoint = Checkpoint::open_with(dir, rope)?;
         checkpoint.quantize = quantize;
         checkpoint.name = display_name(&checkpoint);
         let tokenizer = Arc::new(Tokenizer::from_dir(dir)?);
@@ -312,7 +327,7 @@ impl Opened {
             fim,
             generation: checkpoint.generation.clone(),
         };
-        Ok(Opened { checkpoint, text })
+        Ok(Opened { checkpoint, text, rope_scaling: rope.cloned() })
     }
 
     fn load(self, backend: BackendKind, kv_type: KvType, pool: &Arc<ThreadPool>) -> anyhow::Result<Loaded> {
@@ -322,7 +337,7 @@ impl Opened {
         if let Some(note) = self.checkpoint.repacking(&memory) {
             tracing::info!("{}: {note}", self.checkpoint.name);
         }
-        let info = describe(&self.checkpoint, &memory);
+        let info = ModelInfo { rope_scaling: self.rope_scaling, ..describe(&self.checkpoint, &memory) };
         Ok(Loaded { model, info, text: self.text })
     }
 }
@@ -347,6 +362,7 @@ fn describe(checkpoint: &Checkpoint, memory: &WeightMemory) -> ModelInfo {
         num_parameters: memory.num_parameters(),
         size_bytes: memory.size_bytes(),
         dtype: memory.main_type().unwrap_or(Dtype::F32),
+        rope_scaling: None,
     }
 }
 

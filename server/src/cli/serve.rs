@@ -136,8 +136,9 @@ fn greeting(config: &Config, runtime: &Runtime, address: SocketAddr, ready: Dura
     line(
         "context",
         format!(
-            "{} tokens a sequence; KV cache {} in {} = {} blocks of {} tokens ({} tokens)",
+            "{} tokens a sequence, {} if it is full; KV cache {} in {} = {} blocks of {} tokens ({} tokens)",
             runtime.max_model_len,
+            terminal::bytes(runtime.kv.bytes_of(runtime.max_model_len)),
             terminal::bytes(runtime.kv.size_bytes),
             runtime.kv.kv_type.name(),
             runtime.kv.num_blocks,
@@ -155,8 +156,10 @@ fn greeting(config: &Config, runtime: &Runtime, address: SocketAddr, ready: Dura
 }
 
 fn describe(info: &ModelInfo) -> String {
+    let scaling =
+        info.rope_scaling.as_ref().map_or_else(String::new, |rope| format!(", rope scaling {rope}"));
     format!(
-        "{}  {} parameters, {}, {}  ({})",
+        "{}  {} parameters, {}, {}{scaling}  ({})",
         info.name,
         terminal::count(info.num_parameters),
         terminal::bytes(info.size_bytes),

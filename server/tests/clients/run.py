@@ -44,6 +44,8 @@ def drive(name, client, options):
     box.fresh()
     built = options.built
     command = [built / "tandem", "serve", "--port", "0", "--api-key", KEY, "--threads", "1"]
+    if hasattr(client, "serve"):
+        command += client.serve(box)
     with Server(command, {}) as server:
         client.turn(box, server.url)
         server.process.send_signal(signal.SIGTERM)

@@ -19,12 +19,14 @@ use crate::config::{Config, Loaded};
 use crate::runtime::{self, ModelInfo, Runtime};
 
 pub(super) const LONG_ABOUT: &str = "\
-Serve a pair of models over HTTP, as OpenAI's, Anthropic's, llama.cpp's and Mistral's clients speak it.
+Serve a pair of models over HTTP, as OpenAI's, Anthropic's, llama.cpp's, Mistral's, Ollama's and Tabby's clients \
+speak it.
 
 Prints the address, the pair and a request to try, and serves until Ctrl-C, which lets running answers \
 finish. OpenAI: /v1/completions (with `suffix` for fill-in-the-middle), /v1/chat/completions, /v1/responses, \
 /v1/models. Anthropic: /v1/messages. llama.cpp: /infill, /completion, /tokenize, /detokenize, \
-/apply-template, /props, /slots. Mistral: /v1/fim/completions. And /health and /metrics.";
+/apply-template, /props, /slots. Mistral: /v1/fim/completions. Ollama: /api/generate, /api/chat, /api/tags, \
+/api/show. Tabby: /v1/completions with `segments`, /v1/health. And /health and /metrics.";
 
 pub(super) const EXAMPLES: &str = "\
 Examples:

@@ -131,7 +131,13 @@ fn gbnf_is_translated() {
         let error = Format::grammar(text).expect_err(text).to_string();
         assert!(error.contains(word), "{error}");
     }
-    assert!(Format::grammar(&format!("root ::= {}", "(".repeat(100_000))).is_err());
+    // Neither groups in groups nor repetitions of repetitions go deeper than a stack.
+    for text in ["(", "\"a\"**", "\"a\"{1}"] {
+        let (first, again) = text.split_at(text.len() - if text.ends_with('}') { 3 } else { 1 });
+        let text = format!("root ::= {first}{}", again.repeat(100_000));
+        assert!(Format::grammar(&text).is_err());
+    }
+    takes(&of("root ::= \"a\"{2}? \"b\""), "b");
 }
 
 #[test]
@@ -256,6 +262,12 @@ fn hostile_texts_are_bounded() {
         text_of(nested),
         plain(&Format::Regex("((a{1,1000}){1,1000}){1,1000}b".to_owned())),
         plain(&Format::Regex("(x+x+)+y".repeat(50))),
+        plain(&Format::Regex(format!("a{}", "*".repeat(100_000)))),
+        format!("start: \"a\"{}", "?".repeat(100_000)),
+        format!("start: {}\"a\"", "-".repeat(100_000)),
+        format!("start: T\nT: \"a\"{}", " & /a/".repeat(20_000)),
+        format!("start: \"a\"{}", " \"a\"".repeat(40_000)),
+        format!("start: \"a\"{}", " | \"a\"".repeat(40_000)),
         plain(&Format::Regex("[a-z]{0,5000}[0-9]{0,5000}".to_owned())),
         plain(&Format::Regex("(.*a.{30}){4}".to_owned())),
         plain(&Format::Choice((0..4_000).map(|i| format!("choice number {i}")).collect())),

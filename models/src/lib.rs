@@ -28,6 +28,7 @@ pub use checkpoint::Checkpoint;
 pub use config::{DecoderConfig, Rope, RopeScaling};
 pub use decoder::{Decoder, load, load_with, load_with_head};
 pub use error::ModelError;
+pub use family::RopeOverride;
 pub use generation::GenerationConfig;
 pub use heads::{Head, HeadKind};
 pub use model::{Model, WeightMemory};

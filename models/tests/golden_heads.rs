@@ -49,7 +49,7 @@ fn open(head: &str, target: &str) -> (Checkpoint, Head) {
     let is_own = head == target;
     let target = Checkpoint::open(&folder(target)).unwrap();
     assert_eq!(Head::is_in(&folder(head)), !is_own);
-    let head = if is_own { Head::of_target(&target) } else { Head::open(&folder(head), &target) };
+    let head = if is_own { Head::of_target(&target) } else { Head::open(&folder(head), &target, None) };
     let head = head.unwrap();
     (target, head)
 }

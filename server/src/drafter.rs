@@ -2,7 +2,7 @@
 
 use std::path::PathBuf;
 
-use tandem_models::{Checkpoint, Head, HubOptions, ModelError};
+use tandem_models::{Checkpoint, Head, HubOptions, ModelError, RopeOverride};
 
 /// The name of the layer for multi-token prediction that a target carries. (A folder of that name is `./mtp`.)
 const MTP: &str = "mtp";
@@ -40,13 +40,14 @@ impl Drafter {
 }
 
 impl HeadPlace {
-    /// The head, checked against its target.
+    /// The head, checked against its target. `rope` is what one in a folder of its own has for a rotary scaling
+    /// instead of its files'; a target's layer has the target's.
     ///
     /// # Errors
     /// If there is none, or it is another target's.
-    pub(crate) fn open(&self, target: &Checkpoint) -> Result<Head, ModelError> {
+    pub(crate) fn open(&self, target: &Checkpoint, rope: Option<&RopeOverride>) -> Result<Head, ModelError> {
         let head = match self {
-            HeadPlace::Folder(dir) => Head::open(dir, target),
+            HeadPlace::Folder(dir) => Head::open(dir, target, rope),
             HeadPlace::Target => Head::of_target(target),
         };
         head.map(|mut head| {

@@ -14,7 +14,7 @@ use tandem_engine::{EngineConfig, EngineHandle, Models};
 use tandem_kernels::ThreadPool;
 use tandem_models::{
     BackendKind, ChatTemplate, Checkpoint, Dtype, FileType, FimTokens, Head, HeadKind, HubOptions, KvType,
-    Model, Tokenizer, VocabMap, WeightMemory,
+    Model, RopeOverride, Tokenizer, VocabMap, WeightMemory,
 };
 
 use crate::config::Config;
@@ -41,6 +41,8 @@ pub(crate) struct ModelInfo {
     pub(crate) size_bytes: u64,
     /// The element type that most of them have.
     pub(crate) dtype: Dtype,
+    /// The rotary scaling in the place of the files'.
+    pub(crate) rope_scaling: Option<RopeOverride>,
 }
 
 /// A loaded model as people and the HTTP side see it; the engine has the rest.
@@ -66,6 +68,11 @@ impl KvInfo {
     /// Tokens that fit, of all sequences together.
     pub(crate) fn num_tokens(&self) -> usize {
         self.num_blocks * self.block_size
+    }
+
+    /// What a sequence of so many tokens takes of it.
+    pub(crate) fn bytes_of(&self, num_tokens: usize) -> u64 {
+        num_tokens.div_ceil(self.block_size) as u64 * (self.size_bytes / self.num_blocks as u64)
     }
 }
 
@@ -172,9 +179,14 @@ fn load(config: &Config, adapt: impl FnOnce(Models) -> Models) -> anyhow::Result
     let threads = config.threads.unwrap_or_else(default_threads);
     let pool = thread_pool(threads)?;
 
-    let (mut target, draft) = side_by_side(target_dir, draft_dir, |dir| Opened::open(&dir, config.quantize))?;
+    let target = target_dir.map(|dir| (dir, config.rope_scaling.as_ref()));
+    let draft_scaling = config.draft_rope_scaling.as_ref().unwrap_or(&config.rope_scaling);
+    let draft = draft_dir.map(|dir| (dir, draft_scaling.as_ref()));
+    let open = |(dir, rope): (PathBuf, Option<&RopeOverride>)| Opened::open(&dir, config.quantize, rope);
+    let (mut target, draft) = side_by_side(target, draft, open)?;
     if let Some(place) = head {
-        target.as_mut().context(HEAD_ALONE)?.add_head(&place)?;
+        let rope = config.draft_rope_scaling.as_ref().and_then(Option::as_ref);
+        target.as_mut().context(HEAD_ALONE)?.add_head(&place, rope)?;
     }
     let mut vocab_map = None;
     if let (Some(target), Some(draft)) = (&target, &draft) {
@@ -262,7 +274,10 @@ fn context_len<'a>(asked: Option<usize>, loaded: impl Iterator<Item = &'a Loaded
     let (longest, name) = longest.expect("find_pair returns at least one model: this is a bug");
     match asked {
         Some(len) if len > longest => {
-            bail!("--max-model-len is {len}; {name} holds at most {longest} tokens of context")
+            bail!(
+                "--max-model-len is {len}; {name} holds at most {longest} tokens of context; --rope-scaling \
+                 can stretch it"
+            )
         }
         asked => Ok(asked.unwrap_or(longest)),
     }
@@ -321,11 +336,12 @@ struct Opened {
     /// What is to draft from its hidden states.
     head: Option<Head>,
     text: LaneModel,
+    rope_scaling: Option<RopeOverride>,
 }
 
 impl Opened {
-    fn open(dir: &Path, quantize: Option<FileType>) -> anyhow::Result<Self> {
-        let mut checkpoint = Checkpoint::open(dir)?;
+    fn open(dir: &Path, quantize: Option<FileType>, rope: Option<&RopeOverride>) -> anyhow::Result<Self> {
+        let mut checkpoint = Checkpoint::open_with(dir, rope)?;
         checkpoint.quantize = quantize;
         checkpoint.name = display_name(&checkpoint);
         let tokenizer = Arc::new(Tokenizer::from_dir(dir)?);
@@ -338,12 +354,12 @@ impl Opened {
             fim,
             generation: checkpoint.generation.clone(),
         };
-        Ok(Opened { checkpoint, head: None, text })
+        Ok(Opened { checkpoint, head: None, text, rope_scaling: rope.cloned() })
     }
 
     /// Before the weights: a wrong head should not cost the minutes that large ones take.
-    fn add_head(&mut self, place: &HeadPlace) -> anyhow::Result<()> {
-        self.head = Some(place.open(&self.checkpoint)?);
+    fn add_head(&mut self, place: &HeadPlace, rope: Option<&RopeOverride>) -> anyhow::Result<()> {
+        self.head = Some(place.open(&self.checkpoint, rope)?);
         Ok(())
     }
 
@@ -358,7 +374,7 @@ impl Opened {
         if let Some(note) = self.checkpoint.repacking(&memory) {
             tracing::info!("{}: {note}", self.checkpoint.name);
         }
-        let info = describe(&self.checkpoint, &memory);
+        let info = ModelInfo { rope_scaling: self.rope_scaling, ..describe(&self.checkpoint, &memory) };
         let head = self.head.as_ref().zip(model.drafting_head()).map(|(head, model)| HeadInfo {
             kind: head.kind,
             info: describe(&head.checkpoint, &model.weight_memory()),
@@ -387,6 +403,7 @@ fn describe(checkpoint: &Checkpoint, memory: &WeightMemory) -> ModelInfo {
         num_parameters: memory.num_parameters(),
         size_bytes: memory.size_bytes(),
         dtype: memory.main_type().unwrap_or(Dtype::F32),
+        rope_scaling: None,
     }
 }
 

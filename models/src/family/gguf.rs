@@ -5,7 +5,7 @@
 use serde_json::{Map, Value as Json, json};
 
 use super::options::list_of_keys;
-use super::{ModelDescription, NameTable, Role, WeightNames, read_options};
+use super::{ModelDescription, NameTable, Role, RopeOverride, WeightNames, read_with};
 use crate::weights::WeightStore;
 use crate::weights::gguf::{GgufFile, Value, ValueType};
 use crate::{DecoderConfig, ModelError, RopeScaling};
@@ -260,11 +260,16 @@ pub(crate) fn tensor_name(role: Role, layer: usize) -> String {
     names.layer(role, layer)
 }
 
-/// What `file` says of itself, with the tensors of all its parts in `weights`.
+/// What `file` says of itself, with the tensors of all its parts in `weights`, and with another rotary scaling
+/// if there is one.
 ///
 /// # Errors
 /// If its architecture is not known, or its metadata are not what the family wants.
-pub(crate) fn read(file: &GgufFile, weights: &dyn WeightStore) -> Result<ModelDescription, ModelError> {
+pub(crate) fn read(
+    file: &GgufFile,
+    weights: &dyn WeightStore,
+    rope: Option<&RopeOverride>,
+) -> Result<ModelDescription, ModelError> {
     let name = file.string(ARCHITECTURE)?;
     let architecture =
         ARCHITECTURES.iter().find(|architecture| Some(architecture.name) == name).ok_or_else(|| {
@@ -273,8 +278,17 @@ pub(crate) fn read(file: &GgufFile, weights: &dyn WeightStore) -> Result<ModelDe
             file.wrong(ARCHITECTURE, &format!("one of the supported: {}{unknown}", known.join(", ")))
         })?;
     let json = translate(file, architecture, weights)?;
-    let (config, _) = read_options(file.path(), &json)?;
-    let config = as_converted(config, file, architecture, weights)?;
+    let (config, _) = read_with(file.path(), &json, rope)?;
+    let has_factors = weights.contains(ROPE_FACTORS);
+    let config = match rope {
+        // Their divisors do not say what they were made of.
+        Some(rope) if has_factors && !rope.names_original() => {
+            return Err(rope.fault(rope.unknown_original(file.path())));
+        }
+        Some(_) => as_converted(config, architecture),
+        None if has_factors => with_factors(as_converted(config, architecture), file, weights)?,
+        None => as_converted(config, architecture),
+    };
     let names = WeightNames::of(NAMES).with(architecture.names);
     Ok(ModelDescription { config, names, packing: None, json })
 }
@@ -444,32 +458,34 @@ fn rotary(
 }
 
 /// The configuration for tensors as the converter leaves them.
-fn as_converted(
-    config: DecoderConfig,
-    file: &GgufFile,
-    architecture: &Architecture,
-    weights: &dyn WeightStore,
-) -> Result<DecoderConfig, ModelError> {
+fn as_converted(config: DecoderConfig, architecture: &Architecture) -> DecoderConfig {
     let mut config = config;
     // Gemma's norms are stored with their one.
     config.norm_weight_offset = 0.0;
     config.rope.interleaved |= architecture.permuted;
-    if weights.contains(ROPE_FACTORS) {
-        let factors = weights.tensor(ROPE_FACTORS)?.to_f32();
-        let good = factors.iter().all(|factor| factor.is_finite() && *factor > 0.0);
-        if factors.len() != config.rope.dim / 2 || !good {
-            return Err(ModelError::weights(
-                file.path(),
-                format!(
-                    "tensor `{ROPE_FACTORS}` has {} numbers; wanted {} positive ones, one for each pair of \
-                     rotary channels",
-                    factors.len(),
-                    config.rope.dim / 2
-                ),
-            ));
-        }
-        config.rope.scaling = RopeScaling::LongRope { factors, attention_factor: 1.0 };
+    config
+}
+
+/// The same with the frequencies' divisors that `file` has as a tensor.
+fn with_factors(
+    mut config: DecoderConfig,
+    file: &GgufFile,
+    weights: &dyn WeightStore,
+) -> Result<DecoderConfig, ModelError> {
+    let factors = weights.tensor(ROPE_FACTORS)?.to_f32();
+    let good = factors.iter().all(|factor| factor.is_finite() && *factor > 0.0);
+    if factors.len() != config.rope.dim / 2 || !good {
+        return Err(ModelError::weights(
+            file.path(),
+            format!(
+                "tensor `{ROPE_FACTORS}` has {} numbers; wanted {} positive ones, one for each pair of \
+                 rotary channels",
+                factors.len(),
+                config.rope.dim / 2
+            ),
+        ));
     }
+    config.rope.scaling = RopeScaling::LongRope { factors, attention_factor: 1.0 };
     Ok(config)
 }
 

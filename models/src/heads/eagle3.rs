@@ -14,7 +14,7 @@ use crate::family::{self, CONFIG_FILE, NameTable, Role, WeightNames, describe};
 use crate::files::read_json;
 use crate::generation::GenerationConfig;
 use crate::weights::{SafetensorsStore, WeightStore};
-use crate::{Checkpoint, ModelError};
+use crate::{Checkpoint, ModelError, RopeOverride};
 
 /// What both forms share.
 const COMMON: NameTable = &[
@@ -91,13 +91,13 @@ pub(super) fn is_head(json: &Map<String, Value>) -> bool {
 }
 
 /// See [`Head::open`].
-pub(super) fn open(dir: &Path, target: &Checkpoint) -> Result<Head, ModelError> {
+pub(super) fn open(dir: &Path, target: &Checkpoint, rope: Option<&RopeOverride>) -> Result<Head, ModelError> {
     let path = dir.join(CONFIG_FILE);
     let json: Map<String, Value> = read_json(&path, MAX_CONFIG_BYTES)?;
     let keys = Keys { path: &path, json: &json };
     keys.check_kind()?;
     let name = name_of(dir);
-    let (mut config, _) = family::read_options(&path, &keys.layer()?)?;
+    let (mut config, _) = family::read_with(&path, &keys.layer()?, rope)?;
     if config.num_layers != 1 {
         let wanted = "1: a head of several layers is not supported";
         return Err(keys.layer_error("num_hidden_layers", config.num_layers, wanted));

@@ -15,7 +15,7 @@ use serde_json::{Map, Value};
 
 use crate::family::CONFIG_FILE;
 use crate::files::read_json;
-use crate::{Checkpoint, ModelError};
+use crate::{Checkpoint, ModelError, RopeOverride};
 
 /// Real ones are a few kilobytes.
 const MAX_CONFIG_BYTES: u64 = 4 << 20;
@@ -112,13 +112,14 @@ impl Head {
         json.is_ok_and(|json| eagle3::is_head(&json))
     }
 
-    /// Reads the head in the folder `dir`, which drafts for `target`.
+    /// Reads the head in the folder `dir`, which drafts for `target`; with another rotary scaling than that of its
+    /// files if there is one.
     ///
     /// # Errors
     /// If a file is missing, damaged, or asks for something this crate does not do, or if the head was made
     /// for another target.
-    pub fn open(dir: &Path, target: &Checkpoint) -> Result<Self, ModelError> {
-        eagle3::open(dir, target)
+    pub fn open(dir: &Path, target: &Checkpoint, rope: Option<&RopeOverride>) -> Result<Self, ModelError> {
+        eagle3::open(dir, target, rope)
     }
 
     /// The layer for multi-token prediction that `target` carries.

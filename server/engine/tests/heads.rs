@@ -194,7 +194,7 @@ fn model(noise: f32, kind: Option<Kind>) -> Box<dyn Model> {
         Kind::Mtp => Head::of_target(&target),
         _ => {
             write_eagle3(&head_dir, if kind == Kind::Eagle3 { VOCAB_SIZE } else { VOCAB_SIZE / 2 });
-            Head::open(&head_dir, &target)
+            Head::open(&head_dir, &target, None)
         }
     });
     let (backend, kv_type) = (BackendKind::Cpu, KvType::F32);

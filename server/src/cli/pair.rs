@@ -184,7 +184,7 @@ fn explain_head(target: &Checkpoint, place: &HeadPlace) -> anyhow::Result<Option
         "target     {}: {} layers, {} wide, {} rows of embedding",
         target.name, config.num_layers, config.hidden_size, config.vocab_size
     );
-    let head = match place.open(target) {
+    let head = match place.open(target, None) {
         Ok(head) => head,
         Err(error) => {
             println!("no pair    {error}");

@@ -19,12 +19,14 @@ use crate::config::{Config, Loaded};
 use crate::runtime::{self, ModelInfo, Runtime};
 
 pub(super) const LONG_ABOUT: &str = "\
-Serve a pair of models over HTTP, as OpenAI's, Anthropic's, llama.cpp's and Mistral's clients speak it.
+Serve a pair of models over HTTP, as OpenAI's, Anthropic's, llama.cpp's, Mistral's, Ollama's and Tabby's clients \
+speak it.
 
 Prints the address, the pair and a request to try, and serves until Ctrl-C, which lets running answers \
 finish. OpenAI: /v1/completions (with `suffix` for fill-in-the-middle), /v1/chat/completions, /v1/responses, \
 /v1/models. Anthropic: /v1/messages. llama.cpp: /infill, /completion, /tokenize, /detokenize, \
-/apply-template, /props, /slots. Mistral: /v1/fim/completions. And /health and /metrics.";
+/apply-template, /props, /slots. Mistral: /v1/fim/completions. Ollama: /api/generate, /api/chat, /api/tags, \
+/api/show. Tabby: /v1/completions with `segments`, /v1/health. And /health and /metrics.";
 
 pub(super) const EXAMPLES: &str = "\
 Examples:
@@ -140,8 +142,9 @@ fn greeting(config: &Config, runtime: &Runtime, address: SocketAddr, ready: Dura
     line(
         "context",
         format!(
-            "{} tokens a sequence; KV cache {} in {} = {} blocks of {} tokens ({} tokens)",
+            "{} tokens a sequence, {} if it is full; KV cache {} in {} = {} blocks of {} tokens ({} tokens)",
             runtime.max_model_len,
+            terminal::bytes(runtime.kv.bytes_of(runtime.max_model_len)),
             terminal::bytes(runtime.kv.size_bytes),
             runtime.kv.kv_type.name(),
             runtime.kv.num_blocks,
@@ -159,8 +162,10 @@ fn greeting(config: &Config, runtime: &Runtime, address: SocketAddr, ready: Dura
 }
 
 fn describe(info: &ModelInfo) -> String {
+    let scaling =
+        info.rope_scaling.as_ref().map_or_else(String::new, |rope| format!(", rope scaling {rope}"));
     format!(
-        "{}  {} parameters, {}, {}  ({})",
+        "{}  {} parameters, {}, {}{scaling}  ({})",
         info.name,
         terminal::count(info.num_parameters),
         terminal::bytes(info.size_bytes),

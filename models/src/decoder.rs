@@ -33,6 +33,8 @@ pub struct Decoder<B: Backend> {
     cache: Option<Cache<B>>,
     workspace: Option<Workspace<B>>,
     pass: Pass,
+    /// Of the pass's batch.
+    hidden_rows: Vec<u32>,
     backend: B,
 }
 
@@ -78,6 +80,9 @@ impl<B: Backend> Ropes<B> {
 struct PassShape {
     num_tokens: usize,
     num_logits_rows: usize,
+    /// Hidden states are wanted of some row: then all rows go through the last layer whole, and those that
+    /// are for the head are picked after it.
+    keeps_rows: bool,
     short_head: bool,
 }
 
@@ -147,6 +152,24 @@ impl<B: Backend> Model for Decoder<B> {
         Ok(true)
     }
 
+    fn hidden_states(&mut self, hidden: &mut Vec<f32>) -> Result<(), ModelError> {
+        hidden.clear();
+        let Pass { shape, num_layers_done } = self.pass;
+        if !shape.keeps_rows || num_layers_done < self.weights.layers.len() {
+            return Ok(());
+        }
+        let Decoder { config, workspace, backend, .. } = self;
+        let width = config.hidden_size;
+        backend.download(&ready(workspace).normed, shape.num_tokens * width, hidden)?;
+        // They ascend, so none is overwritten before it is read.
+        for (to, &from) in self.hidden_rows.iter().enumerate() {
+            let from = from as usize * width;
+            hidden.copy_within(from..from + width, to * width);
+        }
+        hidden.truncate(self.hidden_rows.len() * width);
+        Ok(())
+    }
+
     fn finish(&mut self, logits: &mut Vec<f32>) -> Result<(), ModelError> {
         let Pass { shape, .. } = std::mem::take(&mut self.pass);
         self.head(shape, logits)
@@ -173,9 +196,11 @@ impl<B: Backend> Decoder<B> {
         let shape = PassShape {
             num_tokens: batch.num_tokens(),
             num_logits_rows: batch.logits_rows.len(),
+            keeps_rows: !batch.hidden_rows.is_empty(),
             short_head: batch.short_head,
         };
         self.backend.upload(batch, &mut cache.inputs)?;
+        self.hidden_rows.clone_from(&batch.hidden_rows);
         self.reserve(shape)?;
         Ok(shape)
     }
@@ -212,7 +237,8 @@ impl<B: Backend> Decoder<B> {
         let Cache { layers, ropes, inputs, .. } = cache;
         let kv = &mut layers[index];
         backend.rope_and_store(inputs, heads, ropes.of(kind.positions), &mut ws.qkv, kv)?;
-        if next_layer.is_none() && shape.num_logits_rows == 0 {
+        let leaves_rows = next_layer.is_none() && !shape.keeps_rows;
+        if leaves_rows && shape.num_logits_rows == 0 {
             return Ok(()); // Nobody reads what this layer computes from here on.
         }
         let attention = Attention {
@@ -224,7 +250,7 @@ impl<B: Backend> Decoder<B> {
         backend.attention(inputs, heads, attention, &ws.qkv, kv, &mut ws.attn)?;
         backend.matmul(rows, &ws.attn, layer.o.linear(), &mut ws.update)?;
 
-        if next_layer.is_none() && shape.num_logits_rows < rows {
+        if leaves_rows && shape.num_logits_rows < rows {
             // The other rows have left their keys and values; no later layer asks for more of them.
             rows = shape.num_logits_rows;
             backend.pick_logits_rows(inputs, config.hidden_size, &mut ws.residual)?;
@@ -241,8 +267,11 @@ impl<B: Backend> Decoder<B> {
             logits.clear();
             return Ok(());
         }
-        let Decoder { config, weights, short_head, workspace, backend, .. } = self;
+        let Decoder { config, weights, short_head, workspace, cache, backend, .. } = self;
         let ws = ready(workspace);
+        if shape.keeps_rows && shape.num_logits_rows < shape.num_tokens {
+            backend.pick_logits_rows(&ready(cache).inputs, config.hidden_size, &mut ws.normed)?;
+        }
         let (weight, num_tokens) = match short_head {
             Some(short) if shape.short_head => (&short.weight, short.num_tokens),
             _ => (weights.head(), config.vocab_size),

@@ -13,6 +13,7 @@ use crate::api::{
 };
 use crate::batch::{PassLimits, ScheduledBatch};
 use crate::block_manager::BlockManager;
+use crate::embedding::{EmbedRequest, Pooling};
 use crate::plan::PlanScratch;
 use crate::prefix_cache::HashSettings;
 use crate::sampler::{LogprobScratch, Sampler};
@@ -114,6 +115,8 @@ pub struct Engine {
     /// The target's pass, which may be under way while the draft runs.
     pub(crate) target_batch: ScheduledBatch,
     pub(crate) logits: Vec<f32>,
+    /// The hidden states of a pass, of those that want them.
+    pub(crate) hidden: Vec<f32>,
     /// By [`Lane`].
     pub(crate) num_token_ids: [usize; 2],
     pub(crate) vocab_map: Option<Arc<VocabMap>>,
@@ -172,6 +175,7 @@ impl Engine {
             translated: Vec::new(),
             target_batch: ScheduledBatch::default(),
             logits: Vec::new(),
+            hidden: Vec::new(),
             num_token_ids,
             lane_isolation: config.lane_isolation,
             stats: EngineStats { num_total_blocks: config.num_blocks as u64, ..EngineStats::default() },
@@ -190,6 +194,14 @@ impl Engine {
         }
         let num_token_ids = self.num_token_ids[request.lane as usize];
         self.scheduler.add(Box::new(Sequence::new(request, num_token_ids, now)));
+    }
+
+    /// Queues a text to embed, checked as a sequence is.
+    pub fn embed(&mut self, request: EmbedRequest, now: Duration) {
+        let num_token_ids = self.num_token_ids[request.lane as usize];
+        let mut sequence = Sequence::new(request.into_submit(), num_token_ids, now);
+        sequence.pooling = Some(Pooling::default());
+        self.scheduler.add(Box::new(sequence));
     }
 
     /// Ends a sequence; its client is given the closing account, if it still listens.

@@ -8,6 +8,7 @@ mod api;
 mod batch;
 mod block_manager;
 mod constraint;
+mod embedding;
 mod engine;
 mod handle;
 mod pass;
@@ -22,6 +23,7 @@ mod step;
 
 pub use api::*;
 pub use constraint::{Constraint, ConstraintError, Ending, TokenMask};
+pub use embedding::EmbedRequest;
 pub use engine::{Engine, EngineConfig, Models};
 pub use handle::EngineHandle;
 pub use speculation::{DraftHead, DraftTokens};

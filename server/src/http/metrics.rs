@@ -393,11 +393,13 @@ fn gauges(stats: &EngineStats) -> [(&'static str, &'static str, u64); 5] {
     ]
 }
 
-fn counters(stats: &EngineStats) -> [(&'static str, &'static str, u64); 5] {
+fn counters(stats: &EngineStats) -> [(&'static str, &'static str, u64); 7] {
     [
         ("engine_steps", "Steps of the engine", stats.num_steps),
         ("prompt_tokens", "Prompt tokens computed", stats.num_prompt_tokens),
         ("prompt_tokens_cached", "Prompt tokens found in the prefix cache", stats.num_cached_tokens),
+        ("embeddings", "Texts embedded", stats.num_embeddings),
+        ("embedding_tokens", "Their tokens, which are prompt tokens too", stats.num_embedding_tokens),
         ("preemptions", "Sequences that gave up their blocks to be computed again", stats.num_preemptions),
         ("cache_evictions", "Blocks of the prefix cache given to somebody else", stats.num_evictions),
     ]

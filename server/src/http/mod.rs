@@ -9,6 +9,7 @@ mod api;
 mod auth;
 mod body;
 mod chat;
+mod embeddings;
 mod error;
 mod error_shape;
 mod fields;

@@ -14,6 +14,7 @@ use crate::api::{
 use crate::batch::{PassLimits, ScheduledBatch};
 use crate::block_manager::BlockManager;
 use crate::embedding::{EmbedRequest, Pooling};
+use crate::kv_events::{KvEventSink, KvEvents};
 use crate::plan::PlanScratch;
 use crate::prefix_cache::HashSettings;
 use crate::sampler::{LogprobScratch, Sampler};
@@ -124,6 +125,7 @@ pub struct Engine {
     pub(crate) translated: Vec<f32>,
     pub(crate) lane_isolation: bool,
     pub(crate) stats: EngineStats,
+    kv_events: Option<Box<dyn KvEventSink>>,
     max_model_len: usize,
 }
 
@@ -179,12 +181,29 @@ impl Engine {
             num_token_ids,
             lane_isolation: config.lane_isolation,
             stats: EngineStats { num_total_blocks: config.num_blocks as u64, ..EngineStats::default() },
+            kv_events: None,
             max_model_len: config.max_model_len,
         };
         if let DraftHead::First(_) = config.draft_head {
             engine.fix_draft_head()?;
         }
         Ok(engine)
+    }
+
+    /// Tells of every change of the prefix cache from now on.
+    pub fn publish_kv_events(&mut self, KvEvents { sink, key }: KvEvents) {
+        let role = if self.models.target.is_some() { ModelRole::Target } else { ModelRole::Draft };
+        self.scheduler.blocks.log_events(key, role);
+        self.kv_events = Some(sink);
+    }
+
+    /// Hands over what has changed since the last call.
+    pub(crate) fn tell_kv_events(&mut self) {
+        let Some(sink) = &mut self.kv_events else { return };
+        let events = self.scheduler.blocks.take_events();
+        if !events.is_empty() {
+            sink.publish(events);
+        }
     }
 
     /// Queues a sequence. The caller has checked it against the models' limits.

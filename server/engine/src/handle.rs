@@ -16,6 +16,7 @@ use std::time::{Duration, Instant};
 use crate::api::{Command, EngineError, EngineStats, Event, Lane, SequenceId, SubmitRequest, TokenId};
 use crate::embedding::EmbedRequest;
 use crate::engine::{Engine, EngineConfig, Models};
+use crate::kv_events::KvEvents;
 use crate::speculation::DraftTokens;
 
 /// Talks to a running engine. Cheap to clone; never blocks on the engine, except to tell it to stop.
@@ -66,6 +67,18 @@ impl EngineHandle {
     /// # Errors
     /// If there is no model, a cache cannot be allocated or a measuring pass fails.
     pub fn spawn(config: EngineConfig, models: Models) -> Result<(Self, JoinHandle<()>), EngineError> {
+        EngineHandle::spawn_with(config, models, None)
+    }
+
+    /// The same, with somebody who is told of what the prefix cache gains and loses.
+    ///
+    /// # Errors
+    /// As [`EngineHandle::spawn`].
+    pub fn spawn_with(
+        config: EngineConfig,
+        models: Models,
+        kv_events: Option<KvEvents>,
+    ) -> Result<(Self, JoinHandle<()>), EngineError> {
         let shared = Arc::new(Shared {
             next_id: AtomicU64::new(0),
             num_submitted: Default::default(),
@@ -90,6 +103,9 @@ impl EngineHandle {
         let mut engine = Engine::new(&config, models)?;
         if config.draft_tokens == DraftTokens::Auto || config.lane_isolation {
             engine.profile(config.draft_tokens, &|| start.elapsed())?;
+        }
+        if let Some(kv_events) = kv_events {
+            engine.publish_kv_events(kv_events);
         }
         shared.stats.publish(&engine.stats());
         let (commands, inbox) = sync_channel(COMMAND_QUEUE);

@@ -11,6 +11,7 @@ mod constraint;
 mod embedding;
 mod engine;
 mod handle;
+mod kv_events;
 mod pass;
 mod plan;
 mod prefix_cache;
@@ -26,6 +27,7 @@ pub use constraint::{Constraint, ConstraintError, Ending, TokenMask};
 pub use embedding::EmbedRequest;
 pub use engine::{Engine, EngineConfig, Models};
 pub use handle::EngineHandle;
+pub use kv_events::{KvEvent, KvEventSink, KvEvents};
 pub use speculation::{DraftHead, DraftTokens};
 
 #[cfg(test)]

@@ -58,6 +58,7 @@ impl Engine {
             }
         }
         self.scheduler.deliver();
+        self.tell_kv_events();
         self.stats.num_steps += 1;
         if cfg!(debug_assertions) || self.is_idle() { self.check_integrity() } else { Ok(()) }
     }

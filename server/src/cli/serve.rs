@@ -10,6 +10,7 @@ use std::time::{Duration, Instant};
 use anyhow::Context as _;
 use tandem::http::{Listener, ServeOptions, Tls, serve, shutdown_signal};
 use tandem::keys::{Keeper, Keyring};
+use tandem::kv_events::{self, Publisher};
 use tandem_engine::{DraftTokens, EngineHandle};
 use tokio::net::TcpListener;
 
@@ -67,9 +68,15 @@ pub(super) fn run(settings: &ServeSettings) -> anyhow::Result<ExitCode> {
             (Some(cert), Some(key)) => Some(Arc::new(Tls::open(cert, key)?)),
             _ => None,
         };
+        let publisher = config.kv_events().map(|settings| Publisher::bind(&settings)).transpose()?;
+        let (kv_events, outgoing) = publisher.is_some().then(kv_events::channel).unzip();
         let runtime = {
             let config = config.clone();
-            tokio::task::spawn_blocking(move || runtime::start(&config)).await??
+            tokio::task::spawn_blocking(move || runtime::start_publishing(&config, kv_events)).await??
+        };
+        let _publishing = match publisher.zip(outgoing) {
+            Some((publisher, outgoing)) => Some(publisher.start(outgoing, runtime.kv.block_size).await?),
+            None => None,
         };
         print(&greeting(&config, &runtime, address, started.elapsed()));
         let listener = Listener { tcp: listener, tls };

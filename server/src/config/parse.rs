@@ -3,6 +3,7 @@
 use std::path::PathBuf;
 use std::str::FromStr;
 
+use tandem::kv_events::Endpoint;
 use tandem_engine::{DraftHead, DraftTokens};
 use tandem_models::{BackendKind, FileType, KvType};
 
@@ -31,6 +32,11 @@ pub(super) fn path(value: &RawValue) -> Option<Option<PathBuf>> {
 
 pub(super) fn texts(value: &RawValue) -> Option<Vec<String>> {
     value.iter().map(|text| (!text.trim().is_empty()).then(|| text.trim().to_owned())).collect()
+}
+
+/// As with [`optional_text`].
+pub(super) fn endpoint(value: &RawValue) -> Option<Option<Endpoint>> {
+    optional_text(value)?.map(|text| text.parse().ok()).map_or(Some(None), |endpoint| endpoint.map(Some))
 }
 
 pub(super) fn number<T: FromStr + PartialOrd>(value: &RawValue, least: T, most: T) -> Option<T> {

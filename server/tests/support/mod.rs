@@ -20,7 +20,7 @@ use serde_json::Value;
 use tandem::http::lanes::LanePolicy;
 use tandem::http::{AppConfig, AppState, LaneModel, Limits, Listener, ServeOptions, Tls, serve};
 use tandem::keys::Keyring;
-use tandem_engine::{DraftHead, DraftTokens, EngineConfig, EngineHandle, Models};
+use tandem_engine::{DraftHead, DraftTokens, EngineConfig, EngineHandle, KvEvents, Models};
 use tandem_kernels::ThreadPool;
 use tandem_models::{BackendKind, ChatTemplate, Checkpoint, FimTokens, Model, Tokenizer};
 use tempfile::TempDir;
@@ -54,6 +54,8 @@ pub(crate) struct TestOptions {
     pub(crate) scripted: bool,
     /// The shipped pair answers.
     pub(crate) demo: bool,
+    /// Is told of changes of the prefix cache.
+    pub(crate) kv_events: Option<KvEvents>,
 }
 
 impl Default for TestOptions {
@@ -75,6 +77,7 @@ impl Default for TestOptions {
             checkpoint: CheckpointSpec::default(),
             scripted: false,
             demo: false,
+            kv_events: None,
         }
     }
 }
@@ -178,7 +181,8 @@ impl TestServer {
             lane_isolation: true,
         };
         let models = Models { target: Some(target_model), draft: draft_model };
-        let (engine, engine_thread) = EngineHandle::spawn(config, models).expect("the engine starts");
+        let (engine, engine_thread) =
+            EngineHandle::spawn_with(config, models, options.kv_events).expect("the engine starts");
         let state = Arc::new(AppState::new(AppConfig {
             engine: engine.clone(),
             target: Some(target),

@@ -13,6 +13,7 @@ mod lane_rules;
 mod parse;
 
 use tandem::http::lanes::{LanePolicy, LaneRule};
+use tandem::http::traces::CollectorUrl;
 use tandem::kv_events::{Endpoint, PublisherSettings};
 use tandem_engine::{DraftHead, DraftTokens, MAX_DRAFT_TOKENS};
 use tandem_models::{BackendKind, FileType, KvType};
@@ -71,6 +72,8 @@ pub(crate) struct Config {
     pub(crate) kv_events_replay_endpoint: Option<Endpoint>,
     /// What their messages begin with.
     pub(crate) kv_events_topic: String,
+    /// The collector that gets a span of every request; `None`: nobody.
+    pub(crate) otlp_traces_endpoint: Option<CollectorUrl>,
     /// What is logged, in `RUST_LOG` syntax; `None` leaves it to `RUST_LOG`, then to the command.
     pub(crate) log: Option<String>,
 }
@@ -104,6 +107,7 @@ impl Default for Config {
             kv_events_endpoint: None,
             kv_events_replay_endpoint: None,
             kv_events_topic: String::new(),
+            otlp_traces_endpoint: None,
             log: None,
         }
     }
@@ -199,13 +203,16 @@ const SETTINGS: &[Setting] = &[
     }),
     one("no-sharing", "true or false", |c, v| put(&mut c.sharing, parse::boolean(v).map(|no| !no))),
     one("kv-events-endpoint", "an address to listen at, such as tcp://*:5557", |c, v| {
-        put(&mut c.kv_events_endpoint, parse::endpoint(v))
+        put(&mut c.kv_events_endpoint, parse::parsed(v))
     }),
     one("kv-events-replay-endpoint", "an address to listen at, such as tcp://*:5558", |c, v| {
-        put(&mut c.kv_events_replay_endpoint, parse::endpoint(v))
+        put(&mut c.kv_events_replay_endpoint, parse::parsed(v))
     }),
     one("kv-events-topic", "text", |c, v| {
         put(&mut c.kv_events_topic, parse::optional_text(v).map(Option::unwrap_or_default))
+    }),
+    one("otlp-traces-endpoint", "a collector's address, such as http://localhost:4318/v1/traces", |c, v| {
+        put(&mut c.otlp_traces_endpoint, parse::parsed(v))
     }),
     one("log", "a filter such as info, debug or tandem=debug,warn", |c, v| {
         put(&mut c.log, parse::log_filter(v).map(Some))

@@ -8,6 +8,7 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use anyhow::Context as _;
+use tandem::http::traces::Tracer;
 use tandem::http::{Listener, ServeOptions, Tls, serve, shutdown_signal};
 use tandem::keys::{Keeper, Keyring};
 use tandem::kv_events::{self, Publisher};
@@ -24,7 +25,7 @@ Serve a pair of models over HTTP, as OpenAI's, Anthropic's, llama.cpp's and Mist
 
 Prints the address, the pair and a request to try, and serves until Ctrl-C, which lets running answers \
 finish. OpenAI: /v1/completions (with `suffix` for fill-in-the-middle), /v1/chat/completions, /v1/responses, \
-/v1/models. Anthropic: /v1/messages. llama.cpp: /infill, /completion, /tokenize, /detokenize, \
+/v1/embeddings, /v1/models. Anthropic: /v1/messages. llama.cpp: /infill, /completion, /tokenize, /detokenize, \
 /apply-template, /props, /slots. Mistral: /v1/fim/completions. And /health and /metrics.";
 
 pub(super) const EXAMPLES: &str = "\
@@ -85,6 +86,13 @@ pub(super) fn run(settings: &ServeSettings) -> anyhow::Result<ExitCode> {
         let mut options = ServeOptions::default();
         // Some files are not sockets.
         options.max_connections = options.max_connections.min(most_files.saturating_sub(128).max(64));
+        let (state, exporting) = match config.otlp_traces_endpoint {
+            Some(url) => {
+                let (tracer, exporting) = Tracer::start(url, service_name());
+                (state.traced(tracer), Some(exporting))
+            }
+            None => (state, None),
+        };
         let engine = state.engine.clone();
         serve(listener, Arc::new(state), options, async {
             tokio::select! {
@@ -100,6 +108,9 @@ pub(super) fn run(settings: &ServeSettings) -> anyhow::Result<ExitCode> {
             );
         })
         .await?;
+        if let Some(exporting) = exporting {
+            exporting.finish().await;
+        }
         // The last of what was used of the keys is written down.
         drop(keeper);
         if engine_thread.join().is_err() {
@@ -107,6 +118,11 @@ pub(super) fn run(settings: &ServeSettings) -> anyhow::Result<ExitCode> {
         }
         Ok(ExitCode::SUCCESS)
     })
+}
+
+/// What traces call this server, by OpenTelemetry's own variable.
+fn service_name() -> String {
+    std::env::var("OTEL_SERVICE_NAME").ok().filter(|name| !name.is_empty()).unwrap_or("tandem".to_owned())
 }
 
 /// Resolves once the engine is no longer healthy; the process then ends, so that whoever supervises it

@@ -165,6 +165,11 @@ pub(crate) struct ServeSettings {
     #[arg(long, value_name = "TOPIC", help_heading = "Network")]
     kv_events_topic: Option<String>,
 
+    /// Send a span of every request to this OpenTelemetry collector, such as
+    /// http://localhost:4318/v1/traces; without prompts and answers [default: not]
+    #[arg(long, value_name = "URL", help_heading = "Network")]
+    otlp_traces_endpoint: Option<String>,
+
     /// Sequences of each lane that run at the same time; further ones wait [default: 32]
     #[arg(long, value_name = "N", help_heading = "Machine")]
     max_num_seqs: Option<String>,
@@ -220,6 +225,7 @@ impl ServeSettings {
             ("kv-events-endpoint", &self.kv_events_endpoint),
             ("kv-events-replay-endpoint", &self.kv_events_replay_endpoint),
             ("kv-events-topic", &self.kv_events_topic),
+            ("otlp-traces-endpoint", &self.otlp_traces_endpoint),
         ]);
         if !self.api_key.is_empty() {
             flags.push(("api-key", self.api_key.clone()));

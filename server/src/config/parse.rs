@@ -3,7 +3,6 @@
 use std::path::PathBuf;
 use std::str::FromStr;
 
-use tandem::kv_events::Endpoint;
 use tandem_engine::{DraftHead, DraftTokens};
 use tandem_models::{BackendKind, FileType, KvType};
 
@@ -35,8 +34,11 @@ pub(super) fn texts(value: &RawValue) -> Option<Vec<String>> {
 }
 
 /// As with [`optional_text`].
-pub(super) fn endpoint(value: &RawValue) -> Option<Option<Endpoint>> {
-    optional_text(value)?.map(|text| text.parse().ok()).map_or(Some(None), |endpoint| endpoint.map(Some))
+pub(super) fn parsed<T: FromStr>(value: &RawValue) -> Option<Option<T>> {
+    match optional_text(value)? {
+        None => Some(None),
+        Some(text) => text.parse().ok().map(Some),
+    }
 }
 
 pub(super) fn number<T: FromStr + PartialOrd>(value: &RawValue, least: T, most: T) -> Option<T> {

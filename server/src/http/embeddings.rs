@@ -21,9 +21,11 @@ use tokio::sync::oneshot;
 use super::auth;
 use super::error::ApiError;
 use super::fields::in_range;
+use super::generation::Account;
 use super::lanes::{self, LANE_HEADER, lane_name};
 use super::prompt::{INLINE_TEXT_BYTES, PromptInput, check_text_fits, encode, inputs};
 use super::state::{AppState, ServedModel};
+use super::traces::{ModelWork, WorkRecord};
 use crate::keys::Client;
 
 /// Most texts of a request: OpenAI's bound.
@@ -47,6 +49,8 @@ pub(super) struct Embedder<'a> {
     state: &'a Arc<AppState>,
     served: &'a ServedModel,
     client: Option<Arc<Client>>,
+    /// The name that the client used.
+    asked: Option<String>,
 }
 
 /// What became of it.
@@ -57,6 +61,8 @@ pub(super) struct Embedded {
     pub(super) num_tokens: u64,
     /// Who made them.
     lane: &'static str,
+    /// For the request's span.
+    record: Option<WorkRecord>,
 }
 
 impl<'a> Embedder<'a> {
@@ -79,7 +85,7 @@ impl<'a> Embedder<'a> {
             let lanes = client.map_or(crate::keys::Lanes::ALL, |client| client.rules().lanes);
             return Err(lanes::closed_lane(served.lane, lanes));
         }
-        Ok(Embedder { state, served, client })
+        Ok(Embedder { state, served, client, asked: model.map(str::to_owned) })
     }
 
     /// The real name of the model that embeds.
@@ -135,7 +141,17 @@ impl<'a> Embedder<'a> {
         while let Some(vector) = next(&mut running).await? {
             vectors.push(vector);
         }
-        Ok(Embedded { vectors, num_tokens, lane: lane_name(self.served.lane) })
+        let lane = lane_name(self.served.lane);
+        let record = self.state.tracer.is_some().then(|| {
+            WorkRecord::new(ModelWork {
+                request_model: self.asked.unwrap_or_else(|| lanes::AUTO.to_owned()),
+                model: self.served.model.name.clone(),
+                lane,
+                account: Account { num_prompt_tokens: num_tokens, ..Account::default() },
+                ..ModelWork::default()
+            })
+        });
+        Ok(Embedded { vectors, num_tokens, lane, record })
     }
 
     async fn tokenize(
@@ -263,6 +279,9 @@ impl Embedded {
     pub(super) fn respond(&self, body: impl IntoResponse) -> Response {
         let mut response = body.into_response();
         response.headers_mut().insert(LANE_HEADER, HeaderValue::from_static(self.lane));
+        if let Some(record) = &self.record {
+            response.extensions_mut().insert(record.clone());
+        }
         response
     }
 

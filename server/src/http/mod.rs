@@ -36,6 +36,7 @@ mod stream;
 mod tabby;
 mod tenant;
 mod tls;
+pub mod traces;
 mod wire;
 
 pub use error::{ApiError, ErrorKind};

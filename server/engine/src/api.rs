@@ -241,7 +241,6 @@ pub struct SpeculationParams {
 pub struct SequenceId(pub u64);
 
 /// Everything that can be asked of the engine thread.
-#[expect(clippy::large_enum_variant, reason = "submissions are what most of them are")]
 pub enum Command {
     /// Starts a sequence.
     Submit(SubmitRequest),

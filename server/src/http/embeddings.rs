@@ -178,9 +178,8 @@ impl<'a> Embedder<'a> {
                 let mut tokens = match text {
                     PromptInput::Tokens(tokens) => tokens,
                     PromptInput::Text(text) => {
-                        let end = if truncates { text.floor_char_boundary(most_bytes) } else { text.len() };
-                        encode(&tokenizer, &text[..end], true)
-                            .map_err(|error| at_input(param, index, error))?
+                        let text = if truncates { beginning(&text, most_bytes) } else { &text };
+                        encode(&tokenizer, text, true).map_err(|error| at_input(param, index, error))?
                     }
                 };
                 if truncates {
@@ -192,6 +191,13 @@ impl<'a> Embedder<'a> {
         };
         self.state.heavy.run_if(size_bytes > INLINE_TEXT_BYTES, work).await
     }
+}
+
+/// The first `most_bytes` of a text, or as many less as are part of a character.
+fn beginning(text: &str, most_bytes: usize) -> &str {
+    let most_bytes = most_bytes.min(text.len());
+    let end = (0..=most_bytes).rev().find(|&end| text.is_char_boundary(end)).unwrap_or(0);
+    &text[..end]
 }
 
 /// The vector of the text that was begun first; `None` if none runs.
@@ -308,7 +314,13 @@ pub(super) fn normalize(vector: &mut [f32]) {
 
 #[cfg(test)]
 mod tests {
-    use super::normalize;
+    use super::{beginning, normalize};
+
+    #[test]
+    fn a_text_is_cut_between_characters() {
+        assert_eq!((beginning("aä", 2), beginning("aä", 3), beginning("aä", 9)), ("a", "aä", "aä"));
+        assert_eq!((beginning("ä", 1), beginning("", 0)), ("", ""));
+    }
 
     #[test]
     fn vectors_are_made_one_long() {

@@ -155,12 +155,27 @@ fn yield_to_others() {
     }
 }
 
-/// The threads for sockets and parsing; the engine and the pool have threads of their own.
+/// Threads for sockets and parsing, where a server and its clients are in one process; the engine and the pool
+/// have threads of their own.
 ///
 /// # Errors
 /// If the operating system refuses a thread.
 pub(crate) fn async_runtime() -> std::io::Result<tokio::runtime::Runtime> {
     tokio::runtime::Builder::new_multi_thread().worker_threads(2).enable_all().build()
+}
+
+/// Threads for sockets and parsing of a server. Of several, the one that a token wakes wakes another, to look
+/// for more work, which there is not: one thread does with half of the wakeups, and with 15 us a token carries
+/// more tokens than any model here gives. What would hold it up, such as long texts to be tokenized, runs on
+/// threads apart.
+pub(crate) const SERVING_THREADS: usize = 1;
+
+/// The runtime of a server.
+///
+/// # Errors
+/// If the operating system refuses a thread.
+pub(crate) fn serving_runtime() -> std::io::Result<tokio::runtime::Runtime> {
+    tokio::runtime::Builder::new_multi_thread().worker_threads(SERVING_THREADS).enable_all().build()
 }
 
 fn load(

@@ -56,7 +56,7 @@ pub(super) fn run(settings: &ServeSettings) -> anyhow::Result<ExitCode> {
         tracing::info!("settings read from {}", file.display());
     }
     let most_files = runtime::raise_open_files();
-    runtime::async_runtime()?.block_on(async {
+    runtime::serving_runtime()?.block_on(async {
         // Bound before the models are loaded: a port in use is said at once.
         let listener = TcpListener::bind((config.host.as_str(), config.port))
             .await

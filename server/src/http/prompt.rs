@@ -16,8 +16,8 @@ use super::intake::answer_tokens;
 use super::state::{AppState, MAX_PROMPTS, ServedModel};
 use crate::text::GapRules;
 
-/// Requests with more text than this are tokenized off the async threads.
-pub(super) const INLINE_TEXT_BYTES: usize = 16 << 10;
+/// Requests with more text than this are tokenized off the async thread: a few milliseconds of everybody's tokens.
+pub(super) const INLINE_TEXT_BYTES: usize = 4 << 10;
 
 /// Most token ids that one request may hold, all prompts together: 16 MiB, and the longest contexts
 /// there are several times over.

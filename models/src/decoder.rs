@@ -40,6 +40,8 @@ pub struct Decoder<B: Backend> {
     cache: Option<Cache<B>>,
     workspace: Option<Workspace<B>>,
     pass: Pass,
+    /// Of the pass's batch.
+    hidden_rows: Vec<u32>,
     backend: B,
 }
 
@@ -85,6 +87,9 @@ impl<B: Backend> Ropes<B> {
 struct PassShape {
     num_tokens: usize,
     num_logits_rows: usize,
+    /// Hidden states are wanted of some row, or by a drafting head of all: then all rows go through the last layer whole, and those that
+    /// are for the head are picked after it.
+    keeps_rows: bool,
     short_head: bool,
 }
 
@@ -163,6 +168,24 @@ impl<B: Backend> Model for Decoder<B> {
         Ok(true)
     }
 
+    fn hidden_states(&mut self, hidden: &mut Vec<f32>) -> Result<(), ModelError> {
+        hidden.clear();
+        let Pass { shape, num_layers_done } = self.pass;
+        if self.hidden_rows.is_empty() || num_layers_done < self.weights.layers.len() {
+            return Ok(());
+        }
+        let Decoder { config, workspace, backend, .. } = self;
+        let width = config.hidden_size;
+        backend.download(&ready(workspace).normed, shape.num_tokens * width, hidden)?;
+        // They ascend, so none is overwritten before it is read.
+        for (to, &from) in self.hidden_rows.iter().enumerate() {
+            let from = from as usize * width;
+            hidden.copy_within(from..from + width, to * width);
+        }
+        hidden.truncate(self.hidden_rows.len() * width);
+        Ok(())
+    }
+
     fn finish(&mut self, logits: &mut Vec<f32>) -> Result<(), ModelError> {
         let Pass { shape, .. } = std::mem::take(&mut self.pass);
         self.head(shape, logits)?;
@@ -179,6 +202,7 @@ impl<B: Backend> Decoder<B> {
 
     /// Checks the batch, makes room for it and hands it to the device.
     fn set_up(&mut self, batch: &ForwardBatch) -> Result<PassShape, ModelError> {
+        let leaves_last_features = self.leaves_last_features();
         let cache = self.cache.as_mut().ok_or_else(|| ModelError::Backend {
             context: "forward pass",
             reason: "no KV cache; call allocate_kv_cache first".to_owned(),
@@ -191,9 +215,11 @@ impl<B: Backend> Decoder<B> {
         let shape = PassShape {
             num_tokens: batch.num_tokens(),
             num_logits_rows: batch.logits_rows.len(),
+            keeps_rows: !batch.hidden_rows.is_empty() || leaves_last_features,
             short_head: batch.short_head,
         };
         self.backend.upload(batch, &mut cache.inputs)?;
+        self.hidden_rows.clone_from(&batch.hidden_rows);
         self.reserve(shape)?;
         Ok(shape)
     }
@@ -218,8 +244,6 @@ impl<B: Backend> Decoder<B> {
     /// head. All state of a pass between two layers is `residual` and, where there are norms before
     /// sublayers, `normed`.
     fn layer(&mut self, index: usize, shape: PassShape) -> Result<(), ModelError> {
-        // Otherwise a head wants hidden states of every row; see `leave_features`.
-        let picks_rows = !self.leaves_last_features();
         let Decoder { config, heads, weights, start, cache, workspace, backend, .. } = self;
         let (config, heads, ws, cache) = (&*config, *heads, ready(workspace), ready(cache));
         let (layer, kind) = (&weights.layers[index], config.layer(index));
@@ -232,7 +256,8 @@ impl<B: Backend> Decoder<B> {
         let Cache { layers, ropes, inputs, .. } = cache;
         let kv = &mut layers[index];
         backend.rope_and_store(inputs, heads, ropes.of(kind.positions), &mut ws.qkv, kv)?;
-        if next_layer.is_none() && shape.num_logits_rows == 0 && picks_rows {
+        let leaves_rows = next_layer.is_none() && !shape.keeps_rows;
+        if leaves_rows && shape.num_logits_rows == 0 {
             return Ok(()); // Nobody reads what this layer computes from here on.
         }
         let attention = Attention {
@@ -253,7 +278,7 @@ impl<B: Backend> Decoder<B> {
         };
         backend.matmul(rows, values, layer.o.linear(), &mut ws.update)?;
 
-        if next_layer.is_none() && shape.num_logits_rows < rows && picks_rows {
+        if leaves_rows && shape.num_logits_rows < rows {
             // The other rows have left their keys and values; no later layer asks for more of them.
             rows = shape.num_logits_rows;
             backend.pick_logits_rows(inputs, config.hidden_size, &mut ws.residual)?;
@@ -271,8 +296,11 @@ impl<B: Backend> Decoder<B> {
             return Ok(());
         }
         let num_outputs = self.num_outputs();
-        let Decoder { config, weights, short_head, workspace, backend, .. } = self;
+        let Decoder { config, weights, short_head, workspace, cache, backend, .. } = self;
         let ws = ready(workspace);
+        if shape.keeps_rows && shape.num_logits_rows < shape.num_tokens {
+            backend.pick_logits_rows(&ready(cache).inputs, config.hidden_size, &mut ws.normed)?;
+        }
         let (weight, num_tokens) = match short_head {
             Some(short) if shape.short_head => (&short.weight, short.num_tokens),
             _ => (weights.head(), num_outputs),

@@ -101,6 +101,18 @@ pub trait Model: Send {
     /// If the device fails. The cache then holds what the failed pass wrote.
     fn advance(&mut self) -> Result<bool, ModelError>;
 
+    /// Between the last [`Model::advance`] and [`Model::finish`]: overwrites `hidden` with the last hidden
+    /// states, after the final norm, of the batch's `hidden_rows`: `[batch.hidden_rows.len(), hidden_size]`,
+    /// row-major. The bit rule holds for them as it does for logits.
+    ///
+    /// # Errors
+    /// If the model does not give any, or as [`Model::advance`].
+    fn hidden_states(&mut self, hidden: &mut Vec<f32>) -> Result<(), ModelError> {
+        hidden.clear();
+        let reason = "this model gives none".to_owned();
+        Err(ModelError::Backend { context: "hidden states", reason })
+    }
+
     /// Ends the pass: overwrites `logits` with `[batch.logits_rows.len(), vocab_size]`, row-major.
     ///
     /// # Errors

@@ -13,6 +13,8 @@ mod lane_rules;
 mod parse;
 
 use tandem::http::lanes::{LanePolicy, LaneRule};
+use tandem::http::traces::CollectorUrl;
+use tandem::kv_events::{Endpoint, PublisherSettings};
 use tandem_engine::{DraftHead, DraftTokens, MAX_DRAFT_TOKENS};
 use tandem_models::{BackendKind, FileType, KvType, RopeOverride};
 
@@ -68,6 +70,14 @@ pub(crate) struct Config {
     pub(crate) lane_isolation: bool,
     /// Requests may read the output of a sequence that another one started.
     pub(crate) sharing: bool,
+    /// Where changes of the prefix cache are published; `None`: nowhere.
+    pub(crate) kv_events_endpoint: Option<Endpoint>,
+    /// Where missed ones can be asked for.
+    pub(crate) kv_events_replay_endpoint: Option<Endpoint>,
+    /// What their messages begin with.
+    pub(crate) kv_events_topic: String,
+    /// The collector that gets a span of every request; `None`: nobody.
+    pub(crate) otlp_traces_endpoint: Option<CollectorUrl>,
     /// What is logged, in `RUST_LOG` syntax; `None` leaves it to `RUST_LOG`, then to the command.
     pub(crate) log: Option<String>,
 }
@@ -100,8 +110,23 @@ impl Default for Config {
             prefix_cache: true,
             lane_isolation: true,
             sharing: true,
+            kv_events_endpoint: None,
+            kv_events_replay_endpoint: None,
+            kv_events_topic: String::new(),
+            otlp_traces_endpoint: None,
             log: None,
         }
+    }
+}
+
+impl Config {
+    /// How to publish KV events, if that is wanted.
+    pub(crate) fn kv_events(&self) -> Option<PublisherSettings> {
+        Some(PublisherSettings {
+            endpoint: self.kv_events_endpoint.clone()?,
+            replay_endpoint: self.kv_events_replay_endpoint.clone(),
+            topic: self.kv_events_topic.clone(),
+        })
     }
 }
 
@@ -203,6 +228,18 @@ const SETTINGS: &[Setting] = &[
         put(&mut c.lane_isolation, parse::boolean(v).map(|no| !no))
     }),
     one("no-sharing", "true or false", |c, v| put(&mut c.sharing, parse::boolean(v).map(|no| !no))),
+    one("kv-events-endpoint", "an address to listen at, such as tcp://*:5557", |c, v| {
+        put(&mut c.kv_events_endpoint, parse::parsed(v))
+    }),
+    one("kv-events-replay-endpoint", "an address to listen at, such as tcp://*:5558", |c, v| {
+        put(&mut c.kv_events_replay_endpoint, parse::parsed(v))
+    }),
+    one("kv-events-topic", "text", |c, v| {
+        put(&mut c.kv_events_topic, parse::optional_text(v).map(Option::unwrap_or_default))
+    }),
+    one("otlp-traces-endpoint", "a collector's address, such as http://localhost:4318/v1/traces", |c, v| {
+        put(&mut c.otlp_traces_endpoint, parse::parsed(v))
+    }),
     one("log", "a filter such as info, debug or tandem=debug,warn", |c, v| {
         put(&mut c.log, parse::log_filter(v).map(Some))
     }),
@@ -235,7 +272,7 @@ pub(crate) enum ConfigError {
     #[error("{}: {rule}: {reason}", path.display())]
     LaneRule { path: PathBuf, rule: String, reason: String },
     /// One of two settings that belong together is missing.
-    #[error("{given} is set and {missing} is not; TLS needs both")]
+    #[error("{given} is set and {missing} is not; it needs both")]
     Half { given: &'static str, missing: &'static str },
     /// The file cannot be read.
     #[error("the configuration file {} cannot be read: {reason}", path.display())]
@@ -318,10 +355,15 @@ pub(crate) fn load(
         apply(&mut config, find(key).expect("every flag is a setting: this is a bug"), value, &Origin::Flag)?;
     }
     match (&config.tls_cert, &config.tls_key) {
-        (Some(_), None) => Err(ConfigError::Half { given: "tls-cert", missing: "tls-key" }),
-        (None, Some(_)) => Err(ConfigError::Half { given: "tls-key", missing: "tls-cert" }),
-        _ => Ok(Loaded { config, file, warnings }),
+        (Some(_), None) => return Err(ConfigError::Half { given: "tls-cert", missing: "tls-key" }),
+        (None, Some(_)) => return Err(ConfigError::Half { given: "tls-key", missing: "tls-cert" }),
+        _ => {}
     }
+    if config.kv_events_replay_endpoint.is_some() && config.kv_events_endpoint.is_none() {
+        let (given, missing) = ("kv-events-replay-endpoint", "kv-events-endpoint");
+        return Err(ConfigError::Half { given, missing });
+    }
+    Ok(Loaded { config, file, warnings })
 }
 
 /// The names of all settings.

@@ -10,7 +10,7 @@ use anyhow::{Context as _, bail};
 use tandem::http::lanes::LanePolicy;
 use tandem::http::{AppConfig, AppState, LaneModel, Limits};
 use tandem::keys::Keyring;
-use tandem_engine::{EngineConfig, EngineHandle, Models};
+use tandem_engine::{EngineConfig, EngineHandle, KvEvents, Models};
 use tandem_kernels::ThreadPool;
 use tandem_models::{
     BackendKind, ChatTemplate, Checkpoint, Dtype, FileType, FimTokens, Head, HeadKind, HubOptions, KvType,
@@ -127,6 +127,14 @@ pub(crate) fn start(config: &Config) -> anyhow::Result<Runtime> {
     start_with(config, |models| models)
 }
 
+/// As [`start`], with somebody who is told of changes of the prefix cache.
+///
+/// # Errors
+/// As [`start`].
+pub(crate) fn start_publishing(config: &Config, kv_events: Option<KvEvents>) -> anyhow::Result<Runtime> {
+    out_of_the_way(|| load(config, |models| models, kv_events))
+}
+
 /// As [`start`], with models that `adapt` has put something around: for benchmarks.
 ///
 /// # Errors
@@ -135,11 +143,15 @@ pub(crate) fn start_with(
     config: &Config,
     adapt: impl FnOnce(Models) -> Models + Send,
 ) -> anyhow::Result<Runtime> {
-    // Threads inherit their priority from who starts them.
+    out_of_the_way(|| load(config, adapt, None))
+}
+
+/// Loads on a thread of its own: threads inherit their priority from who starts them.
+fn out_of_the_way(load: impl FnOnce() -> anyhow::Result<Runtime> + Send) -> anyhow::Result<Runtime> {
     std::thread::scope(|scope| {
         let starting = scope.spawn(|| {
             yield_to_others();
-            load(config, adapt)
+            load()
         });
         starting.join().expect("loading does not panic: this is a bug")
     })
@@ -160,7 +172,8 @@ fn yield_to_others() {
     }
 }
 
-/// The threads for sockets and parsing; the engine and the pool have threads of their own.
+/// Threads for sockets and parsing, where a server and its clients are in one process; the engine and the pool
+/// have threads of their own.
 ///
 /// # Errors
 /// If the operating system refuses a thread.
@@ -168,7 +181,25 @@ pub(crate) fn async_runtime() -> std::io::Result<tokio::runtime::Runtime> {
     tokio::runtime::Builder::new_multi_thread().worker_threads(2).enable_all().build()
 }
 
-fn load(config: &Config, adapt: impl FnOnce(Models) -> Models) -> anyhow::Result<Runtime> {
+/// Threads for sockets and parsing of a server. Of several, the one that a token wakes wakes another, to look
+/// for more work, which there is not: one thread does with half of the wakeups, and with 15 us a token carries
+/// more tokens than any model here gives. What would hold it up, such as long texts to be tokenized, runs on
+/// threads apart.
+pub(crate) const SERVING_THREADS: usize = 1;
+
+/// The runtime of a server.
+///
+/// # Errors
+/// If the operating system refuses a thread.
+pub(crate) fn serving_runtime() -> std::io::Result<tokio::runtime::Runtime> {
+    tokio::runtime::Builder::new_multi_thread().worker_threads(SERVING_THREADS).enable_all().build()
+}
+
+fn load(
+    config: &Config,
+    adapt: impl FnOnce(Models) -> Models,
+    kv_events: Option<KvEvents>,
+) -> anyhow::Result<Runtime> {
     let started = Instant::now();
     let (target_dir, drafter) = find_pair(config)?;
     let (draft_dir, head) = match drafter {
@@ -250,7 +281,7 @@ fn load(config: &Config, adapt: impl FnOnce(Models) -> Models) -> anyhow::Result
     let (target_model, target) = split(target);
     let (draft_model, draft) = split(draft);
     let models = adapt(Models { target: target_model, draft: draft_model });
-    let (engine, engine_thread) = EngineHandle::spawn(engine_config, models)?;
+    let (engine, engine_thread) = EngineHandle::spawn_with(engine_config, models, kv_events)?;
     Ok(Runtime {
         engine,
         engine_thread,

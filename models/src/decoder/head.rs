@@ -122,6 +122,7 @@ impl<B: Backend> Decoder<B> {
             cache: None,
             workspace: None,
             pass: Pass::default(),
+            hidden_rows: Vec::new(),
             backend,
             config,
         };
@@ -273,7 +274,6 @@ impl<B: Backend> Decoder<B> {
         if self.start.is_none() && self.drafter.is_none() {
             return Ok(());
         }
-        let leaves_last = self.leaves_last_features() && num_layers_done == self.config.num_layers;
         let Decoder { config, start, drafter, cache, workspace, backend, .. } = self;
         let (ws, cache) = (ready(workspace), ready(cache));
         let (hidden, is_last) = (config.hidden_size, num_layers_done == config.num_layers);
@@ -305,13 +305,10 @@ impl<B: Backend> Decoder<B> {
                 }
             }
         }
-        if leaves_last && shape.num_logits_rows > 0 && shape.num_logits_rows < rows {
-            backend.pick_logits_rows(&cache.inputs, hidden, &mut ws.normed)?;
-        }
         Ok(())
     }
 
-    /// True if a head wants what is there after the last layer, of every row: then the layer computes them all.
+    /// True if a head wants what is there after the last layer, of every row.
     pub(super) fn leaves_last_features(&self) -> bool {
         self.drafter.as_ref().is_some_and(|attached| match &attached.tap.features {
             Features::FinalNorm => true,

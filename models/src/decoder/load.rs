@@ -84,6 +84,7 @@ impl<B: Backend> Decoder<B> {
             cache: None,
             workspace: None,
             pass: Pass::default(),
+            hidden_rows: Vec::new(),
             backend,
         })
     }

@@ -22,7 +22,7 @@ const MIN_DEEP_PREFILL_TOKENS: usize = 16;
 pub(crate) struct PassLimits {
     /// Tokens of one pass; enough for every seat to verify its longest draft.
     pub(crate) max_num_batched_tokens: usize,
-    /// Tokens of a pass in which the deep lane's prompts have a part, by model: what nobody has to wait
+    /// Tokens of a pass in which the deep lane's prompts, or texts to embed, have a part, by model: what nobody has to wait
     /// for longer than a moment. Prompts get what verification leaves of it, but never nothing.
     pub(crate) max_deep_prefill_tokens: [usize; 2],
     /// Prompt tokens a sequence with `prompt_logprobs` computes in one pass: each takes a row of logits.
@@ -37,7 +37,7 @@ pub(crate) struct PassLimits {
 impl PassLimits {
     /// Tokens that one sequence can have of a pass.
     fn most(&self, want: &Want, sequence: &Sequence, role: ModelRole) -> usize {
-        if want.is_prefill && sequence.lane == Lane::Deep {
+        if want.is_prefill && sequence.is_bulk() {
             self.max_deep_prefill_tokens[role as usize]
         } else {
             self.max_num_batched_tokens
@@ -56,6 +56,8 @@ pub(crate) struct ScheduledSequence {
     pub(crate) num_tokens: usize,
     /// Rows of logits it gets: the last `num_logits` of its tokens.
     pub(crate) num_logits: usize,
+    /// It gets the hidden states of all its tokens.
+    pub(crate) is_embedding: bool,
 }
 
 /// One pass: who is in it, and the model's inputs.
@@ -91,7 +93,9 @@ impl PassKind {
 
     fn takes(self, sequence: &Sequence) -> bool {
         let in_lane = match (self, sequence.lane) {
-            (PassKind::Round(_) | PassKind::FastOnly, Lane::Fast) => true,
+            // The rounds after the first should be short: the deep lane waits for its drafts.
+            (PassKind::Round(round), Lane::Fast) => round == 0 || !sequence.is_embedding(),
+            (PassKind::FastOnly, Lane::Fast) => true,
             (PassKind::Round(round), Lane::Deep) => sequence.num_planned_draft_tokens > round,
             (PassKind::FastOnly, Lane::Deep) | (PassKind::Target, Lane::Fast) => false,
             (PassKind::Target, Lane::Deep) => true,
@@ -185,7 +189,7 @@ impl ScheduledBatch {
                 if want.scores_prompt {
                     num_tokens = num_tokens.min(limits.max_logits_rows);
                 }
-                if prefill && sequence.lane == Lane::Deep {
+                if prefill && sequence.is_bulk() {
                     num_tokens = num_tokens.min(deep_prefill_budget);
                     deep_prefill_budget -= num_tokens;
                 }
@@ -194,6 +198,7 @@ impl ScheduledBatch {
                 }
                 budget -= num_tokens;
                 let num_logits = match () {
+                    () if sequence.is_embedding() => 0,
                     () if want.scores_prompt => num_tokens,
                     () if num_tokens < want.uncomputed => 0,
                     () if role == ModelRole::Target => 1 + sequence.draft_tokens().len(),
@@ -220,6 +225,9 @@ impl ScheduledBatch {
             &sequence.block_table,
             num_logits,
         );
+        if sequence.is_embedding() {
+            self.inputs.want_hidden_states();
+        }
         if let Some(map) = &self.vocab_map
             && sequence.lane == Lane::Deep
         {
@@ -228,7 +236,14 @@ impl ScheduledBatch {
                 *id = map.to_draft(*id);
             }
         }
-        self.sequences.push(ScheduledSequence { seat, id: sequence.id, num_tokens, num_logits });
+        let is_embedding = sequence.is_embedding();
+        self.sequences.push(ScheduledSequence {
+            seat,
+            id: sequence.id,
+            num_tokens,
+            num_logits,
+            is_embedding,
+        });
     }
 
     /// Makes the pass that of one of its sequences alone.

@@ -13,6 +13,8 @@ use crate::api::{
 };
 use crate::batch::{PassLimits, ScheduledBatch};
 use crate::block_manager::BlockManager;
+use crate::embedding::{EmbedRequest, Pooling};
+use crate::kv_events::{KvEventSink, KvEvents};
 use crate::plan::PlanScratch;
 use crate::prefix_cache::HashSettings;
 use crate::sampler::{LogprobScratch, Sampler};
@@ -121,6 +123,8 @@ pub struct Engine {
     /// The target's pass, which may be under way while the draft runs.
     pub(crate) target_batch: ScheduledBatch,
     pub(crate) logits: Vec<f32>,
+    /// The hidden states of a pass, of those that want them.
+    pub(crate) hidden: Vec<f32>,
     /// By [`Lane`].
     pub(crate) num_token_ids: [usize; 2],
     pub(crate) vocab_map: Option<Arc<VocabMap>>,
@@ -130,6 +134,7 @@ pub struct Engine {
     pub(crate) translated: Vec<f32>,
     pub(crate) lane_isolation: bool,
     pub(crate) stats: EngineStats,
+    kv_events: Option<Box<dyn KvEventSink>>,
     max_model_len: usize,
 }
 
@@ -184,15 +189,33 @@ impl Engine {
             translated: Vec::new(),
             target_batch: ScheduledBatch::default(),
             logits: Vec::new(),
+            hidden: Vec::new(),
             num_token_ids,
             lane_isolation: config.lane_isolation,
             stats: EngineStats { num_total_blocks: config.num_blocks as u64, ..EngineStats::default() },
+            kv_events: None,
             max_model_len: config.max_model_len,
         };
         if let DraftHead::First(_) = config.draft_head {
             engine.fix_draft_head()?;
         }
         Ok(engine)
+    }
+
+    /// Tells of every change of the prefix cache from now on.
+    pub fn publish_kv_events(&mut self, KvEvents { sink, key }: KvEvents) {
+        let role = if self.models.target.is_some() { ModelRole::Target } else { ModelRole::Draft };
+        self.scheduler.blocks.log_events(key, role);
+        self.kv_events = Some(sink);
+    }
+
+    /// Hands over what has changed since the last call.
+    pub(crate) fn tell_kv_events(&mut self) {
+        let Some(sink) = &mut self.kv_events else { return };
+        let events = self.scheduler.blocks.take_events();
+        if !events.is_empty() {
+            sink.publish(events);
+        }
     }
 
     /// Queues a sequence. The caller has checked it against the models' limits.
@@ -202,6 +225,14 @@ impl Engine {
         }
         let num_token_ids = self.num_token_ids[request.lane as usize];
         self.scheduler.add(Box::new(Sequence::new(request, num_token_ids, now)));
+    }
+
+    /// Queues a text to embed, checked as a sequence is.
+    pub fn embed(&mut self, request: EmbedRequest, now: Duration) {
+        let num_token_ids = self.num_token_ids[request.lane as usize];
+        let mut sequence = Sequence::new(request.into_submit(), num_token_ids, now);
+        sequence.pooling = Some(Pooling::default());
+        self.scheduler.add(Box::new(sequence));
     }
 
     /// Ends a sequence; its client is given the closing account, if it still listens.

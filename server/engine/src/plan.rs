@@ -35,7 +35,8 @@ const SETTLED_STEPS: u32 = 3;
 
 /// A sequence that can verify draft tokens in the next pass of the target.
 fn decodes_deep(sequence: &Sequence) -> bool {
-    sequence.lane == Lane::Deep && !sequence.is_prefilling() && sequence.finished.is_none()
+    let decodes = sequence.lane == Lane::Deep && !sequence.is_prefilling() && !sequence.is_embedding();
+    decodes && sequence.finished.is_none()
 }
 
 impl Engine {

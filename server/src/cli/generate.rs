@@ -208,7 +208,7 @@ fn show(events: &mpsc::Receiver<Event>, mut detokenizer: Detokenizer) -> anyhow:
         Painter { out: std::io::stdout().lock(), colour: terminal::colour_stdout(), painted: false };
     loop {
         match events.recv().context("the engine ended without an answer")? {
-            Event::PromptLogprobs(_) => {}
+            Event::PromptLogprobs(_) | Event::Embedding(_) => {}
             Event::Tokens(chunk) => {
                 for token in &chunk.tokens {
                     if let Some(text) = detokenizer.push(token.id)?

@@ -328,7 +328,7 @@ impl Tried {
             })?;
             loop {
                 match events.recv().context("the engine ended without an answer")? {
-                    Event::PromptLogprobs(_) | Event::Tokens(_) => {}
+                    Event::PromptLogprobs(_) | Event::Embedding(_) | Event::Tokens(_) => {}
                     Event::Finished(finished) => {
                         tried.drafted += finished.usage.total_draft_tokens();
                         tried.accepted += finished.usage.total_accepted_tokens();

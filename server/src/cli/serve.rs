@@ -8,8 +8,10 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use anyhow::Context as _;
+use tandem::http::traces::Tracer;
 use tandem::http::{Listener, ServeOptions, Tls, serve, shutdown_signal};
 use tandem::keys::{Keeper, Keyring};
+use tandem::kv_events::{self, Publisher};
 use tandem_engine::{DraftTokens, EngineHandle};
 use tokio::net::TcpListener;
 
@@ -24,7 +26,7 @@ speak it.
 
 Prints the address, the pair and a request to try, and serves until Ctrl-C, which lets running answers \
 finish. OpenAI: /v1/completions (with `suffix` for fill-in-the-middle), /v1/chat/completions, /v1/responses, \
-/v1/models. Anthropic: /v1/messages. llama.cpp: /infill, /completion, /tokenize, /detokenize, \
+/v1/embeddings, /v1/models. Anthropic: /v1/messages. llama.cpp: /infill, /completion, /tokenize, /detokenize, \
 /apply-template, /props, /slots. Mistral: /v1/fim/completions. Ollama: /api/generate, /api/chat, /api/tags, \
 /api/show. Tabby: /v1/completions with `segments`, /v1/health. And /health and /metrics.";
 
@@ -57,7 +59,7 @@ pub(super) fn run(settings: &ServeSettings) -> anyhow::Result<ExitCode> {
         tracing::info!("settings read from {}", file.display());
     }
     let most_files = runtime::raise_open_files();
-    runtime::async_runtime()?.block_on(async {
+    runtime::serving_runtime()?.block_on(async {
         // Bound before the models are loaded: a port in use is said at once.
         let listener = TcpListener::bind((config.host.as_str(), config.port))
             .await
@@ -70,9 +72,15 @@ pub(super) fn run(settings: &ServeSettings) -> anyhow::Result<ExitCode> {
             (Some(cert), Some(key)) => Some(Arc::new(Tls::open(cert, key)?)),
             _ => None,
         };
+        let publisher = config.kv_events().map(|settings| Publisher::bind(&settings)).transpose()?;
+        let (kv_events, outgoing) = publisher.is_some().then(kv_events::channel).unzip();
         let runtime = {
             let config = config.clone();
-            tokio::task::spawn_blocking(move || runtime::start(&config)).await??
+            tokio::task::spawn_blocking(move || runtime::start_publishing(&config, kv_events)).await??
+        };
+        let _publishing = match publisher.zip(outgoing) {
+            Some((publisher, outgoing)) => Some(publisher.start(outgoing, runtime.kv.block_size).await?),
+            None => None,
         };
         print(&greeting(&config, &runtime, address, started.elapsed()));
         let listener = Listener { tcp: listener, tls };
@@ -81,6 +89,13 @@ pub(super) fn run(settings: &ServeSettings) -> anyhow::Result<ExitCode> {
         let mut options = ServeOptions::default();
         // Some files are not sockets.
         options.max_connections = options.max_connections.min(most_files.saturating_sub(128).max(64));
+        let (state, exporting) = match config.otlp_traces_endpoint {
+            Some(url) => {
+                let (tracer, exporting) = Tracer::start(url, service_name());
+                (state.traced(tracer), Some(exporting))
+            }
+            None => (state, None),
+        };
         let engine = state.engine.clone();
         serve(listener, Arc::new(state), options, async {
             tokio::select! {
@@ -96,6 +111,9 @@ pub(super) fn run(settings: &ServeSettings) -> anyhow::Result<ExitCode> {
             );
         })
         .await?;
+        if let Some(exporting) = exporting {
+            exporting.finish().await;
+        }
         // The last of what was used of the keys is written down.
         drop(keeper);
         if engine_thread.join().is_err() {
@@ -103,6 +121,11 @@ pub(super) fn run(settings: &ServeSettings) -> anyhow::Result<ExitCode> {
         }
         Ok(ExitCode::SUCCESS)
     })
+}
+
+/// What traces call this server, by OpenTelemetry's own variable.
+fn service_name() -> String {
+    std::env::var("OTEL_SERVICE_NAME").ok().filter(|name| !name.is_empty()).unwrap_or("tandem".to_owned())
 }
 
 /// Resolves once the engine is no longer healthy; the process then ends, so that whoever supervises it

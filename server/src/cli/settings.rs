@@ -166,6 +166,24 @@ pub(crate) struct ServeSettings {
     )]
     no_sharing: Option<String>,
 
+    /// Publish what the prefix cache gains and loses on this ZeroMQ socket, as vLLM does, for routers: such
+    /// as tcp://*:5557. Who can reach it reads the tokens of all prompts [default: not]
+    #[arg(long, value_name = "ADDRESS", help_heading = "Network")]
+    kv_events_endpoint: Option<String>,
+
+    /// Send missed KV events again to who asks for them here, such as tcp://*:5558 [default: not]
+    #[arg(long, value_name = "ADDRESS", help_heading = "Network")]
+    kv_events_replay_endpoint: Option<String>,
+
+    /// The first frame of KV events' messages. llm-d wants kv@POD@MODEL [default: empty]
+    #[arg(long, value_name = "TOPIC", help_heading = "Network")]
+    kv_events_topic: Option<String>,
+
+    /// Send a span of every request to this OpenTelemetry collector, such as
+    /// http://localhost:4318/v1/traces; without prompts and answers [default: not]
+    #[arg(long, value_name = "URL", help_heading = "Network")]
+    otlp_traces_endpoint: Option<String>,
+
     /// Sequences of each lane that run at the same time; further ones wait [default: 32]
     #[arg(long, value_name = "N", help_heading = "Machine")]
     max_num_seqs: Option<String>,
@@ -220,6 +238,10 @@ impl ServeSettings {
             ("fast-context", &self.fast_context),
             ("cors", &self.cors),
             ("no-sharing", &self.no_sharing),
+            ("kv-events-endpoint", &self.kv_events_endpoint),
+            ("kv-events-replay-endpoint", &self.kv_events_replay_endpoint),
+            ("kv-events-topic", &self.kv_events_topic),
+            ("otlp-traces-endpoint", &self.otlp_traces_endpoint),
         ]);
         if !self.api_key.is_empty() {
             flags.push(("api-key", self.api_key.clone()));

@@ -33,6 +33,14 @@ pub(super) fn texts(value: &RawValue) -> Option<Vec<String>> {
     value.iter().map(|text| (!text.trim().is_empty()).then(|| text.trim().to_owned())).collect()
 }
 
+/// As with [`optional_text`].
+pub(super) fn parsed<T: FromStr>(value: &RawValue) -> Option<Option<T>> {
+    match optional_text(value)? {
+        None => Some(None),
+        Some(text) => text.parse().ok().map(Some),
+    }
+}
+
 pub(super) fn number<T: FromStr + PartialOrd>(value: &RawValue, least: T, most: T) -> Option<T> {
     let number: T = only(value)?.parse().ok()?;
     (number >= least && number <= most).then_some(number)

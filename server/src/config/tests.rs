@@ -68,6 +68,10 @@ fn every_setting_can_be_set_in_the_file_and_in_the_environment() {
         ("no-prefix-cache", "true"),
         ("no-lane-isolation", "true"),
         ("no-sharing", "true"),
+        ("kv-events-endpoint", "tcp://*:5557"),
+        ("kv-events-replay-endpoint", "tcp://127.0.0.1:5558"),
+        ("kv-events-topic", "kv@pod@model"),
+        ("otlp-traces-endpoint", "http://localhost:4318"),
         ("log", "debug"),
     ];
     assert_eq!(values.map(|(key, _)| key).to_vec(), SETTINGS.iter().map(|s| s.key).collect::<Vec<_>>());
@@ -97,6 +101,10 @@ fn every_setting_can_be_set_in_the_file_and_in_the_environment() {
         prefix_cache: false,
         lane_isolation: false,
         sharing: false,
+        kv_events_endpoint: Some("tcp://*:5557".parse().expect("an address")),
+        kv_events_replay_endpoint: Some("tcp://127.0.0.1:5558".parse().expect("an address")),
+        kv_events_topic: "kv@pod@model".to_owned(),
+        otlp_traces_endpoint: Some("http://localhost:4318".parse().expect("an address")),
         log: Some("debug".to_owned()),
     };
     let text: String = values.iter().map(|(key, value)| format!("{key} = \"{value}\"\n")).collect();

@@ -19,9 +19,10 @@ use hyper::body::Incoming;
 use hyper_util::rt::TokioIo;
 use serde_json::Value;
 use tandem::http::lanes::LanePolicy;
+use tandem::http::traces::Tracer;
 use tandem::http::{AppConfig, AppState, LaneModel, Limits, Listener, ServeOptions, Tls, serve};
 use tandem::keys::Keyring;
-use tandem_engine::{DraftHead, DraftTokens, EngineConfig, EngineHandle, Models};
+use tandem_engine::{DraftHead, DraftTokens, EngineConfig, EngineHandle, KvEvents, Models};
 use tandem_kernels::ThreadPool;
 use tandem_models::{
     BackendKind, ChatTemplate, Checkpoint, FimTokens, KvType, Model, RopeOverride, Tokenizer,
@@ -60,6 +61,10 @@ pub(crate) struct TestOptions {
     pub(crate) scripted: bool,
     /// The shipped pair answers.
     pub(crate) demo: bool,
+    /// Is sent spans of requests.
+    pub(crate) tracer: Option<Tracer>,
+    /// Is told of changes of the prefix cache.
+    pub(crate) kv_events: Option<KvEvents>,
 }
 
 impl Default for TestOptions {
@@ -83,6 +88,8 @@ impl Default for TestOptions {
             kv_type: KvType::F16,
             scripted: false,
             demo: false,
+            tracer: None,
+            kv_events: None,
         }
     }
 }
@@ -188,8 +195,9 @@ impl TestServer {
             lane_isolation: true,
         };
         let models = Models { target: Some(target_model), draft: draft_model };
-        let (engine, engine_thread) = EngineHandle::spawn(config, models).expect("the engine starts");
-        let state = Arc::new(AppState::new(AppConfig {
+        let (engine, engine_thread) =
+            EngineHandle::spawn_with(config, models, options.kv_events).expect("the engine starts");
+        let state = AppState::new(AppConfig {
             engine: engine.clone(),
             target: Some(target),
             draft,
@@ -198,7 +206,11 @@ impl TestServer {
             cors: options.cors,
             sharing: options.sharing,
             limits: options.limits,
-        }));
+        });
+        let state = Arc::new(match options.tracer {
+            Some(tracer) => state.traced(tracer),
+            None => state,
+        });
         let listener = TcpListener::bind("127.0.0.1:0").await.expect("a free port");
         let address = listener.local_addr().expect("a bound address");
         let (stop, stopped) = oneshot::channel();

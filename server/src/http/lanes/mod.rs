@@ -172,7 +172,8 @@ pub fn route<'a>(
     Ok(Route { served, reason, next, escalation })
 }
 
-fn closed_lane(lane: Lane, lanes: Lanes) -> ApiError {
+/// The 403 for a lane that a key does not open.
+pub(super) fn closed_lane(lane: Lane, lanes: Lanes) -> ApiError {
     let message = format!("this key does not open the lane {}; it opens: {lanes}", lane_name(lane));
     ApiError {
         param: Some("model".to_owned()),

@@ -21,6 +21,9 @@ pub struct ForwardBatch {
     pub block_table_offsets: Vec<u32>,
     /// Rows whose logits are wanted, ascending. Only these pass through the head.
     pub logits_rows: Vec<u32>,
+    /// Rows whose last hidden state is wanted, ascending; see [`crate::Model::hidden_states`]. They need no
+    /// logits.
+    pub hidden_rows: Vec<u32>,
     /// Rows of logits are those of the vocabulary's first tokens alone; see
     /// [`crate::Model::set_short_head`].
     pub short_head: bool,
@@ -46,6 +49,7 @@ impl ForwardBatch {
         self.block_table_offsets.clear();
         self.block_table_offsets.push(0);
         self.logits_rows.clear();
+        self.hidden_rows.clear();
         self.short_head = false;
     }
 
@@ -78,6 +82,12 @@ impl ForwardBatch {
         self.block_tables.extend_from_slice(&block_table[..num_blocks]);
         self.block_table_offsets.push(self.block_tables.len() as u32);
         self.logits_rows.extend((end - num_logits..end).map(|row| row as u32));
+    }
+
+    /// Asks for the last hidden state of every token of the sequence that was pushed last.
+    pub fn want_hidden_states(&mut self) {
+        let num_seqs = self.num_seqs();
+        self.hidden_rows.extend(self.cu_seqlens_q[num_seqs - 1]..self.cu_seqlens_q[num_seqs]);
     }
 
     /// Rows of this pass.

@@ -31,9 +31,10 @@ impl Bounds {
         below("token id", &batch.token_ids, self.vocab_size)?;
         below("block", &batch.block_tables, self.kv.num_blocks)?;
         below("logits row", &batch.logits_rows, num_tokens)?;
-        require(batch.logits_rows.is_sorted_by(|a, b| a < b), || {
-            format!("logits_rows {:?} are not ascending", batch.logits_rows)
-        })?;
+        below("hidden row", &batch.hidden_rows, num_tokens)?;
+        for (name, rows) in [("logits_rows", &batch.logits_rows), ("hidden_rows", &batch.hidden_rows)] {
+            require(rows.is_sorted_by(|a, b| a < b), || format!("{name} {rows:?} are not ascending"))?;
+        }
         (0..num_seqs).try_for_each(|seq| self.check_sequence(batch, seq))
     }
 
@@ -87,7 +88,7 @@ fn is_partition(offsets: &[u32], parts: usize, total: usize) -> bool {
 
 #[cfg(test)]
 mod tests {
-    use tandem_kernels::kv::KvType;
+    use tandem_kernels::kv::{KvType, Values};
 
     use super::*;
 
@@ -100,6 +101,7 @@ mod tests {
             block_size: 4,
             num_kv_heads: 1,
             head_dim: 4,
+            values: Values::Own,
             kv_type: KvType::F32,
         },
     };

@@ -3,4 +3,5 @@
 
 pub mod http;
 pub mod keys;
+pub mod kv_events;
 pub mod text;

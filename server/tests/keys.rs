@@ -289,3 +289,58 @@ fn many_writers_wait_for_each_other() {
     let entries = KeyFile::open(&path, false).expect("opens").entries().expect("read");
     assert_eq!(entries.len(), 20);
 }
+
+/// The lines of `/metrics` that are about keys, as this key sees them.
+async fn key_metrics(office: &Office, key: &str) -> Vec<String> {
+    let bearer = format!("Bearer {key}");
+    let headers = [("authorization", bearer.as_str())];
+    let answer = office.server.request(http::Method::GET, "/metrics", &headers, "").await;
+    let page = String::from_utf8(answer.body.to_vec()).expect("text");
+    assert!(page.contains("tandem_sequences_running") && page.contains("vllm:num_requests_running"));
+    page.lines().filter(|line| line.starts_with("tandem_key_")).map(str::to_owned).collect()
+}
+
+#[tokio::test]
+async fn metrics_show_keys_to_the_operator_and_each_to_itself() {
+    let options = TestOptions { api_keys: vec!["operators".to_owned()], ..TestOptions::default() };
+    let office = Office::open(options).await;
+    let budget = Some(Budget { amount: 1, window: LONG });
+    let limited = KeyRules { requests: budget, ..rules() };
+    let limited = office.file().add("limited", &limited, 1).expect("made").key;
+    let other = office.file().add("other", &rules(), 1).expect("made").key;
+    office.until_status(&other, 200).await;
+    assert_eq!(office.complete(&limited).await.status, 200);
+    assert_eq!(office.complete(&limited).await.status, 429);
+    assert_eq!(office.complete("operators").await.status, 200);
+    let all = key_metrics(&office, "operators").await;
+    for line in [
+        "tandem_key_requests_total{key=\"limited\",key_id=\"1\"} 1",
+        "tandem_key_requests_total{key=\"other\",key_id=\"2\"} 0",
+        "tandem_key_requests_total{key=\"\",key_id=\"0\"} 1",
+        "tandem_key_refusals_total{key=\"limited\",key_id=\"1\",budget=\"requests\"} 1",
+        "tandem_key_budget_left{key=\"limited\",key_id=\"1\",budget=\"requests\"} 0",
+    ] {
+        assert!(all.iter().any(|shown| shown == line), "{line} is not in {all:#?}");
+    }
+    assert!(all.iter().all(|line| !line.contains(&limited) && !line.contains("operators")));
+    let own = key_metrics(&office, &other).await;
+    assert!(!own.is_empty() && own.iter().all(|line| line.contains("key=\"other\"")), "{own:#?}");
+    office.close().await;
+}
+
+#[tokio::test]
+async fn a_damaged_row_does_not_keep_others_from_being_revoked() {
+    let office = Office::open(TestOptions::default()).await;
+    let leaked = office.file().add("leaked", &rules(), 1).expect("made").key;
+    let broken = office.file().add("broken", &rules(), 1).expect("made").key;
+    let stays = office.file().add("stays", &rules(), 1).expect("made").key;
+    office.until_status(&stays, 200).await;
+    let connection = rusqlite::Connection::open(office.path()).expect("it opens");
+    connection.execute("UPDATE keys SET lanes = 'all' WHERE name = 'broken'", []).expect("changed");
+    office.file().revoke("leaked", 2).expect("revoked");
+    office.until_status(&leaked, 401).await;
+    assert_eq!(office.complete(&broken).await.status, 401);
+    assert_eq!(office.complete(&stays).await.status, 200);
+    assert!(matches!(office.file().entries(), Err(KeyFileError::Damaged { .. })));
+    office.close().await;
+}

@@ -9,6 +9,7 @@ use arrayvec::ArrayVec;
 use bytemuck::{Pod, Zeroable};
 
 use crate::constraint::Constraint;
+use crate::embedding::EmbedRequest;
 
 /// A token id in the vocabulary that target and draft share.
 pub type TokenId = u32;
@@ -182,7 +183,7 @@ pub struct CacheSalt(pub u128);
 /// Who proposes draft tokens.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub enum DraftSource {
-    /// The draft model.
+    /// The draft model, or the head that drafts in its place.
     Draft,
     /// A continuation found in the sequence's own text or its session's.
     Ngram,
@@ -240,10 +241,11 @@ pub struct SpeculationParams {
 pub struct SequenceId(pub u64);
 
 /// Everything that can be asked of the engine thread.
-#[expect(clippy::large_enum_variant, reason = "submissions are what most of them are")]
 pub enum Command {
     /// Starts a sequence.
     Submit(SubmitRequest),
+    /// Starts a sequence that gives an embedding.
+    Embed(EmbedRequest),
     /// Ends a sequence with [`FinishReason::Aborted`]; its blocks are free when the current step ends.
     /// Unknown ids are ignored.
     Abort(SequenceId),
@@ -327,7 +329,7 @@ pub struct TokenLogprobs {
 }
 
 /// What the engine says about a sequence, in this order: `PromptLogprobs` if asked for, any number
-/// of `Tokens`, then one `Finished` or `Failed`.
+/// of `Tokens` (of an [`EmbedRequest`]: one `Embedding`), then one `Finished` or `Failed`.
 #[expect(clippy::large_enum_variant, reason = "nearly every event is the large one")]
 #[derive(Debug, Clone)]
 pub enum Event {
@@ -335,6 +337,8 @@ pub enum Event {
     PromptLogprobs(Vec<Option<TokenLogprobs>>),
     /// Tokens became final.
     Tokens(TokenChunk),
+    /// The mean of the last hidden states of all tokens, `[hidden_size]`; not normalised.
+    Embedding(Vec<f32>),
     /// The sequence ended. Nothing follows.
     Finished(Finished),
     /// The sequence could not be run (to the end). Nothing follows.
@@ -500,6 +504,10 @@ pub struct EngineStats {
     pub num_prompt_tokens: u64,
     /// Prompt tokens found in the prefix cache.
     pub num_cached_tokens: u64,
+    /// Embeddings that were given.
+    pub num_embeddings: u64,
+    /// Their tokens, which `num_prompt_tokens` counts too.
+    pub num_embedding_tokens: u64,
     /// Running sequences that had to give up their blocks and compute them again later.
     pub num_preemptions: u64,
     /// Cached blocks given to somebody else.

@@ -48,11 +48,14 @@ impl PrefillLimit {
 pub(crate) struct PassLimits {
     /// Tokens of one pass; enough for every seat to verify its longest draft.
     pub(crate) max_num_batched_tokens: usize,
-    /// Of a pass in which the deep lane's prompts have a part, by model. Prompts get what verification
-    /// leaves of it, but never nothing.
+    /// Of a pass in which the deep lane's prompts, or texts to embed, have a part, by model. Prompts get what
+    /// verification leaves of it, but never nothing.
     pub(crate) deep_prefill: [PrefillLimit; 2],
     /// Prompt tokens a sequence with `prompt_logprobs` computes in one pass: each takes a row of logits.
     pub(crate) max_logits_rows: usize,
+    /// Tokens that what drafts for a decoding sequence may lack beside the last: one, after a verification in
+    /// which all stood, or all of a step, of which a head had only guesses of its own.
+    pub(crate) draft_catch_up: usize,
     /// The draft's passes that only propose take its short head.
     pub(crate) short_head: bool,
 }
@@ -60,7 +63,7 @@ pub(crate) struct PassLimits {
 impl PassLimits {
     /// Tokens that one sequence can have of a pass.
     fn most(&self, want: &Want, sequence: &Sequence, role: ModelRole) -> usize {
-        if want.is_prefill && sequence.lane == Lane::Deep {
+        if want.is_prefill && sequence.is_bulk() {
             let limit = &self.deep_prefill[role as usize];
             limit.tokens(limit.num_tokens, want.computed)
         } else {
@@ -80,6 +83,8 @@ pub(crate) struct ScheduledSequence {
     pub(crate) num_tokens: usize,
     /// Rows of logits it gets: the last `num_logits` of its tokens.
     pub(crate) num_logits: usize,
+    /// It gets the hidden states of all its tokens.
+    pub(crate) is_embedding: bool,
 }
 
 /// One pass: who is in it, and the model's inputs.
@@ -115,7 +120,9 @@ impl PassKind {
 
     fn takes(self, sequence: &Sequence) -> bool {
         let in_lane = match (self, sequence.lane) {
-            (PassKind::Round(_) | PassKind::FastOnly, Lane::Fast) => true,
+            // The rounds after the first should be short: the deep lane waits for its drafts.
+            (PassKind::Round(round), Lane::Fast) => round == 0 || !sequence.is_embedding(),
+            (PassKind::FastOnly, Lane::Fast) => true,
             (PassKind::Round(round), Lane::Deep) => sequence.num_planned_draft_tokens > round,
             (PassKind::FastOnly, Lane::Deep) | (PassKind::Target, Lane::Fast) => false,
             (PassKind::Target, Lane::Deep) => true,
@@ -133,11 +140,12 @@ struct Want {
 }
 
 impl Want {
-    fn of(sequence: &Sequence, role: ModelRole) -> Self {
+    fn of(sequence: &Sequence, role: ModelRole, limits: &PassLimits) -> Self {
         let computed = sequence.num_computed(role);
-        // The last committed token and the draft tokens after it make a decode; the draft may also be
-        // one token behind, after a verification in which all its tokens stood.
-        let catch_up = usize::from(role == ModelRole::Draft && sequence.lane == Lane::Deep);
+        // The last committed token and the draft tokens after it make a decode; the draft may also be a
+        // little behind.
+        let proposes = role == ModelRole::Draft && sequence.lane == Lane::Deep;
+        let catch_up = if proposes { limits.draft_catch_up } else { 0 };
         Want {
             computed,
             uncomputed: sequence.tokens().len() - computed,
@@ -174,7 +182,7 @@ impl ScheduledBatch {
         seats.sort_unstable_by_key(|&seat| scheduler.seats[seat].as_ref().map(|s| s.urgency(now)));
         seats.retain(|&seat| {
             let Some(sequence) = &scheduler.seats[seat] else { return false };
-            let want = Want::of(sequence, role);
+            let want = Want::of(sequence, role, limits);
             scheduler.grow(seat, want.computed + want.uncomputed.min(limits.most(&want, sequence, role)), now)
         });
         self.fill(role, &seats, scheduler, limits);
@@ -200,7 +208,7 @@ impl ScheduledBatch {
             for &seat in seats {
                 // Somebody more urgent may have preempted it for its blocks.
                 let Some(sequence) = &scheduler.seats[seat] else { continue };
-                let want = Want::of(sequence, role);
+                let want = Want::of(sequence, role, limits);
                 if want.is_prefill != prefill || want.uncomputed == 0 {
                     continue;
                 }
@@ -208,7 +216,7 @@ impl ScheduledBatch {
                 if want.scores_prompt {
                     num_tokens = num_tokens.min(limits.max_logits_rows);
                 }
-                if prefill && sequence.lane == Lane::Deep {
+                if prefill && sequence.is_bulk() {
                     let limit = &limits.deep_prefill[role as usize];
                     num_tokens = num_tokens.min(limit.tokens(deep_prefill_budget, want.computed));
                     deep_prefill_budget = limit.rest(deep_prefill_budget, num_tokens, want.computed);
@@ -218,6 +226,7 @@ impl ScheduledBatch {
                 }
                 budget -= num_tokens;
                 let num_logits = match () {
+                    () if sequence.is_embedding() => 0,
                     () if want.scores_prompt => num_tokens,
                     () if num_tokens < want.uncomputed => 0,
                     () if role == ModelRole::Target => 1 + sequence.draft_tokens().len(),
@@ -244,6 +253,9 @@ impl ScheduledBatch {
             &sequence.block_table,
             num_logits,
         );
+        if sequence.is_embedding() {
+            self.inputs.want_hidden_states();
+        }
         if let Some(map) = &self.vocab_map
             && sequence.lane == Lane::Deep
         {
@@ -252,7 +264,14 @@ impl ScheduledBatch {
                 *id = map.to_draft(*id);
             }
         }
-        self.sequences.push(ScheduledSequence { seat, id: sequence.id, num_tokens, num_logits });
+        let is_embedding = sequence.is_embedding();
+        self.sequences.push(ScheduledSequence {
+            seat,
+            id: sequence.id,
+            num_tokens,
+            num_logits,
+            is_embedding,
+        });
     }
 
     /// Makes the pass that of one of its sequences alone.

@@ -12,6 +12,7 @@
 use tandem_models::ForwardBatch;
 
 use crate::api::{CacheSalt, TokenId};
+use crate::kv_events::{KvEvent, KvEventLog};
 use crate::prefix_cache::{CachedBlock, ContentId, HashSettings, PrefixCache};
 use crate::sequence::ModelRole;
 
@@ -80,6 +81,19 @@ impl BlockManager {
             cache: hashing.map(|hashing| PrefixCache::new(num_blocks, block_size, hashing)),
             block_size,
         }
+    }
+
+    /// Notes what is registered and evicted from now on, of the blocks of one model.
+    pub(crate) fn log_events(&mut self, key: [u64; 2], role: ModelRole) {
+        if let Some(cache) = &mut self.cache {
+            cache.log = Some(KvEventLog::new(key, role as usize));
+        }
+    }
+
+    /// What was noted since the last call.
+    pub(crate) fn take_events(&mut self) -> Vec<KvEvent> {
+        let log = self.cache.as_mut().and_then(|cache| cache.log.as_mut());
+        log.map_or_else(Vec::new, KvEventLog::take)
     }
 
     /// Blocks that hold `num_tokens` tokens.
@@ -423,7 +437,67 @@ mod tests {
         blocks.check(tables.iter()).expect("whole");
     }
 
+    /// What a reader of the events knows: the names of blocks by what is before them and what they hold.
+    #[derive(Default)]
+    struct Mirror(std::collections::HashMap<(Option<u64>, Vec<TokenId>), u64>);
+
+    impl Mirror {
+        fn take(&mut self, event: KvEvent) {
+            match event {
+                KvEvent::Stored { blocks, mut parent, tokens } => {
+                    assert_eq!(tokens.len(), 2 * blocks.len());
+                    for (block, tokens) in blocks.into_iter().zip(tokens.chunks(2)) {
+                        assert_eq!(self.0.insert((parent, tokens.to_vec()), block), None, "stored twice");
+                        parent = Some(block);
+                    }
+                }
+                KvEvent::Removed { blocks } => {
+                    let before = self.0.len();
+                    self.0.retain(|_, name| !blocks.contains(name));
+                    assert_eq!(self.0.len(), before - blocks.len(), "removed what was not there");
+                }
+            }
+        }
+
+        /// Tokens of the longest prefix.
+        fn prefix(&self, tokens: &[TokenId]) -> usize {
+            let mut parent = None;
+            let found = |chunk: &&[TokenId]| {
+                parent = self.0.get(&(parent, chunk.to_vec())).copied();
+                parent.is_some()
+            };
+            2 * tokens.chunks_exact(2).take_while(found).count()
+        }
+    }
+
     proptest! {
+        #[test]
+        fn events_tell_what_the_cache_has(
+            of_draft in any::<bool>(),
+            ops in prop::collection::vec((1usize..12, 0u32..2, 0usize..13, 0usize..13), 1..80),
+        ) {
+            let role = if of_draft { ModelRole::Draft } else { ModelRole::Target };
+            let mut blocks = manager(8, 2);
+            blocks.log_events([7, 8], role);
+            let mut mirror = Mirror::default();
+            for (length, token, first, second) in ops {
+                let tokens: Vec<TokenId> = (0..length as u32).map(|i| if i > 5 { token } else { i % 2 }).collect();
+                let mut prefix = blocks.acquire_prefix(SALT, &tokens);
+                if blocks.grow(&mut prefix.table, length) {
+                    let computed = [first.min(length), second.min(length)];
+                    blocks.register(&mut prefix.table, SALT, &tokens, computed);
+                }
+                blocks.release(prefix.table);
+                blocks.take_events().into_iter().for_each(|event| mirror.take(event));
+                for token in 0..2 {
+                    let tokens: Vec<TokenId> = (0..12).map(|i| if i > 5 { token } else { i % 2 }).collect();
+                    let found = blocks.acquire_prefix(SALT, &tokens);
+                    prop_assert_eq!(mirror.prefix(&tokens), found.num_computed[role as usize]);
+                    blocks.release(found.table);
+                }
+            }
+        }
+
         #[test]
         fn the_account_is_whole_whatever_happens(
             bits in prop_oneof![Just(1u32), Just(64)],

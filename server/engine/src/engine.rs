@@ -13,6 +13,8 @@ use crate::api::{
 };
 use crate::batch::{PassLimits, PrefillLimit, ScheduledBatch};
 use crate::block_manager::BlockManager;
+use crate::embedding::{EmbedRequest, Pooling};
+use crate::kv_events::{KvEventSink, KvEvents};
 use crate::plan::PlanScratch;
 use crate::prefix_cache::HashSettings;
 use crate::sampler::{LogprobScratch, Sampler};
@@ -73,18 +75,25 @@ const MAX_PROMPT_LOGITS_ROWS: usize = 64;
 
 /// The pair. At least one is there.
 pub struct Models {
-    /// Answers the deep lane.
+    /// Answers the deep lane. Its [`Model::drafting_head`], if it has one, proposes where there is no draft.
     pub target: Option<Box<dyn Model>>,
     /// Answers the fast lane and proposes for the deep one.
     pub draft: Option<Box<dyn Model>>,
 }
 
 impl Models {
-    pub(crate) fn get(&mut self, role: ModelRole) -> &mut Option<Box<dyn Model>> {
-        match role {
-            ModelRole::Target => &mut self.target,
-            ModelRole::Draft => &mut self.draft,
+    pub(crate) fn get(&mut self, role: ModelRole) -> Option<&mut dyn Model> {
+        match (role, &mut self.draft, &mut self.target) {
+            (ModelRole::Target, _, Some(target)) => Some(&mut **target),
+            (ModelRole::Draft, Some(draft), _) => Some(&mut **draft),
+            (ModelRole::Draft, None, Some(target)) => target.drafting_head(),
+            _ => None,
         }
+    }
+
+    /// True if what proposes is a head: it goes along with the target's passes, and answers no lane.
+    fn drafts_by_head(&mut self) -> bool {
+        self.draft.is_none() && self.get(ModelRole::Draft).is_some()
     }
 
     pub(crate) fn has(&self, lane: Lane) -> bool {
@@ -114,13 +123,18 @@ pub struct Engine {
     /// The target's pass, which may be under way while the draft runs.
     pub(crate) target_batch: ScheduledBatch,
     pub(crate) logits: Vec<f32>,
+    /// The hidden states of a pass, of those that want them.
+    pub(crate) hidden: Vec<f32>,
     /// By [`Lane`].
     pub(crate) num_token_ids: [usize; 2],
     pub(crate) vocab_map: Option<Arc<VocabMap>>,
+    /// What proposes is a head of the target: see [`Model::drafting_head`].
+    pub(crate) has_head: bool,
     /// A row of the draft's logits in the target's vocabulary.
     pub(crate) translated: Vec<f32>,
     pub(crate) lane_isolation: bool,
     pub(crate) stats: EngineStats,
+    kv_events: Option<Box<dyn KvEventSink>>,
     pub(crate) max_model_len: usize,
 }
 
@@ -145,6 +159,7 @@ impl Engine {
         }
         let max_num_batched_tokens =
             config.max_num_batched_tokens.max(2 * config.max_num_seqs * MAX_TOKENS_PER_STEP);
+        let has_head = models.drafts_by_head();
         let limits = PassLimits {
             max_num_batched_tokens,
             deep_prefill: [PrefillLimit {
@@ -152,6 +167,7 @@ impl Engine {
                 context_cost: 0.0,
             }; 2],
             max_logits_rows: MAX_PROMPT_LOGITS_ROWS,
+            draft_catch_up: if has_head { MAX_TOKENS_PER_STEP } else { 1 },
             short_head: false,
         };
         let hashing = HashSettings { key: config.hash_key, bits: config.hash_bits.clamp(1, u64::BITS) };
@@ -172,18 +188,37 @@ impl Engine {
             phase: Phase::default(),
             draft_batch: ScheduledBatch::of_draft(config.vocab_map.clone()),
             vocab_map: config.vocab_map.clone(),
+            has_head,
             translated: Vec::new(),
             target_batch: ScheduledBatch::default(),
             logits: Vec::new(),
+            hidden: Vec::new(),
             num_token_ids,
             lane_isolation: config.lane_isolation,
             stats: EngineStats { num_total_blocks: config.num_blocks as u64, ..EngineStats::default() },
+            kv_events: None,
             max_model_len: config.max_model_len,
         };
         if let DraftHead::First(_) = config.draft_head {
             engine.fix_draft_head()?;
         }
         Ok(engine)
+    }
+
+    /// Tells of every change of the prefix cache from now on.
+    pub fn publish_kv_events(&mut self, KvEvents { sink, key }: KvEvents) {
+        let role = if self.models.target.is_some() { ModelRole::Target } else { ModelRole::Draft };
+        self.scheduler.blocks.log_events(key, role);
+        self.kv_events = Some(sink);
+    }
+
+    /// Hands over what has changed since the last call.
+    pub(crate) fn tell_kv_events(&mut self) {
+        let Some(sink) = &mut self.kv_events else { return };
+        let events = self.scheduler.blocks.take_events();
+        if !events.is_empty() {
+            sink.publish(events);
+        }
     }
 
     /// Queues a sequence. The caller has checked it against the models' limits.
@@ -193,6 +228,14 @@ impl Engine {
         }
         let num_token_ids = self.num_token_ids[request.lane as usize];
         self.scheduler.add(Box::new(Sequence::new(request, num_token_ids, now)));
+    }
+
+    /// Queues a text to embed, checked as a sequence is.
+    pub fn embed(&mut self, request: EmbedRequest, now: Duration) {
+        let num_token_ids = self.num_token_ids[request.lane as usize];
+        let mut sequence = Sequence::new(request.into_submit(), num_token_ids, now);
+        sequence.pooling = Some(Pooling::default());
+        self.scheduler.add(Box::new(sequence));
     }
 
     /// Ends a sequence; its client is given the closing account, if it still listens.

@@ -13,8 +13,10 @@ use std::sync::mpsc::{Receiver, RecvTimeoutError, SyncSender, TryRecvError, TryS
 use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
-use crate::api::{Command, EngineError, EngineStats, Event, Lane, SequenceId, SubmitRequest};
+use crate::api::{Command, EngineError, EngineStats, Event, Lane, SequenceId, SubmitRequest, TokenId};
+use crate::embedding::EmbedRequest;
 use crate::engine::{Engine, EngineConfig, Models};
+use crate::kv_events::KvEvents;
 use crate::speculation::DraftTokens;
 
 /// Talks to a running engine. Cheap to clone; never blocks on the engine, except to tell it to stop.
@@ -39,6 +41,8 @@ struct Shared {
 struct Limits {
     /// By [`Lane`].
     num_token_ids: [usize; 2],
+    /// By [`Lane`]; 0 of a lane that is not there.
+    hidden_size: [usize; 2],
     max_model_len: usize,
     max_waiting: usize,
     max_num_seqs: usize,
@@ -63,6 +67,18 @@ impl EngineHandle {
     /// # Errors
     /// If there is no model, a cache cannot be allocated or a measuring pass fails.
     pub fn spawn(config: EngineConfig, models: Models) -> Result<(Self, JoinHandle<()>), EngineError> {
+        EngineHandle::spawn_with(config, models, None)
+    }
+
+    /// The same, with somebody who is told of what the prefix cache gains and loses.
+    ///
+    /// # Errors
+    /// As [`EngineHandle::spawn`].
+    pub fn spawn_with(
+        config: EngineConfig,
+        models: Models,
+        kv_events: Option<KvEvents>,
+    ) -> Result<(Self, JoinHandle<()>), EngineError> {
         let shared = Arc::new(Shared {
             next_id: AtomicU64::new(0),
             num_submitted: Default::default(),
@@ -72,6 +88,8 @@ impl EngineHandle {
             stats: SharedStats::default(),
             limits: Limits {
                 num_token_ids: config.num_token_ids_by_lane(),
+                hidden_size: [&models.draft, &models.target]
+                    .map(|model| model.as_ref().map_or(0, |model| model.config().hidden_size)),
                 max_model_len: config.max_model_len,
                 max_waiting: config.max_waiting,
                 max_num_seqs: config.max_num_seqs,
@@ -85,6 +103,9 @@ impl EngineHandle {
         let mut engine = Engine::new(&config, models)?;
         if config.draft_tokens == DraftTokens::Auto || config.lane_isolation {
             engine.profile(config.draft_tokens, &|| start.elapsed())?;
+        }
+        if let Some(kv_events) = kv_events {
+            engine.publish_kv_events(kv_events);
         }
         shared.stats.publish(&engine.stats());
         let (commands, inbox) = sync_channel(COMMAND_QUEUE);
@@ -113,13 +134,26 @@ impl EngineHandle {
     /// What is wrong with the request; `QueueFull` and `ShuttingDown` are not the request's fault.
     pub fn submit(&self, mut request: SubmitRequest) -> Result<(), EngineError> {
         self.shared.limits.check(&mut request)?;
+        self.enqueue(request.lane, Command::Submit(request))
+    }
+
+    /// Checks a text to embed and queues it.
+    ///
+    /// # Errors
+    /// As [`EngineHandle::submit`].
+    pub fn embed(&self, request: EmbedRequest) -> Result<(), EngineError> {
+        self.shared.limits.check_tokens(request.lane, &request.tokens)?;
+        self.enqueue(request.lane, Command::Embed(request))
+    }
+
+    fn enqueue(&self, lane: Lane, command: Command) -> Result<(), EngineError> {
         if !self.is_healthy() {
             return Err(EngineError::Forward("the engine stopped after an internal error".into()));
         }
         if !self.shared.accepting.load(Ordering::Relaxed) {
             return Err(EngineError::ShuttingDown);
         }
-        let lane = request.lane as usize;
+        let lane = lane as usize;
         let num_submitted = &self.shared.num_submitted[lane];
         let submitted = num_submitted.fetch_add(1, Ordering::Relaxed);
         let stats = self.shared.stats.load();
@@ -133,7 +167,7 @@ impl EngineHandle {
         if waiting >= limits.max_waiting + free_seats {
             return refuse(EngineError::QueueFull { waiting, retry_after: stats.retry_after() });
         }
-        match self.commands.try_send(Command::Submit(request)) {
+        match self.commands.try_send(command) {
             Ok(()) => Ok(()),
             Err(TrySendError::Full(_)) => {
                 refuse(EngineError::QueueFull { waiting, retry_after: stats.retry_after() })
@@ -214,6 +248,11 @@ impl EngineHandle {
         self.shared.limits.block_size
     }
 
+    /// Values of an embedding that a lane's model gives; 0 if that lane is not there.
+    pub fn hidden_size(&self, lane: Lane) -> usize {
+        self.shared.limits.hidden_size[lane as usize]
+    }
+
     /// Ids below this are tokens of a lane.
     pub fn vocab_size(&self, lane: Lane) -> usize {
         self.shared.limits.num_token_ids[lane as usize]
@@ -223,34 +262,55 @@ impl EngineHandle {
 impl Limits {
     /// Checks a request and limits `max_tokens` to what the context holds.
     fn check(&self, request: &mut SubmitRequest) -> Result<(), EngineError> {
-        let has_lane = match request.lane {
-            Lane::Fast => self.has_fast,
-            Lane::Deep => self.has_deep,
-        };
-        if !has_lane {
-            return Err(EngineError::LaneUnavailable(request.lane));
-        }
+        self.check_lane(request.lane)?;
         let num_token_ids = self.num_token_ids[request.lane as usize];
         request.params.validate(num_token_ids)?;
+        self.check_tokens(request.lane, &request.prompt)?;
+        check_ids(&request.speculation.prediction, num_token_ids)?;
         let num_prompt_tokens = request.prompt.len();
-        if num_prompt_tokens == 0 {
-            return Err(EngineError::EmptyPrompt);
-        }
-        let mut ids = request.prompt.iter().chain(request.speculation.prediction.iter());
-        if let Some(&id) = ids.find(|&&id| id as usize >= num_token_ids) {
-            return Err(EngineError::TokenOutOfRange { id, vocab_size: num_token_ids });
-        }
-        let room = self.max_model_len.saturating_sub(num_prompt_tokens);
-        if num_prompt_tokens > self.max_model_len || (room == 0 && request.params.max_tokens > 0) {
+        let room = self.max_model_len - num_prompt_tokens;
+        if room == 0 && request.params.max_tokens > 0 {
             return Err(EngineError::PromptTooLong { num_prompt_tokens, max_model_len: self.max_model_len });
         }
         request.params.max_tokens = request.params.max_tokens.min(u32::try_from(room).unwrap_or(u32::MAX));
-        let needed_blocks =
-            (num_prompt_tokens + request.params.max_tokens as usize).div_ceil(self.block_size);
+        self.check_blocks(num_prompt_tokens + request.params.max_tokens as usize)
+    }
+
+    /// Checks what is to be computed.
+    fn check_tokens(&self, lane: Lane, tokens: &[TokenId]) -> Result<(), EngineError> {
+        self.check_lane(lane)?;
+        if tokens.is_empty() {
+            return Err(EngineError::EmptyPrompt);
+        }
+        check_ids(tokens, self.num_token_ids[lane as usize])?;
+        if tokens.len() > self.max_model_len {
+            let max_model_len = self.max_model_len;
+            return Err(EngineError::PromptTooLong { num_prompt_tokens: tokens.len(), max_model_len });
+        }
+        self.check_blocks(tokens.len())
+    }
+
+    fn check_lane(&self, lane: Lane) -> Result<(), EngineError> {
+        let has_lane = match lane {
+            Lane::Fast => self.has_fast,
+            Lane::Deep => self.has_deep,
+        };
+        if has_lane { Ok(()) } else { Err(EngineError::LaneUnavailable(lane)) }
+    }
+
+    fn check_blocks(&self, num_tokens: usize) -> Result<(), EngineError> {
+        let needed_blocks = num_tokens.div_ceil(self.block_size);
         if needed_blocks > self.num_blocks {
             return Err(EngineError::KvCacheTooSmall { needed_blocks, total_blocks: self.num_blocks });
         }
         Ok(())
+    }
+}
+
+fn check_ids(ids: &[TokenId], vocab_size: usize) -> Result<(), EngineError> {
+    match ids.iter().find(|&&id| id as usize >= vocab_size) {
+        Some(&id) => Err(EngineError::TokenOutOfRange { id, vocab_size }),
+        None => Ok(()),
     }
 }
 
@@ -316,10 +376,13 @@ impl EngineThread {
         self.shared.accepting.store(false, Ordering::Relaxed);
         self.engine.abort_all();
         while let Ok(command) = self.inbox.try_recv() {
-            if let Command::Submit(mut request) = command {
-                // A client too slow for its only event finds its channel closed instead.
-                let _ = request.events.try_send(Event::Failed(EngineError::ShuttingDown));
-            }
+            let mut events = match command {
+                Command::Submit(request) => request.events,
+                Command::Embed(request) => request.events,
+                _ => continue,
+            };
+            // A client too slow for its only event finds its channel closed instead.
+            let _ = events.try_send(Event::Failed(EngineError::ShuttingDown));
         }
         let deadline = Instant::now() + LAST_DELIVERY;
         while !self.engine.is_delivered() && Instant::now() < deadline {
@@ -372,6 +435,10 @@ impl EngineThread {
             Command::Submit(request) => {
                 self.num_received[request.lane as usize] += 1;
                 self.engine.submit(request, self.start.elapsed());
+            }
+            Command::Embed(request) => {
+                self.num_received[request.lane as usize] += 1;
+                self.engine.embed(request, self.start.elapsed());
             }
             Command::Abort(id) => self.engine.abort(id),
             Command::Extend(id, max_tokens) => self.engine.extend(id, max_tokens),
@@ -428,6 +495,7 @@ mod tests {
             stats: SharedStats::default(),
             limits: Limits {
                 num_token_ids: [48, 48],
+                hidden_size: [8, 8],
                 max_model_len: 1024,
                 max_waiting: 4,
                 max_num_seqs: 4,

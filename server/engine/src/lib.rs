@@ -8,8 +8,10 @@ mod api;
 mod batch;
 mod block_manager;
 mod constraint;
+mod embedding;
 mod engine;
 mod handle;
+mod kv_events;
 mod pass;
 mod plan;
 mod prefix_cache;
@@ -22,8 +24,10 @@ mod step;
 
 pub use api::*;
 pub use constraint::{Constraint, ConstraintError, Ending, TokenMask};
+pub use embedding::EmbedRequest;
 pub use engine::{Engine, EngineConfig, Models};
 pub use handle::EngineHandle;
+pub use kv_events::{KvEvent, KvEventSink, KvEvents};
 pub use speculation::{DraftHead, DraftTokens};
 
 #[cfg(test)]

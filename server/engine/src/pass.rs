@@ -8,7 +8,7 @@
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::time::Duration;
 
-use tandem_models::VocabMap;
+use tandem_models::{ForwardBatch, Model, VocabMap};
 
 use crate::api::{EngineError, EngineStats, FinishReason, Lane};
 use crate::batch::ScheduledSequence;
@@ -50,13 +50,13 @@ impl Engine {
             ModelRole::Target => &self.target_batch,
             ModelRole::Draft => &self.draft_batch,
         };
-        let model = self.models.get(role).as_mut().expect("a lane has its model: this is a bug");
+        let model = self.models.get(role).expect("a lane has its model: this is a bug");
         guard(|| model.begin(&batch.inputs).map_err(forward_error)).is_ok()
     }
 
     /// Computes a layer. True if that was not the last; `None` if it failed.
     pub(crate) fn advance_pass(&mut self, role: ModelRole) -> Option<bool> {
-        let model = self.models.get(role).as_mut().expect("a lane has its model: this is a bug");
+        let model = self.models.get(role).expect("a lane has its model: this is a bug");
         guard(|| model.advance().map_err(forward_error)).ok()
     }
 
@@ -68,22 +68,28 @@ impl Engine {
         is_whole: bool,
         clock: &dyn Fn() -> Duration,
     ) -> Duration {
-        let mut logits = std::mem::take(&mut self.logits);
-        let model = self.models.get(role).as_mut().expect("a lane has its model: this is a bug");
-        if is_whole && guard(|| model.finish(&mut logits).map_err(forward_error)).is_ok() {
+        let mut rows =
+            PassRows { logits: std::mem::take(&mut self.logits), hidden: std::mem::take(&mut self.hidden) };
+        let batch = match role {
+            ModelRole::Target => &self.target_batch,
+            ModelRole::Draft => &self.draft_batch,
+        };
+        let model = self.models.get(role).expect("a lane has its model: this is a bug");
+        let drawing = if is_whole && rows.take(model, &batch.inputs).is_ok() {
             let now = clock();
-            let mut rest = logits.as_slice();
+            let mut rest = rows.all();
             let sequences = std::mem::take(&mut self.batch_of(role).sequences);
             for scheduled in &sequences {
                 rest = self.apply(role, *scheduled, rest, now);
             }
             self.batch_of(role).sequences = sequences;
-            self.logits = logits;
-            return clock().saturating_sub(now);
-        }
-        self.run_one_by_one(role, &mut logits, clock);
-        self.logits = logits;
-        Duration::ZERO
+            clock().saturating_sub(now)
+        } else {
+            self.run_one_by_one(role, &mut rows, clock);
+            Duration::ZERO
+        };
+        (self.logits, self.hidden) = (rows.logits, rows.hidden);
+        drawing
     }
 
     fn batch_of(&mut self, role: ModelRole) -> &mut crate::batch::ScheduledBatch {
@@ -93,24 +99,24 @@ impl Engine {
         }
     }
 
-    fn run_one_by_one(&mut self, role: ModelRole, logits: &mut Vec<f32>, clock: &dyn Fn() -> Duration) {
+    fn run_one_by_one(&mut self, role: ModelRole, rows: &mut PassRows, clock: &dyn Fn() -> Duration) {
         let sequences = std::mem::take(&mut self.batch_of(role).sequences);
         for scheduled in &sequences {
             if !self.is_seated(scheduled) {
                 continue;
             }
             let mut alone = *scheduled;
-            let mut outcome = self.run_alone(role, alone, logits);
+            let mut outcome = self.run_alone(role, alone, rows);
             if outcome.is_err()
                 && let Some(plain) = self.without_draft(role, alone)
             {
                 // A draft token may have broken it, which plain decoding would never have computed.
                 alone = plain;
-                outcome = self.run_alone(role, alone, logits);
+                outcome = self.run_alone(role, alone, rows);
             }
             match outcome {
                 Ok(()) => {
-                    self.apply(role, alone, logits, clock());
+                    self.apply(role, alone, rows.all(), clock());
                 }
                 Err(error) => self.fail_pass(role, scheduled, error),
             }
@@ -121,15 +127,20 @@ impl Engine {
         &mut self,
         role: ModelRole,
         scheduled: ScheduledSequence,
-        logits: &mut Vec<f32>,
+        rows: &mut PassRows,
     ) -> Result<(), EngineError> {
         let batch = match role {
             ModelRole::Target => &mut self.target_batch,
             ModelRole::Draft => &mut self.draft_batch,
         };
         batch.retain_only(scheduled, role, &self.scheduler);
-        let model = self.models.get(role).as_mut().expect("a lane has its model: this is a bug");
-        guard(|| model.forward(&batch.inputs, logits).map_err(forward_error))
+        let model = self.models.get(role).expect("a lane has its model: this is a bug");
+        guard(|| {
+            model.begin(&batch.inputs).map_err(forward_error)?;
+            while model.advance().map_err(forward_error)? {}
+            Ok(())
+        })?;
+        rows.take(model, &batch.inputs)
     }
 
     /// The sequence's part of the target's pass after its draft tokens are forgotten; `None` if it has
@@ -163,20 +174,24 @@ impl Engine {
         self.scheduler.seats[scheduled.seat].as_ref().is_some_and(|s| s.id == scheduled.id)
     }
 
-    /// Gives a sequence the first rows of `logits` and returns the others.
+    /// Gives a sequence the first of the rows and returns the others.
     fn apply<'a>(
         &mut self,
         role: ModelRole,
         scheduled: ScheduledSequence,
-        logits: &'a [f32],
+        all: Rows<'a>,
         now: Duration,
-    ) -> &'a [f32] {
-        let model = self.models.get(role).as_ref().expect("a lane has its model: this is a bug");
+    ) -> Rows<'a> {
+        let model = self.models.get(role).expect("a lane has its model: this is a bug");
+        let hidden_size = model.config().hidden_size;
         let row_width = match self.draft_head.current() {
             Some((length, _)) if role == ModelRole::Draft && self.draft_batch.inputs.short_head => length,
             _ => model.config().vocab_size,
         };
-        let (rows, rest) = logits.split_at(scheduled.num_logits * row_width);
+        let (rows, logits) = all.logits.split_at(scheduled.num_logits * row_width);
+        let num_hidden = if scheduled.is_embedding { scheduled.num_tokens * hidden_size } else { 0 };
+        let (hidden, rest_hidden) = all.hidden.split_at(num_hidden);
+        let rest = Rows { logits, hidden: rest_hidden };
         // It may have been aborted while the pass was under way.
         if !self.is_seated(&scheduled) {
             return rest;
@@ -193,10 +208,15 @@ impl Engine {
             row_width,
             num_token_ids: self.num_token_ids[sequence_lane as usize].min(row_width),
             vocab_map: self.vocab_map.as_deref(),
+            has_head: self.has_head,
             translated: &mut self.translated,
             now,
         };
-        match guard(|| pass.apply(role, scheduled.num_tokens, rows)) {
+        let outcome = guard(|| match scheduled.is_embedding {
+            true => pass.pool(role, scheduled.num_tokens, hidden, hidden_size),
+            false => pass.apply(role, scheduled.num_tokens, rows),
+        });
+        match outcome {
             Ok(()) => {
                 if sequence.emit().is_err() {
                     sequence.rollback();
@@ -217,6 +237,36 @@ impl Engine {
     }
 }
 
+/// What a pass gives.
+#[derive(Default)]
+struct PassRows {
+    logits: Vec<f32>,
+    hidden: Vec<f32>,
+}
+
+/// The same, or the part of it that has not been handed out yet.
+#[derive(Clone, Copy)]
+struct Rows<'a> {
+    logits: &'a [f32],
+    hidden: &'a [f32],
+}
+
+impl PassRows {
+    /// Ends the model's pass.
+    fn take(&mut self, model: &mut dyn Model, inputs: &ForwardBatch) -> Result<(), EngineError> {
+        guard(|| {
+            if !inputs.hidden_rows.is_empty() {
+                model.hidden_states(&mut self.hidden).map_err(forward_error)?;
+            }
+            model.finish(&mut self.logits).map_err(forward_error)
+        })
+    }
+
+    fn all(&self) -> Rows<'_> {
+        Rows { logits: &self.logits, hidden: &self.hidden }
+    }
+}
+
 /// One sequence's share of a finished pass.
 struct SequencePass<'a> {
     sequence: &'a mut Sequence,
@@ -229,6 +279,8 @@ struct SequencePass<'a> {
     row_width: usize,
     num_token_ids: usize,
     vocab_map: Option<&'a VocabMap>,
+    /// See [`Engine`].
+    has_head: bool,
     translated: &'a mut Vec<f32>,
     now: Duration,
 }
@@ -237,6 +289,9 @@ impl SequencePass<'_> {
     fn apply(&mut self, role: ModelRole, num_tokens: usize, rows: &[f32]) -> Result<(), EngineError> {
         let sequence = &mut *self.sequence;
         let start = sequence.num_computed(role);
+        if self.has_head && role == ModelRole::Target {
+            sequence.forget_guesses();
+        }
         sequence.advance(role, num_tokens);
         let end = start + num_tokens;
         if role != sequence.lane.answered_by() {
@@ -258,6 +313,24 @@ impl SequencePass<'_> {
             return Ok(());
         }
         self.verify(rows)
+    }
+
+    /// Takes hidden states; see [`crate::embedding`].
+    fn pool(
+        &mut self,
+        role: ModelRole,
+        num_tokens: usize,
+        rows: &[f32],
+        width: usize,
+    ) -> Result<(), EngineError> {
+        let sequence = &mut *self.sequence;
+        let start = sequence.num_computed(role);
+        sequence.advance(role, num_tokens);
+        self.stats.num_prompt_tokens += num_tokens as u64;
+        if start + num_tokens >= sequence.num_prompt_tokens() {
+            sequence.finished = Some(FinishReason::Length);
+        }
+        sequence.pool(start, rows, width)
     }
 
     /// Takes the rows of prompt tokens whose successor is in the prompt too, if they are to be scored;

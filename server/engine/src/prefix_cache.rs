@@ -15,10 +15,18 @@ use std::hash::Hasher;
 
 use crate::api::{CacheSalt, TokenId};
 use crate::block_manager::BlockId;
+use crate::kv_events::KvEventLog;
 
 /// Names the contents of a registered block, and through its parent the whole prefix up to its end.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) struct ContentId(u64);
+
+impl ContentId {
+    /// A running number.
+    pub(crate) fn number(self) -> u64 {
+        self.0
+    }
+}
 
 /// What a registered block holds.
 #[derive(Clone, Copy, Debug)]
@@ -60,6 +68,8 @@ pub(crate) struct PrefixCache {
     block_size: usize,
     next_content: u64,
     hashing: HashSettings,
+    /// Where changes are noted, if anybody wants to know.
+    pub(crate) log: Option<KvEventLog>,
 }
 
 impl PrefixCache {
@@ -71,6 +81,7 @@ impl PrefixCache {
             block_size,
             next_content: 0,
             hashing,
+            log: None,
         }
     }
 
@@ -111,10 +122,12 @@ impl PrefixCache {
 
     /// Forgets what a block holds. Blocks after it cannot be found any more and are evicted in their turn.
     pub(crate) fn remove(&mut self, id: BlockId) {
-        if let Some(entry) = self.entries[id as usize].take()
-            && let Ok(found) = self.table.find_entry(entry.hash, |&other| other == id)
-        {
+        let Some(entry) = self.entries[id as usize].take() else { return };
+        if let Ok(found) = self.table.find_entry(entry.hash, |&other| other == id) {
             found.remove();
+        }
+        if let Some(log) = &mut self.log {
+            log.removed(entry.computed, entry.content);
         }
     }
 
@@ -126,8 +139,11 @@ impl PrefixCache {
     /// The block's contents are now in this model's storage too. Blocks that are not registered are
     /// their owner's alone, who knows it.
     pub(crate) fn mark_computed(&mut self, id: BlockId, role: usize) {
-        if let Some(entry) = &mut self.entries[id as usize] {
-            entry.computed[role] = true;
+        let Some(entry) = &mut self.entries[id as usize] else { return };
+        let is_known = std::mem::replace(&mut entry.computed[role], true);
+        if let Some(log) = self.log.as_mut().filter(|_| !is_known) {
+            let start = id as usize * self.block_size;
+            log.stored(role, entry.content, entry.parent, &self.tokens[start..start + self.block_size]);
         }
     }
 

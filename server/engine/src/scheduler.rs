@@ -17,7 +17,7 @@ use std::collections::VecDeque;
 use std::time::Duration;
 
 use crate::api::{BATCH_PATIENCE, FinishReason, Lane, Priority, SequenceId};
-use crate::block_manager::BlockManager;
+use crate::block_manager::{BlockManager, CachedPrefix};
 use crate::sequence::{ModelRole, Sequence, Urgency};
 
 /// Blocks that an admitted sequence, and each running one, should still be able to take before
@@ -151,7 +151,11 @@ impl Scheduler {
 
     fn start(&mut self, lane: usize, index: usize, seat: usize, now: Duration) {
         let mut sequence = self.waiting[lane].remove(index).expect("found a moment ago: this is a bug");
-        let prefix = self.blocks.acquire_prefix(sequence.cache_salt, sequence.committed_tokens());
+        // Every row of a text to embed is computed: see `crate::embedding`.
+        let prefix = match sequence.is_embedding() {
+            true => CachedPrefix::default(),
+            false => self.blocks.acquire_prefix(sequence.cache_salt, sequence.committed_tokens()),
+        };
         sequence.start(prefix, now);
         self.num_cached_tokens += sequence.num_computed(sequence.lane.answered_by()) as u64;
         self.drain.started(now, !self.waiting[lane].is_empty());
@@ -181,7 +185,10 @@ impl Scheduler {
         loop {
             let sequence = &self.waiting[lane][index];
             let tokens = sequence.committed_tokens();
-            let (num_found, num_unused) = self.blocks.cached_prefix_blocks(sequence.cache_salt, tokens);
+            let (num_found, num_unused) = match sequence.is_embedding() {
+                true => (0, 0),
+                false => self.blocks.cached_prefix_blocks(sequence.cache_salt, tokens),
+            };
             let wanted = self.blocks.blocks_for(tokens.len()) - num_found + num_unused;
             let headroom = self.headroom(sequence) + self.running().map(|s| self.headroom(s)).sum::<usize>();
             let is_alone = self.running().next().is_none();
@@ -244,7 +251,7 @@ impl Scheduler {
 
     /// Tells the prefix cache what a running sequence has computed.
     pub(crate) fn register(&mut self, seat: usize) {
-        let Some(sequence) = &mut self.seats[seat] else { return };
+        let Some(sequence) = self.seats[seat].as_mut().filter(|s| !s.is_embedding()) else { return };
         let mut table = std::mem::take(&mut sequence.block_table);
         let computed = [ModelRole::Target, ModelRole::Draft].map(|role| sequence.num_computed(role));
         self.blocks.register(&mut table, sequence.cache_salt, sequence.committed_tokens(), computed);

@@ -12,6 +12,7 @@ use crate::api::{
 };
 use crate::block_manager::{BlockTable, CachedPrefix};
 use crate::constraint::Constrained;
+use crate::embedding::Pooling;
 use crate::sampler::{Draw, TokenCounts};
 use crate::speculation::{Acceptance, Offer, ProposalKind, TextProposers};
 
@@ -111,6 +112,8 @@ pub(crate) struct Sequence {
     outbox: Outbox,
     clock: Clock,
     pub(crate) usage: Usage,
+    /// Of a sequence that gives an embedding.
+    pub(crate) pooling: Option<Pooling>,
 }
 
 #[derive(Default)]
@@ -148,6 +151,7 @@ impl Sequence {
             usage: Usage { num_prompt_tokens: request.prompt.len() as u32, ..Usage::default() },
             prompt: request.prompt,
             params: request.params,
+            pooling: None,
         }
     }
 
@@ -170,7 +174,7 @@ impl Sequence {
         if self.tokens.is_empty() {
             self.tokens.reserve_exact(self.max_len() + MAX_DRAFT_TOKENS);
             self.tokens.extend_from_slice(&self.prompt);
-            if self.lane == Lane::Deep {
+            if self.lane == Lane::Deep && !self.is_embedding() {
                 let max_len = self.max_len();
                 self.proposers =
                     Some(Box::new(TextProposers::new(&self.speculation, self.prompt.len(), max_len)));
@@ -221,9 +225,9 @@ impl Sequence {
         self.max_predict_time.zip(since_first).is_some_and(|(limit, time)| time >= limit)
     }
 
-    /// True until the first output token.
+    /// True until the first output token, if there is to be one.
     pub(crate) fn awaits_first_token(&self) -> bool {
-        self.clock.first_token.is_none()
+        self.clock.first_token.is_none() && !self.is_embedding()
     }
 
     /// True if not every token may stand everywhere.
@@ -282,6 +286,22 @@ impl Sequence {
 
     pub(crate) fn advance(&mut self, role: ModelRole, num_tokens: usize) {
         self.num_computed[role as usize] += num_tokens;
+    }
+
+    /// Before the target computes more: what a head computed from its own guesses of the target's hidden states
+    /// counts as not computed, because it is about to have the target's own. So its cache is what it would be
+    /// had nothing ever been rejected, and a function of the text alone.
+    pub(crate) fn forget_guesses(&mut self) {
+        // Its row of a token is made of the hidden state at the token before.
+        let known = self.num_computed(ModelRole::Target) + 1;
+        let computed = &mut self.num_computed[ModelRole::Draft as usize];
+        *computed = known.min(*computed);
+    }
+
+    /// True if a head has what it drafts from: the target's hidden states of all tokens but the last.
+    pub(crate) fn has_hidden_states(&self) -> bool {
+        let known = self.num_computed(ModelRole::Target);
+        known > 0 && self.num_tokens == known + 1
     }
 
     /// True while the answering model has not seen the whole prompt.
@@ -438,6 +458,10 @@ impl Sequence {
         self.outbox.num_scored += 1;
     }
 
+    pub(crate) fn send_embedding(&mut self, embedding: Vec<f32>) {
+        self.outbox.embedding = Some(embedding);
+    }
+
     /// Offers what is new to the client.
     ///
     /// # Errors
@@ -470,6 +494,7 @@ struct Outbox {
     sink: Box<dyn EventSink>,
     prompt_logprobs: Option<Vec<Option<TokenLogprobs>>>,
     num_scored: usize,
+    embedding: Option<Vec<f32>>,
     /// Unsent output, in chunks that each fit one event.
     tokens: std::collections::VecDeque<TokenChunk>,
     with_logprobs: bool,
@@ -483,6 +508,7 @@ impl Outbox {
             // The first prompt token has no distribution; a one-token prompt reports just that.
             prompt_logprobs: params.prompt_logprobs.map(|_| vec![None]),
             num_scored: 0,
+            embedding: None,
             tokens: std::collections::VecDeque::with_capacity(2),
             with_logprobs: params.logprobs.is_some(),
             delivered: false,
@@ -509,6 +535,16 @@ impl Outbox {
                 Ok(()) => {}
                 Err(SinkError::Full(Event::PromptLogprobs(logprobs))) => {
                     self.prompt_logprobs = Some(logprobs);
+                    return Ok(());
+                }
+                Err(_) => return Err(ClientGone),
+            }
+        }
+        if let Some(embedding) = self.embedding.take() {
+            match self.sink.try_send(Event::Embedding(embedding)) {
+                Ok(()) => {}
+                Err(SinkError::Full(Event::Embedding(embedding))) => {
+                    self.embedding = Some(embedding);
                     return Ok(());
                 }
                 Err(_) => return Err(ClientGone),

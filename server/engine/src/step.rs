@@ -58,6 +58,7 @@ impl Engine {
             }
         }
         self.scheduler.deliver();
+        self.tell_kv_events();
         self.stats.num_steps += 1;
         if cfg!(debug_assertions) || self.is_idle() { self.check_integrity() } else { Ok(()) }
     }
@@ -175,11 +176,17 @@ impl Engine {
     /// Takes what has finished from its seat.
     fn retire(&mut self) {
         for retired in self.scheduler.retire() {
-            self.sessions.record(retired.cache_salt, retired.committed_tokens());
+            if !retired.is_embedding() {
+                self.sessions.record(retired.cache_salt, retired.committed_tokens());
+            }
             if retired.finished == Some(FinishReason::Aborted) {
                 self.stats.num_aborted += 1;
             } else {
                 self.stats.num_finished += 1;
+                if retired.is_embedding() {
+                    self.stats.num_embeddings += 1;
+                    self.stats.num_embedding_tokens += retired.num_prompt_tokens() as u64;
+                }
             }
         }
     }

@@ -121,7 +121,7 @@ pub(super) fn run(args: &GenerateArgs) -> anyhow::Result<ExitCode> {
     };
     let Some(served) = state.served(lane) else {
         match lane {
-            Lane::Fast => bail!("there is no fast lane without a draft; name one with --draft"),
+            Lane::Fast => bail!("there is no fast lane without a draft model; name one with --draft"),
             Lane::Deep => bail!("there is no deep lane without a target; name one with --target"),
         }
     };
@@ -208,7 +208,7 @@ fn show(events: &mpsc::Receiver<Event>, mut detokenizer: Detokenizer) -> anyhow:
         Painter { out: std::io::stdout().lock(), colour: terminal::colour_stdout(), painted: false };
     loop {
         match events.recv().context("the engine ended without an answer")? {
-            Event::PromptLogprobs(_) => {}
+            Event::PromptLogprobs(_) | Event::Embedding(_) => {}
             Event::Tokens(chunk) => {
                 for token in &chunk.tokens {
                     if let Some(text) = detokenizer.push(token.id)?

@@ -8,8 +8,10 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use anyhow::Context as _;
+use tandem::http::traces::Tracer;
 use tandem::http::{Listener, ServeOptions, Tls, serve, shutdown_signal};
 use tandem::keys::{Keeper, Keyring};
+use tandem::kv_events::{self, Publisher};
 use tandem_engine::{DraftTokens, EngineHandle};
 use tokio::net::TcpListener;
 
@@ -19,12 +21,14 @@ use crate::config::{Config, Loaded};
 use crate::runtime::{self, ModelInfo, Runtime};
 
 pub(super) const LONG_ABOUT: &str = "\
-Serve a pair of models over HTTP, as OpenAI's, Anthropic's, llama.cpp's and Mistral's clients speak it.
+Serve a pair of models over HTTP, as OpenAI's, Anthropic's, llama.cpp's, Mistral's, Ollama's and Tabby's clients \
+speak it.
 
 Prints the address, the pair and a request to try, and serves until Ctrl-C, which lets running answers \
 finish. OpenAI: /v1/completions (with `suffix` for fill-in-the-middle), /v1/chat/completions, /v1/responses, \
-/v1/models. Anthropic: /v1/messages. llama.cpp: /infill, /completion, /tokenize, /detokenize, \
-/apply-template, /props, /slots. Mistral: /v1/fim/completions. And /health and /metrics.";
+/v1/embeddings, /v1/models. Anthropic: /v1/messages. llama.cpp: /infill, /completion, /tokenize, /detokenize, \
+/apply-template, /props, /slots. Mistral: /v1/fim/completions. Ollama: /api/generate, /api/chat, /api/tags, \
+/api/show. Tabby: /v1/completions with `segments`, /v1/health. And /health and /metrics.";
 
 pub(super) const EXAMPLES: &str = "\
 Examples:
@@ -32,6 +36,7 @@ Examples:
   tandem serve --target ./big --draft ./small --kv-memory 4GiB
   tandem serve --target ./big                                    no fast lane, no speculation
   tandem serve --target big-q4_k_m.gguf --draft small-q8_0.gguf
+  tandem serve --target ./big --draft ./big-eagle3               a head drafts; no fast lane
   TANDEM_API_KEY=KEY1,KEY2 tandem serve --host 0.0.0.0
   tandem serve --keys keys.db --tls-cert chain.pem --tls-key key.pem --host 0.0.0.0
   tandem serve --config tandem.toml
@@ -54,7 +59,7 @@ pub(super) fn run(settings: &ServeSettings) -> anyhow::Result<ExitCode> {
         tracing::info!("settings read from {}", file.display());
     }
     let most_files = runtime::raise_open_files();
-    runtime::async_runtime()?.block_on(async {
+    runtime::serving_runtime()?.block_on(async {
         // Bound before the models are loaded: a port in use is said at once.
         let listener = TcpListener::bind((config.host.as_str(), config.port))
             .await
@@ -67,9 +72,15 @@ pub(super) fn run(settings: &ServeSettings) -> anyhow::Result<ExitCode> {
             (Some(cert), Some(key)) => Some(Arc::new(Tls::open(cert, key)?)),
             _ => None,
         };
+        let publisher = config.kv_events().map(|settings| Publisher::bind(&settings)).transpose()?;
+        let (kv_events, outgoing) = publisher.is_some().then(kv_events::channel).unzip();
         let runtime = {
             let config = config.clone();
-            tokio::task::spawn_blocking(move || runtime::start(&config)).await??
+            tokio::task::spawn_blocking(move || runtime::start_publishing(&config, kv_events)).await??
+        };
+        let _publishing = match publisher.zip(outgoing) {
+            Some((publisher, outgoing)) => Some(publisher.start(outgoing, runtime.kv.block_size).await?),
+            None => None,
         };
         print(&greeting(&config, &runtime, address, started.elapsed()));
         let listener = Listener { tcp: listener, tls };
@@ -78,6 +89,13 @@ pub(super) fn run(settings: &ServeSettings) -> anyhow::Result<ExitCode> {
         let mut options = ServeOptions::default();
         // Some files are not sockets.
         options.max_connections = options.max_connections.min(most_files.saturating_sub(128).max(64));
+        let (state, exporting) = match config.otlp_traces_endpoint {
+            Some(url) => {
+                let (tracer, exporting) = Tracer::start(url, service_name());
+                (state.traced(tracer), Some(exporting))
+            }
+            None => (state, None),
+        };
         let engine = state.engine.clone();
         serve(listener, Arc::new(state), options, async {
             tokio::select! {
@@ -93,6 +111,9 @@ pub(super) fn run(settings: &ServeSettings) -> anyhow::Result<ExitCode> {
             );
         })
         .await?;
+        if let Some(exporting) = exporting {
+            exporting.finish().await;
+        }
         // The last of what was used of the keys is written down.
         drop(keeper);
         if engine_thread.join().is_err() {
@@ -100,6 +121,11 @@ pub(super) fn run(settings: &ServeSettings) -> anyhow::Result<ExitCode> {
         }
         Ok(ExitCode::SUCCESS)
     })
+}
+
+/// What traces call this server, by OpenTelemetry's own variable.
+fn service_name() -> String {
+    std::env::var("OTEL_SERVICE_NAME").ok().filter(|name| !name.is_empty()).unwrap_or("tandem".to_owned())
 }
 
 /// Resolves once the engine is no longer healthy; the process then ends, so that whoever supervises it
@@ -132,12 +158,16 @@ fn greeting(config: &Config, runtime: &Runtime, address: SocketAddr, ready: Dura
     if let Some(info) = draft {
         line("draft", describe(info));
     }
-    line("lanes", lanes(target, draft, config.draft_tokens));
+    if let Some(head) = &runtime.head {
+        line("head", format!("{}: {}", head.kind.name(), describe(&head.info)));
+    }
+    line("lanes", lanes(target, draft, runtime.head.is_some(), config.draft_tokens));
     line(
         "context",
         format!(
-            "{} tokens a sequence; KV cache {} in {} = {} blocks of {} tokens ({} tokens)",
+            "{} tokens a sequence, {} if it is full; KV cache {} in {} = {} blocks of {} tokens ({} tokens)",
             runtime.max_model_len,
+            terminal::bytes(runtime.kv.bytes_of(runtime.max_model_len)),
             terminal::bytes(runtime.kv.size_bytes),
             runtime.kv.kv_type.name(),
             runtime.kv.num_blocks,
@@ -155,8 +185,10 @@ fn greeting(config: &Config, runtime: &Runtime, address: SocketAddr, ready: Dura
 }
 
 fn describe(info: &ModelInfo) -> String {
+    let scaling =
+        info.rope_scaling.as_ref().map_or_else(String::new, |rope| format!(", rope scaling {rope}"));
     format!(
-        "{}  {} parameters, {}, {}  ({})",
+        "{}  {} parameters, {}, {}{scaling}  ({})",
         info.name,
         terminal::count(info.num_parameters),
         terminal::bytes(info.size_bytes),
@@ -165,15 +197,25 @@ fn describe(info: &ModelInfo) -> String {
     )
 }
 
-fn lanes(target: Option<&ModelInfo>, draft: Option<&ModelInfo>, draft_tokens: DraftTokens) -> String {
-    let speculation = match (draft, draft_tokens) {
-        (None, _) => "no draft, so no speculation".to_owned(),
-        (Some(_), DraftTokens::Fixed(0)) => "speculation off".to_owned(),
-        (Some(_), DraftTokens::Fixed(1)) => "1 draft token a verification".to_owned(),
-        (Some(_), DraftTokens::Fixed(count)) => format!("{count} draft tokens a verification"),
-        (Some(_), DraftTokens::Auto) => "draft tokens chosen as it runs".to_owned(),
+fn lanes(
+    target: Option<&ModelInfo>,
+    draft: Option<&ModelInfo>,
+    has_head: bool,
+    draft_tokens: DraftTokens,
+) -> String {
+    let speculation = match draft_tokens {
+        _ if draft.is_none() && !has_head => "no draft, so no speculation".to_owned(),
+        DraftTokens::Fixed(0) => "speculation off".to_owned(),
+        DraftTokens::Fixed(1) => "1 draft token a verification".to_owned(),
+        DraftTokens::Fixed(count) => format!("{count} draft tokens a verification"),
+        DraftTokens::Auto => "draft tokens chosen as it runs".to_owned(),
     };
     match (target, draft) {
+        (Some(_), None) if has_head => {
+            format!(
+                "deep = target ({speculation}); auto = deep; no fast lane, as a head answers nobody by itself"
+            )
+        }
         (Some(_), Some(_)) => format!("fast = draft; deep = target ({speculation}); auto"),
         (Some(_), None) => format!("deep = target ({speculation}); auto = deep"),
         _ => "fast = draft; auto = fast (no target, so no deep lane)".to_owned(),

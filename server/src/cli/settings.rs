@@ -17,7 +17,8 @@ pub(crate) struct ModelSettings {
     target: Option<String>,
 
     /// The small model, best of the same vocabulary: answers the fast lane and drafts for the deep lane.
-    /// With --draft alone there is no deep lane
+    /// With --draft alone there is no deep lane. Or a head that only drafts, so that there is no fast lane: the
+    /// folder or hub id of an EAGLE-3 head, or `mtp` for the target's own multi-token-prediction layer
     #[arg(long, value_name = "MODEL", help_heading = "Models")]
     draft: Option<String>,
 
@@ -32,7 +33,20 @@ pub(crate) struct ModelSettings {
     #[arg(long, value_name = "auto|all|N", help_heading = "Models")]
     draft_head: Option<String>,
 
-    /// Longest prompt and output together, in tokens [default: what the model was made for]
+    /// Scale the rotary embedding of both models, and with it their context, in the place of what their files
+    /// say: KIND:FACTOR with linear, dynamic, yarn or llama3 (yarn:4 makes 128K of Qwen2.5-Coder's 32K), the
+    /// object of a config.json ({"rope_type": "yarn", ...}), none, or file. Changes the output
+    /// [default: file]
+    #[arg(long, value_name = "KIND:FACTOR|JSON", help_heading = "Models")]
+    rope_scaling: Option<String>,
+
+    /// The same for the draft alone, which may have been made for another context [default: as
+    /// --rope-scaling]
+    #[arg(long, value_name = "KIND:FACTOR|JSON", help_heading = "Models")]
+    draft_rope_scaling: Option<String>,
+
+    /// Longest prompt and output together, in tokens [default: what the models were made for, or were scaled
+    /// to]
     #[arg(long, value_name = "TOKENS", help_heading = "Models")]
     max_model_len: Option<String>,
 
@@ -152,6 +166,24 @@ pub(crate) struct ServeSettings {
     )]
     no_sharing: Option<String>,
 
+    /// Publish what the prefix cache gains and loses on this ZeroMQ socket, as vLLM does, for routers: such
+    /// as tcp://*:5557. Who can reach it reads the tokens of all prompts [default: not]
+    #[arg(long, value_name = "ADDRESS", help_heading = "Network")]
+    kv_events_endpoint: Option<String>,
+
+    /// Send missed KV events again to who asks for them here, such as tcp://*:5558 [default: not]
+    #[arg(long, value_name = "ADDRESS", help_heading = "Network")]
+    kv_events_replay_endpoint: Option<String>,
+
+    /// The first frame of KV events' messages. llm-d wants kv@POD@MODEL [default: empty]
+    #[arg(long, value_name = "TOPIC", help_heading = "Network")]
+    kv_events_topic: Option<String>,
+
+    /// Send a span of every request to this OpenTelemetry collector, such as
+    /// http://localhost:4318/v1/traces; without prompts and answers [default: not]
+    #[arg(long, value_name = "URL", help_heading = "Network")]
+    otlp_traces_endpoint: Option<String>,
+
     /// Sequences of each lane that run at the same time; further ones wait [default: 32]
     #[arg(long, value_name = "N", help_heading = "Machine")]
     max_num_seqs: Option<String>,
@@ -172,6 +204,8 @@ impl ModelSettings {
             ("draft", &self.draft),
             ("draft-tokens", &self.draft_tokens),
             ("draft-head", &self.draft_head),
+            ("rope-scaling", &self.rope_scaling),
+            ("draft-rope-scaling", &self.draft_rope_scaling),
             ("max-model-len", &self.max_model_len),
             ("backend", &self.backend),
             ("threads", &self.threads),
@@ -204,6 +238,10 @@ impl ServeSettings {
             ("fast-context", &self.fast_context),
             ("cors", &self.cors),
             ("no-sharing", &self.no_sharing),
+            ("kv-events-endpoint", &self.kv_events_endpoint),
+            ("kv-events-replay-endpoint", &self.kv_events_replay_endpoint),
+            ("kv-events-topic", &self.kv_events_topic),
+            ("otlp-traces-endpoint", &self.otlp_traces_endpoint),
         ]);
         if !self.api_key.is_empty() {
             flags.push(("api-key", self.api_key.clone()));

@@ -4,7 +4,7 @@ use std::path::PathBuf;
 use std::str::FromStr;
 
 use tandem_engine::{DraftHead, DraftTokens};
-use tandem_models::{BackendKind, FileType, KvType};
+use tandem_models::{BackendKind, FileType, KvType, RopeOverride};
 
 use super::RawValue;
 
@@ -31,6 +31,14 @@ pub(super) fn path(value: &RawValue) -> Option<Option<PathBuf>> {
 
 pub(super) fn texts(value: &RawValue) -> Option<Vec<String>> {
     value.iter().map(|text| (!text.trim().is_empty()).then(|| text.trim().to_owned())).collect()
+}
+
+/// As with [`optional_text`].
+pub(super) fn parsed<T: FromStr>(value: &RawValue) -> Option<Option<T>> {
+    match optional_text(value)? {
+        None => Some(None),
+        Some(text) => text.parse().ok().map(Some),
+    }
 }
 
 pub(super) fn number<T: FromStr + PartialOrd>(value: &RawValue, least: T, most: T) -> Option<T> {
@@ -70,6 +78,14 @@ pub(super) fn quantize(value: &RawValue) -> Option<Option<FileType>> {
     match only(value)? {
         "none" => Some(None),
         name => FileType::parse(name).filter(|kind| kind.is_quantized()).map(Some),
+    }
+}
+
+/// `file` takes a weaker layer's choice away.
+pub(super) fn rope_scaling(value: &RawValue) -> Option<Option<RopeOverride>> {
+    match only(value)? {
+        "file" => Some(None),
+        text => text.parse().ok().map(Some),
     }
 }
 

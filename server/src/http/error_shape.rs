@@ -21,13 +21,15 @@ enum Shape {
 
 impl Shape {
     fn of(path: &str) -> Shape {
-        const LLAMA_CPP: [&str; 8] = [
+        const LLAMA_CPP: [&str; 10] = [
             "/completion",
             "/completions",
             "/infill",
             "/tokenize",
             "/detokenize",
             "/apply-template",
+            "/embedding",
+            "/embeddings",
             "/props",
             "/slots",
         ];

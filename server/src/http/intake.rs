@@ -13,6 +13,7 @@ use super::generation::{Generation, Prompt, Shared};
 use super::grammars::GrammarPlan;
 use super::lanes::{AUTO, Escalation, LANE_HEADER, REASON_HEADER, Reason, Work, lane_name, route};
 use super::state::{AppState, ServedModel};
+use super::traces::{ModelWork, WorkRecord};
 use super::{auth, lanes};
 use crate::keys::{Client, Lanes};
 
@@ -119,6 +120,7 @@ impl<'a> Intake<'a> {
             stream: self.common.stream,
             include_usage: self.common.include_usage,
             continuous_usage: self.common.continuous_usage,
+            record: None,
         };
         let plan = match (self.common.grammar.take(), &self.common.format) {
             (None, Some(asked)) => Some(GrammarPlan::plain(asked)?),
@@ -145,6 +147,21 @@ impl<'a> Intake<'a> {
             generation = Generation::start(self.state, self.served, &request)?;
         }
         generation.set_lane_reason(self.reason.clone());
+        if self.state.tracer.is_some() {
+            let record = WorkRecord::new(ModelWork {
+                request_model: reply.model.clone(),
+                model: self.served.model.name.clone(),
+                lane: lane_name(self.served.lane),
+                lane_reason: self.reason.to_string(),
+                temperature: request.params.temperature,
+                top_p: request.params.top_p,
+                max_tokens: request.prompts.iter().map(|prompt| prompt.max_tokens).max().unwrap_or(0),
+                num_choices: request.num_choices,
+                ..ModelWork::default()
+            });
+            generation.record(record.clone());
+            reply.record = Some(record);
+        }
         reply.lane = lane_name(self.served.lane);
         reply.reason = HeaderValue::from_str(&self.reason.to_string())
             .expect("rules have names of visible ASCII: this is a bug");
@@ -186,11 +203,16 @@ pub(super) struct Reply {
     pub(super) stream: bool,
     pub(super) include_usage: bool,
     pub(super) continuous_usage: bool,
+    /// For the request's span.
+    record: Option<WorkRecord>,
 }
 
 impl Reply {
-    /// Adds lane, seed and sharing to a response's headers.
+    /// Adds lane, seed and sharing to a response's headers, and what its span is to tell.
     pub(super) fn add_headers(&self, response: &mut Response) {
+        if let Some(record) = &self.record {
+            response.extensions_mut().insert(record.clone());
+        }
         let headers = response.headers_mut();
         headers.insert(LANE_HEADER, HeaderValue::from_static(self.lane));
         headers.insert(REASON_HEADER, self.reason.clone());

@@ -3,6 +3,7 @@
 //! Engine counters are read when scraped. The rest costs a mutex and a bucket search an
 //! observation; handles are taken once a request, so that no label is looked up per token.
 
+mod keys;
 mod vllm;
 
 use std::sync::Arc;
@@ -13,6 +14,7 @@ use axum::body::{Body, Bytes};
 use axum::extract::{MatchedPath, Request, State};
 use axum::middleware::Next;
 use axum::response::{IntoResponse, Response};
+use http::HeaderMap;
 use http::header::CONTENT_TYPE;
 use http_body::{Frame, SizeHint};
 use prometheus_client::collector::Collector;
@@ -24,12 +26,14 @@ use prometheus_client::metrics::histogram::Histogram;
 use prometheus_client::registry::{Registry, Unit};
 use tandem_engine::{DraftSource, EngineHandle, EngineStats, Lane};
 
+use keys::ShownKeys;
 use vllm::VllmCollector;
 
+use super::auth;
 use super::error::{ApiError, ErrorKind};
 use super::generation::Shared;
 use super::lanes::lane_name;
-use super::state::AppState;
+use super::state::{AppState, unix_seconds};
 
 /// Everything that `/metrics` shows.
 pub struct Metrics {
@@ -43,6 +47,7 @@ pub struct Metrics {
     lanes: Family<ReasonLabels, Counter>,
     fast: LaneMetrics,
     deep: LaneMetrics,
+    keys: ShownKeys,
 }
 
 /// Latencies of one lane.
@@ -142,7 +147,8 @@ impl Metrics {
             inter_token_latency: between.get_or_create_owned(&LaneLabels { lane }),
         };
         let (fast, deep) = (lane("fast"), lane("deep"));
-        Metrics { registry, foreign, requests, request_seconds, in_flight, shared, lanes, fast, deep }
+        let keys = ShownKeys::default();
+        Metrics { registry, foreign, requests, request_seconds, in_flight, shared, lanes, fast, deep, keys }
     }
 
     /// Counts an answer that is read from somebody else's sequence.
@@ -286,10 +292,16 @@ impl http_body::Body for MeasuredBody {
 }
 
 /// `GET /metrics`
-pub(super) async fn metrics(State(state): State<Arc<AppState>>) -> Response {
+pub(super) async fn metrics(State(state): State<Arc<AppState>>, headers: HeaderMap) -> Response {
+    let client = match auth::client(&state, &headers) {
+        Ok(client) => client,
+        Err(error) => return error.into_response(),
+    };
     let mut page = String::new();
     let metrics = &state.metrics;
+    let keys = client.map(|client| metrics.keys.registry(&state.keys, &client, unix_seconds()));
     let written = text::encode_registry(&mut page, &metrics.registry)
+        .and_then(|()| keys.map_or(Ok(()), |keys| text::encode_registry(&mut page, &keys)))
         .and_then(|()| text::encode_registry(&mut page, &metrics.foreign))
         .and_then(|()| text::encode_eof(&mut page));
     match written {
@@ -393,11 +405,13 @@ fn gauges(stats: &EngineStats) -> [(&'static str, &'static str, u64); 5] {
     ]
 }
 
-fn counters(stats: &EngineStats) -> [(&'static str, &'static str, u64); 5] {
+fn counters(stats: &EngineStats) -> [(&'static str, &'static str, u64); 7] {
     [
         ("engine_steps", "Steps of the engine", stats.num_steps),
         ("prompt_tokens", "Prompt tokens computed", stats.num_prompt_tokens),
         ("prompt_tokens_cached", "Prompt tokens found in the prefix cache", stats.num_cached_tokens),
+        ("embeddings", "Texts embedded", stats.num_embeddings),
+        ("embedding_tokens", "Their tokens, which are prompt tokens too", stats.num_embedding_tokens),
         ("preemptions", "Sequences that gave up their blocks to be computed again", stats.num_preemptions),
         ("cache_evictions", "Blocks of the prefix cache given to somebody else", stats.num_evictions),
     ]

@@ -9,6 +9,7 @@ mod api;
 mod auth;
 mod body;
 mod chat;
+mod embeddings;
 mod error;
 mod error_shape;
 mod fields;
@@ -35,6 +36,7 @@ mod stream;
 mod tabby;
 mod tenant;
 mod tls;
+pub mod traces;
 mod wire;
 
 pub use error::{ApiError, ErrorKind};

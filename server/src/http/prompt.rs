@@ -16,8 +16,8 @@ use super::intake::answer_tokens;
 use super::state::{AppState, MAX_PROMPTS, ServedModel};
 use crate::text::GapRules;
 
-/// Requests with more text than this are tokenized off the async threads.
-pub(super) const INLINE_TEXT_BYTES: usize = 16 << 10;
+/// Requests with more text than this are tokenized off the async thread: a few milliseconds of everybody's tokens.
+pub(super) const INLINE_TEXT_BYTES: usize = 4 << 10;
 
 /// Most token ids that one request may hold, all prompts together: 16 MiB, and the longest contexts
 /// there are several times over.
@@ -59,14 +59,24 @@ pub(super) struct PromptField(pub(super) Vec<PromptInput>);
 
 impl<'de> Deserialize<'de> for PromptField {
     fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
-        deserializer.deserialize_any(PromptVisitor)
+        inputs(deserializer, MAX_PROMPTS).map(PromptField)
     }
 }
 
-struct PromptVisitor;
+/// Reads what a [`PromptField`] can be, at most so many prompts.
+pub(super) fn inputs<'de, D: Deserializer<'de>>(
+    deserializer: D,
+    most: usize,
+) -> Result<Vec<PromptInput>, D::Error> {
+    deserializer.deserialize_any(PromptVisitor { most })
+}
+
+struct PromptVisitor {
+    most: usize,
+}
 
 impl<'de> Visitor<'de> for PromptVisitor {
-    type Value = PromptField;
+    type Value = Vec<PromptInput>;
 
     fn expecting(&self, formatter: &mut fmt::Formatter<'_>) -> fmt::Result {
         formatter.write_str(
@@ -74,44 +84,44 @@ impl<'de> Visitor<'de> for PromptVisitor {
         )
     }
 
-    fn visit_str<E>(self, text: &str) -> Result<PromptField, E> {
-        Ok(PromptField(vec![PromptInput::Text(text.to_owned())]))
+    fn visit_str<E>(self, text: &str) -> Result<Vec<PromptInput>, E> {
+        Ok(vec![PromptInput::Text(text.to_owned())])
     }
 
-    fn visit_string<E>(self, text: String) -> Result<PromptField, E> {
-        Ok(PromptField(vec![PromptInput::Text(text)]))
+    fn visit_string<E>(self, text: String) -> Result<Vec<PromptInput>, E> {
+        Ok(vec![PromptInput::Text(text)])
     }
 
-    fn visit_seq<A: SeqAccess<'de>>(self, mut elements: A) -> Result<PromptField, A::Error> {
+    fn visit_seq<A: SeqAccess<'de>>(self, mut elements: A) -> Result<Vec<PromptInput>, A::Error> {
         match elements.next_element::<Element>()? {
-            None => Ok(PromptField(vec![])),
+            None => Ok(vec![]),
             Some(Element::Id(first)) => {
                 let ids = more_ids(vec![first], MAX_PROMPT_IDS, &mut elements)?;
-                Ok(PromptField(vec![PromptInput::Tokens(ids)]))
+                Ok(vec![PromptInput::Tokens(ids)])
             }
             Some(Element::Text(first)) => {
                 let mut inputs = vec![PromptInput::Text(first)];
                 while let Some(text) = elements.next_element::<String>()? {
-                    push_input(&mut inputs, PromptInput::Text(text))?;
+                    push_input(&mut inputs, PromptInput::Text(text), self.most)?;
                 }
-                Ok(PromptField(inputs))
+                Ok(inputs)
             }
             Some(Element::Ids(first)) => {
                 let mut room = MAX_PROMPT_IDS - first.len();
                 let mut inputs = vec![PromptInput::Tokens(first)];
                 while let Some(ids) = elements.next_element_seed(IdList { room })? {
                     room -= ids.len();
-                    push_input(&mut inputs, PromptInput::Tokens(ids))?;
+                    push_input(&mut inputs, PromptInput::Tokens(ids), self.most)?;
                 }
-                Ok(PromptField(inputs))
+                Ok(inputs)
             }
         }
     }
 }
 
-fn push_input<E: de::Error>(inputs: &mut Vec<PromptInput>, input: PromptInput) -> Result<(), E> {
-    if inputs.len() == MAX_PROMPTS {
-        return Err(E::custom(format_args!("more than {MAX_PROMPTS} prompts; 1 to {MAX_PROMPTS} are taken")));
+fn push_input<E: de::Error>(inputs: &mut Vec<PromptInput>, input: PromptInput, most: usize) -> Result<(), E> {
+    if inputs.len() == most {
+        return Err(E::custom(format_args!("more than {most} prompts; 1 to {most} are taken")));
     }
     inputs.push(input);
     Ok(())

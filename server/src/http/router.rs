@@ -16,7 +16,7 @@ use super::error::{ApiError, ErrorKind};
 use super::state::AppState;
 use super::{
     anthropic, auth, error_shape, health, lanes, llamacpp, metrics, ollama, openai, origin, request_id,
-    responses, tabby,
+    responses, tabby, traces,
 };
 
 /// All of the server's routes over `state`.
@@ -30,6 +30,7 @@ pub fn router(state: Arc<AppState>) -> Router {
         .fallback(no_such_path)
         .method_not_allowed_fallback(wrong_method)
         .layer(map_request(name_endpoint))
+        .layer(from_fn_with_state(state.clone(), traces::trace))
         .layer(from_fn_with_state(state.clone(), auth::require_key))
         .layer(from_fn_with_state(state.clone(), origin::refuse_others))
         .layer(from_fn_with_state(state.clone(), metrics::measure))

@@ -16,6 +16,7 @@ use super::lanes::LanePolicy;
 use super::metrics::Metrics;
 use super::responses::ResponseStore;
 use super::tenant::Tenants;
+use super::traces::Tracer;
 use crate::keys::Keyring;
 use crate::text::answer::{Dialect, ToolFormat};
 use crate::text::grammar::Grammars;
@@ -205,6 +206,8 @@ pub struct AppState {
     pub limits: Limits,
     /// Counters and histograms.
     pub metrics: Metrics,
+    /// Where spans of requests go, if anywhere.
+    pub(super) tracer: Option<Tracer>,
     /// Seconds since the epoch at start: the models' `created`.
     pub started_at: u64,
     pub(super) heavy: HeavyWork,
@@ -244,6 +247,7 @@ impl AppState {
             keys: config.keys,
             cors: config.cors,
             limits: config.limits,
+            tracer: None,
             started_at: unix_seconds(),
             heavy: HeavyWork::new(),
             flights: Flights::new(config.sharing),
@@ -252,6 +256,12 @@ impl AppState {
             draining: AtomicBool::new(false),
             stalled: AtomicBool::new(false),
         }
+    }
+
+    /// The same, with somebody who is sent a span of every request.
+    #[must_use]
+    pub fn traced(self, tracer: Tracer) -> Self {
+        AppState { tracer: Some(tracer), ..self }
     }
 
     /// The model behind a lane, if that lane is served.

@@ -134,7 +134,12 @@ pub struct KeyEntry {
 pub struct KeyFile {
     path: PathBuf,
     connection: Connection,
+    /// Which file it is, whatever it is called.
+    identity: Option<Identity>,
 }
+
+/// Device and number on it.
+type Identity = (u64, u64);
 
 impl KeyFile {
     /// Opens the file; `make`: makes it if there is none.
@@ -145,7 +150,7 @@ impl KeyFile {
         let fault = |reason: String| KeyFileError::Open { path: path.to_owned(), reason };
         private(path, make)?;
         let connection = Connection::open(path).map_err(|error| fault(error.to_string()))?;
-        let mut file = KeyFile { path: path.to_owned(), connection };
+        let mut file = KeyFile { path: path.to_owned(), connection, identity: identity(path) };
         file.prepare().map_err(|error| match error {
             KeyFileError::Damaged { reason, .. } => fault(reason),
             error => error,
@@ -231,9 +236,33 @@ impl KeyFile {
     /// Every key, the oldest first.
     ///
     /// # Errors
-    /// If the file fails.
+    /// If the file fails, or what it says of a key makes no sense.
     pub fn entries(&mut self) -> Result<Vec<KeyEntry>, KeyFileError> {
-        let rows = self.attempt(|connection| {
+        let rows = self.rows()?;
+        let damaged = |reason| KeyFileError::Damaged { path: self.path.clone(), reason };
+        rows.into_iter().map(|row| row.map_err(damaged)).collect()
+    }
+
+    /// The keys of which everything makes sense. The others open nothing, and do not keep changes of these
+    /// from being taken into use.
+    ///
+    /// # Errors
+    /// If the file fails.
+    pub(super) fn readable_entries(&mut self) -> Result<Vec<KeyEntry>, KeyFileError> {
+        let rows = self.rows()?;
+        let said =
+            |reason: &String| tracing::warn!("a key in {} opens nothing: {reason}", self.path.display());
+        Ok(rows.into_iter().filter_map(|row| row.inspect_err(said).ok()).collect())
+    }
+
+    /// True if another file has its name now.
+    pub(super) fn is_replaced(&self) -> bool {
+        let found = identity(&self.path);
+        found.is_some() && found != self.identity
+    }
+
+    fn rows(&mut self) -> Result<Vec<Result<KeyEntry, String>>, KeyFileError> {
+        self.attempt(|connection| {
             let mut statement = connection.prepare_cached(
                 "SELECT id, name, hash, hint, lanes, keys.requests, keys.tokens, priority, created_at, expires_at,
                         revoked_at,
@@ -241,10 +270,8 @@ impl KeyFile {
                         last_used_at
                  FROM keys LEFT JOIN usage ON usage.key = keys.id ORDER BY id",
             )?;
-            statement.query_map([], |row| Ok(entry(row)))?.collect::<Result<Vec<_>, _>>()
-        })?;
-        let damaged = |reason| KeyFileError::Damaged { path: self.path.clone(), reason };
-        rows.into_iter().map(|row| row.map_err(damaged)).collect()
+            statement.query_map([], |row| Ok(entry(row)))?.collect()
+        })
     }
 
     /// A number that changes when another connection has changed the file.
@@ -264,8 +291,11 @@ impl KeyFile {
             let transaction =
                 connection.transaction_with_behavior(rusqlite::TransactionBehavior::Immediate)?;
             {
-                let mut statement = transaction
-                    .prepare_cached("INSERT OR REPLACE INTO usage VALUES (?, ?, ?, ?, ?, ?, ?, ?)")?;
+                // A row that somebody has deleted must not keep the others from being written.
+                let mut statement = transaction.prepare_cached(
+                    "INSERT OR REPLACE INTO usage SELECT ?1, ?2, ?3, ?4, ?5, ?6, ?7, ?8
+                     WHERE EXISTS (SELECT 1 FROM keys WHERE id = ?1)",
+                )?;
                 for (key, used) in used {
                     statement.execute(params![
                         key,
@@ -324,6 +354,18 @@ fn private(path: &Path, make: bool) -> Result<(), KeyFileError> {
 #[cfg(not(unix))]
 fn private(_path: &Path, _make: bool) -> Result<(), KeyFileError> {
     Ok(())
+}
+
+#[cfg(unix)]
+fn identity(path: &Path) -> Option<Identity> {
+    use std::os::unix::fs::MetadataExt as _;
+    let metadata = std::fs::metadata(path).ok()?;
+    Some((metadata.dev(), metadata.ino()))
+}
+
+#[cfg(not(unix))]
+fn identity(_path: &Path) -> Option<Identity> {
+    None
 }
 
 fn priority_name(priority: Priority) -> &'static str {

@@ -34,7 +34,7 @@ impl Keeper {
     pub fn start(path: &Path, ring: Arc<Keyring>) -> Result<Self, KeyFileError> {
         let mut file = KeyFile::open(path, true)?;
         let version = file.version()?;
-        let entries = file.entries()?;
+        let entries = file.readable_entries()?;
         if entries.iter().all(|entry| entry.revoked_at.is_some()) {
             tracing::warn!(
                 "there is no valid key in {}; `tandem keys add NAME` makes one, which is in use at once",
@@ -43,7 +43,7 @@ impl Keeper {
         }
         ring.replace(&entries);
         let (stop, stopped) = sync_channel(0);
-        let mut work = Work { file, ring, version, written: Instant::now() };
+        let mut work = Work { file, ring, version, written: Instant::now(), is_orphaned: false };
         let thread = std::thread::Builder::new()
             .name("tandem-keys".into())
             .spawn(move || {
@@ -76,6 +76,8 @@ struct Work {
     ring: Arc<Keyring>,
     version: i64,
     written: Instant,
+    /// The open file has lost its name.
+    is_orphaned: bool,
 }
 
 impl Work {
@@ -90,11 +92,18 @@ impl Work {
     }
 
     fn take_changes(&mut self) -> Result<(), KeyFileError> {
+        if self.file.is_replaced() && !std::mem::replace(&mut self.is_orphaned, true) {
+            // What SQLite keeps beside a file that is in use would be taken for the new file's.
+            tracing::error!(
+                "another file has taken the place of the file of keys and is not in use: stop the server, remove \
+                 the files that end with -wal and -shm, and start it again"
+            );
+        }
         let version = self.file.version()?;
         if version != self.version {
             // The account of a key that is gone would be, too.
             self.write();
-            self.ring.replace(&self.file.entries()?);
+            self.ring.replace(&self.file.readable_entries()?);
             self.version = version;
         }
         Ok(())
@@ -107,8 +116,8 @@ impl Work {
             return;
         }
         if let Err(error) = self.file.write_usage(&used) {
-            // The next request of a key writes its whole account again.
-            tracing::warn!(%error, "what was used of the keys is not written down yet");
+            self.ring.give_back(&used);
+            tracing::warn!(%error, "what was used of the keys is not written down yet; trying again");
         }
     }
 }

@@ -12,7 +12,7 @@ mod rules;
 
 pub use file::{KeyEntry, KeyFile, KeyFileError, NewKey};
 pub use keeper::Keeper;
-pub use ring::{Client, Keyring, Refusal, Standing};
+pub use ring::{Client, KeyUse, Keyring, Refusal, Standing};
 pub use rules::{Budget, KeyRules, Lanes, duration_from_text};
 
 use sha2::{Digest as _, Sha256};

@@ -3,7 +3,7 @@
 //! Checking a key costs a hash and a look-up, whatever the number of keys; spending costs a short lock
 //! of the key's own. A key's windows are counted here and written down by the [`super::Keeper`].
 
-use std::collections::HashMap;
+use std::collections::{BTreeMap, HashMap};
 use std::sync::{Arc, Mutex, MutexGuard, RwLock};
 
 use siphasher::sip128::SipHasher13;
@@ -48,6 +48,37 @@ struct Account {
     used: Used,
     /// There is something to write down.
     is_dirty: bool,
+    /// Requests refused since the start, for a spent budget of requests or of tokens.
+    num_refused: [u64; 2],
+}
+
+/// What was used of a key, for metrics.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct KeyUse {
+    /// Its number; 0 of keys from the settings.
+    pub id: i64,
+    /// Its name; `None` of keys from the settings.
+    pub name: Option<String>,
+    /// Requests ever.
+    pub num_requests: u64,
+    /// Tokens ever.
+    pub num_tokens: u64,
+    /// Requests refused since the start, for a spent budget of requests or of tokens.
+    pub num_refused: [u64; 2],
+    /// What is left of the budgets of requests and tokens, if it has them.
+    pub left: [Option<u64>; 2],
+}
+
+impl KeyUse {
+    /// Counts both as one, which has no budget.
+    pub fn add(&mut self, other: &KeyUse) {
+        self.num_requests += other.num_requests;
+        self.num_tokens += other.num_tokens;
+        for (sum, count) in self.num_refused.iter_mut().zip(other.num_refused) {
+            *sum += count;
+        }
+        self.left = [None; 2];
+    }
 }
 
 /// How a client stands with one of its budgets.
@@ -76,6 +107,11 @@ impl Client {
         self.name.as_deref()
     }
 
+    /// Its number in the file; 0 of keys from the settings.
+    pub fn id(&self) -> i64 {
+        self.id
+    }
+
     /// What it may do.
     pub fn rules(&self) -> &KeyRules {
         &self.rules
@@ -90,12 +126,14 @@ impl Client {
         if let Some(budget) = self.rules.tokens {
             let standing = standing(budget, account.used.tokens, now);
             if standing.remaining == 0 {
+                account.num_refused[1] += 1;
                 return Err(Refusal::Tokens(standing));
             }
         }
         if let Some(budget) = self.rules.requests {
             let standing = standing(budget, account.used.requests, now);
             if standing.remaining == 0 {
+                account.num_refused[0] += 1;
                 return Err(Refusal::Requests(standing));
             }
         }
@@ -115,6 +153,7 @@ impl Client {
         if let Some(budget) = self.rules.tokens {
             let standing = standing(budget, account.used.tokens, now);
             if standing.remaining < num_tokens {
+                account.num_refused[1] += 1;
                 return Err(Refusal::Tokens(standing));
             }
         }
@@ -234,7 +273,7 @@ impl Keyring {
             let place = self.place(&entry.hash);
             let account = match clients.get(&place) {
                 Some(known) => known.account.clone(),
-                None => Arc::new(Mutex::new(Account { used: entry.used, is_dirty: false })),
+                None => Arc::new(Mutex::new(Account { used: entry.used, ..Account::default() })),
             };
             let client = Client {
                 name: Some(entry.name.clone()),
@@ -262,6 +301,39 @@ impl Keyring {
             }
         }
         used
+    }
+
+    /// Says again what [`Keyring::take_used`] gave, as it could not be written down.
+    pub(super) fn give_back(&self, used: &[(i64, Used)]) {
+        let clients = self.clients.read().expect("no holder of this lock panics: this is a bug");
+        let is_given =
+            |client: &&Arc<Client>| client.name.is_some() && used.iter().any(|(id, _)| *id == client.id);
+        for client in clients.values().filter(is_given) {
+            client.account.lock().expect("no holder of this lock panics: this is a bug").is_dirty = true;
+        }
+    }
+
+    /// What was used of every key, by number; those from the settings are one.
+    pub fn uses(&self, now: u64) -> Vec<KeyUse> {
+        let clients = self.clients.read().expect("no holder of this lock panics: this is a bug");
+        let mut uses: BTreeMap<i64, KeyUse> = BTreeMap::new();
+        for client in clients.values() {
+            let (requests, tokens) = client.standings(now);
+            let account = client.account(now);
+            let used = KeyUse {
+                id: client.id,
+                name: client.name.clone(),
+                num_requests: account.used.total_requests,
+                num_tokens: account.used.total_tokens,
+                num_refused: account.num_refused,
+                left: [requests, tokens].map(|standing| standing.map(|standing| standing.remaining)),
+            };
+            match uses.get_mut(&client.id) {
+                Some(known) => known.add(&used),
+                None => drop(uses.insert(client.id, used)),
+            }
+        }
+        uses.into_values().collect()
     }
 
     fn place(&self, hash: &KeyHash) -> u128 {
@@ -336,6 +408,35 @@ mod tests {
         let client = ring.find(b"a", u64::MAX).expect("known");
         assert_eq!((client.name(), client.rules().lanes), (None, Lanes::ALL));
         assert!(ring.find(b"", 0).is_none() && ring.find(b"ab", 0).is_none());
+    }
+
+    #[test]
+    fn what_could_not_be_written_is_said_again() {
+        let ring = Keyring::new(&["fixed".to_owned()], true);
+        ring.replace(&[entry("k", KeyRules::default())]);
+        ring.find(b"k", 0).expect("known").admit(1).expect("no budget");
+        let used = ring.take_used();
+        assert!(used.len() == 1 && ring.take_used().is_empty());
+        ring.give_back(&used);
+        assert_eq!(ring.take_used(), used);
+    }
+
+    #[test]
+    fn uses_are_counted_by_number() {
+        let ring = Keyring::new(&["a".to_owned(), "b".to_owned()], true);
+        let budget = Some(Budget { amount: 2, window: 60 });
+        ring.replace(&[entry("k", rules(budget, budget))]);
+        for key in [b"a", b"b", b"k"] {
+            let client = ring.find(key, 0).expect("known");
+            client.admit(1).expect("within the budget");
+            client.spend_output(2, 1);
+            assert_eq!(client.admit(1).is_err(), key == b"k");
+        }
+        let [settings, file] = ring.uses(1).try_into().expect("two numbers");
+        assert_eq!((settings.id, settings.num_requests, settings.num_tokens), (0, 4, 4));
+        assert_eq!((settings.name, settings.left), (None, [None, None]));
+        assert_eq!((file.name.as_deref(), file.num_requests, file.num_tokens), (Some("team"), 1, 2));
+        assert_eq!((file.num_refused, file.left), ([0, 1], [Some(1), Some(0)]));
     }
 
     #[test]

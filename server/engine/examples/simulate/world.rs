@@ -390,5 +390,6 @@ fn essence(event: &Event) -> Vec<u64> {
             vec![3, u64::from(finished.usage.num_decode_steps), finished.usage.decode_time.as_micros() as u64]
         }
         Event::Failed(_) => vec![4],
+        Event::Embedding(embedding) => embedding.iter().map(|value| value.to_bits().into()).collect(),
     }
 }

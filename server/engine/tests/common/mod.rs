@@ -16,7 +16,7 @@ use tandem_engine::{
 };
 
 pub(crate) use grammar::Grammar;
-pub(crate) use model::{Fault, FaultKind, HashModel, Recipe, STOP, VOCAB_SIZE};
+pub(crate) use model::{Fault, FaultKind, HIDDEN_SIZE, HashModel, Recipe, STOP, VOCAB_SIZE, hidden_state};
 
 /// Everything a client saw of one sequence.
 #[derive(Debug, Default, PartialEq, Clone)]
@@ -25,6 +25,7 @@ pub(crate) struct Answer {
     pub(crate) drafted: usize,
     pub(crate) logprobs: Vec<TokenLogprobs>,
     pub(crate) prompt_logprobs: Option<Vec<Option<TokenLogprobs>>>,
+    pub(crate) embedding: Option<Vec<f32>>,
     pub(crate) finished: Option<Finished>,
     pub(crate) failed: Option<EngineError>,
 }
@@ -46,6 +47,10 @@ impl Answer {
                 self.drafted += chunk.tokens.iter().filter(|t: &&OutputToken| t.drafted).count();
                 self.tokens.extend(chunk.tokens.iter().map(|t| t.id));
                 self.logprobs.extend(chunk.logprobs);
+            }
+            Event::Embedding(embedding) => {
+                assert!(self.tokens.is_empty() && self.embedding.is_none());
+                self.embedding = Some(embedding);
             }
             Event::Finished(finished) => self.finished = Some(finished),
             Event::Failed(error) => self.failed = Some(error),

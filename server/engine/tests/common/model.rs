@@ -45,6 +45,11 @@ impl Recipe {
     }
 }
 
+/// The last hidden state of a token, from the state after it.
+pub(crate) fn hidden_state(state: u64) -> impl Iterator<Item = f32> {
+    (1..=HIDDEN_SIZE as u64).map(move |channel| unit(mix(state ^ channel)) - 0.5)
+}
+
 fn mix(mut z: u64) -> u64 {
     z = (z ^ (z >> 30)).wrapping_mul(0xBF58_476D_1CE4_E5B9);
     z = (z ^ (z >> 27)).wrapping_mul(0x94D0_49BB_1331_11EB);
@@ -91,8 +96,11 @@ pub(crate) struct HashModel {
     batch: ForwardBatch,
     num_layers_done: usize,
     logits: Vec<f32>,
+    hidden: Vec<f32>,
     context: Vec<TokenId>,
 }
+
+pub(crate) const HIDDEN_SIZE: usize = 8;
 
 impl HashModel {
     pub(crate) fn new(stray: f32) -> Self {
@@ -102,7 +110,7 @@ impl HashModel {
     pub(crate) fn with_recipe(recipe: Recipe) -> Self {
         let config = DecoderConfig {
             vocab_size: VOCAB_SIZE,
-            hidden_size: 8,
+            hidden_size: HIDDEN_SIZE,
             intermediate_size: 8,
             num_layers: NUM_LAYERS,
             num_heads: 1,
@@ -124,6 +132,7 @@ impl HashModel {
             batch: ForwardBatch::new(),
             num_layers_done: 0,
             logits: Vec::new(),
+            hidden: Vec::new(),
             context: Vec::new(),
         }
     }
@@ -187,8 +196,9 @@ impl HashModel {
 
     /// The whole context goes into the logits, as the block table shows it.
     fn read(&mut self) {
-        let HashModel { batch, context, logits, .. } = self;
+        let HashModel { batch, context, logits, hidden, .. } = self;
         let mut wanted = batch.logits_rows.iter().peekable();
+        let mut wanted_hidden = batch.hidden_rows.iter().peekable();
         for seq in 0..batch.num_seqs() {
             context.clear();
             let mut state = 0;
@@ -199,6 +209,9 @@ impl HashModel {
                     context.push(self.tokens[slot]);
                     state = Recipe::extend(state, self.tokens[slot]);
                     is_whole &= self.states[slot] == state;
+                }
+                if wanted_hidden.next_if(|&&w| w == row).is_some() {
+                    hidden.extend(hidden_state(if is_whole { state } else { !state }));
                 }
                 if wanted.next_if(|&&w| w == row).is_none() {
                     continue;
@@ -249,6 +262,7 @@ impl Model for HashModel {
         self.batch.clone_from(batch);
         self.num_layers_done = 0;
         self.logits.clear();
+        self.hidden.clear();
         Ok(())
     }
 
@@ -264,6 +278,12 @@ impl Model for HashModel {
         }
         self.num_layers_done += 1;
         Ok(true)
+    }
+
+    fn hidden_states(&mut self, hidden: &mut Vec<f32>) -> Result<(), ModelError> {
+        assert_eq!(self.num_layers_done, NUM_LAYERS, "the pass is not complete");
+        hidden.clone_from(&self.hidden);
+        Ok(())
     }
 
     fn finish(&mut self, logits: &mut Vec<f32>) -> Result<(), ModelError> {

@@ -292,7 +292,7 @@ impl Bench {
                 Event::Tokens(chunk) => tokens.extend(chunk.tokens.iter().map(|token| token.id)),
                 Event::Finished(finished) => return Ok((tokens, finished)),
                 Event::Failed(error) => return Err(error.into()),
-                Event::PromptLogprobs(_) => {}
+                Event::PromptLogprobs(_) | Event::Embedding(_) => {}
             }
         }
         bail!("the engine ended without an answer")

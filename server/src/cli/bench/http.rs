@@ -28,7 +28,7 @@ use tokio::task::JoinSet;
 use super::client::{Client, Completion, Endpoint};
 use super::report::{self, Machine};
 use super::stats::Percentiles;
-use crate::runtime::{find_demo_pair, raise_open_files};
+use crate::runtime::{SERVING_THREADS, find_demo_pair, raise_open_files};
 use scripted::ScriptedModel;
 
 mod scripted;
@@ -66,7 +66,7 @@ pub(in crate::cli) struct HttpArgs {
     interval_us: u64,
 
     /// Threads of the server, the engine's aside
-    #[arg(long, value_name = "N", default_value_t = 2, value_parser = clap::value_parser!(u32).range(1..=64))]
+    #[arg(long, value_name = "N", default_value_t = SERVING_THREADS as u32, value_parser = clap::value_parser!(u32).range(1..=64))]
     threads: u32,
 
     /// Requests, one after the other, for each figure of the time to first token
@@ -93,6 +93,9 @@ struct Figures {
     /// CPU time, in microseconds, of a thread that sleeps for the interval and then sends an event's bytes: what the
     /// system takes for a token of one stream, whatever the server does.
     floor_us: f64,
+    /// The same of a thread of the async runtime, whose task another thread wakes: what a token takes before there is
+    /// any HTTP.
+    task_floor_us: f64,
     /// CPU time of the server's threads for each token, in microseconds, by streams at a time.
     cpu_us_per_token: Vec<(u32, f64)>,
     /// Milliseconds from sending a request to its first token, less what the engine says that it took.
@@ -221,7 +224,14 @@ async fn measure(args: &HttpArgs, address: SocketAddr) -> anyhow::Result<Figures
     for streams in [1, args.streams] {
         cpu_us_per_token.push((streams, cpu_per_token(address, streams, args.tokens).await?));
     }
-    let floor_us = floor(args.tokens, Duration::from_micros(args.interval_us))?;
+    let interval = Duration::from_micros(args.interval_us);
+    let floor_us = floor(args.tokens, interval)?;
+    // A runtime must not end on a thread of another.
+    let beside = std::thread::spawn({
+        let tokens = args.tokens;
+        move || task_floor(tokens, interval)
+    });
+    let task_floor_us = beside.join().expect("it does not panic: this is a bug")?;
     let before = times_to_first(address, args.requests).await?;
     let holder = Holder::start(address, args.connections)?;
     let beside = times_to_first(address, args.requests).await?;
@@ -235,6 +245,7 @@ async fn measure(args: &HttpArgs, address: SocketAddr) -> anyhow::Result<Figures
     Ok(Figures {
         machine: Machine::this(args.threads as usize),
         floor_us,
+        task_floor_us,
         cpu_us_per_token,
         ttft_over_engine_ms: Percentiles::of(over).expect("there are requests: this is a bug"),
         ttft_ms: [in_all(&before), in_all(&beside), in_all(&after)],
@@ -354,6 +365,9 @@ async fn hold(address: SocketAddr, count: usize) -> anyhow::Result<ExitCode> {
 /// The thread whose CPU time is the [`Figures::floor_us`].
 const FLOOR_THREAD: &str = "tandem-floor";
 
+/// The thread whose CPU time is the [`Figures::task_floor_us`].
+const TASK_FLOOR_THREAD: &str = "tandem-task";
+
 /// Bytes of an event with a token, chunk and all.
 const EVENT_BYTES: usize = 220;
 
@@ -375,9 +389,43 @@ fn floor(count: u32, interval: Duration) -> anyhow::Result<f64> {
     Ok(spent.as_secs_f64() * 1e6 / f64::from(count))
 }
 
+fn task_floor(count: u32, interval: Duration) -> anyhow::Result<f64> {
+    let listener = std::net::TcpListener::bind((Ipv4Addr::LOCALHOST, 0))?;
+    let sender = std::net::TcpStream::connect(listener.local_addr()?)?;
+    let mut receiver = listener.accept()?.0;
+    sender.set_nodelay(true)?;
+    sender.set_nonblocking(true)?;
+    let reading = std::thread::spawn(move || std::io::copy(&mut receiver, &mut std::io::sink()));
+    let runtime = tokio::runtime::Builder::new_multi_thread()
+        .worker_threads(1)
+        .thread_name(TASK_FLOOR_THREAD)
+        .enable_all()
+        .build()?;
+    let (wake, mut woken) = tokio::sync::mpsc::channel::<()>(1);
+    let sending = runtime.spawn(async move {
+        let mut sender = TcpStream::from_std(sender)?;
+        while woken.recv().await.is_some() {
+            sender.write_all(&[b'x'; EVENT_BYTES]).await?;
+        }
+        std::io::Result::Ok(())
+    });
+    for _ in 0..count {
+        std::thread::sleep(interval);
+        wake.blocking_send(())?;
+    }
+    drop(wake);
+    while !sending.is_finished() {
+        std::thread::sleep(interval);
+    }
+    let spent = cpu_time(TASK_FLOOR_THREAD)?;
+    reading.join().expect("it does not panic: this is a bug")?;
+    Ok(spent.as_secs_f64() * 1e6 / f64::from(count))
+}
+
 fn print(figures: &Figures) {
     println!("{}\n", figures.machine);
     println!("CPU to wake a thread and send an event, without any server: {:.1} us", figures.floor_us);
+    println!("The same for a task of the async runtime, without HTTP: {:.1} us", figures.task_floor_us);
     for (streams, cpu) in &figures.cpu_us_per_token {
         println!("CPU of a streamed token, {streams} at a time: {cpu:.1} us");
     }

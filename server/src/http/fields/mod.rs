@@ -44,6 +44,12 @@ pub(super) struct StreamOptions {
     continuous_usage_stats: Option<bool>,
 }
 
+/// The one common field of endpoints that do not generate.
+#[derive(Deserialize, ToSchema)]
+pub(super) struct ModelField {
+    pub(super) model: Option<String>,
+}
+
 /// Whether an answer that fills a gap ends where it meets what follows.
 const FILLS: &[(&str, bool)] = &[("fit", true), ("raw", false)];
 

@@ -64,10 +64,22 @@ impl ToSchema for Entries {
     }
 }
 
+fn texts_or_ids() -> RefOr<Schema> {
+    let ids = || list(simple(Type::Integer));
+    one_of([simple(Type::String), list(simple(Type::String)), ids(), list(ids())])
+}
+
+impl PartialSchema for crate::http::embeddings::EmbeddingInput {
+    fn schema() -> RefOr<Schema> {
+        texts_or_ids()
+    }
+}
+
+impl ToSchema for crate::http::embeddings::EmbeddingInput {}
+
 impl PartialSchema for crate::http::prompt::PromptField {
     fn schema() -> RefOr<Schema> {
-        let ids = || list(simple(Type::Integer));
-        one_of([simple(Type::String), list(simple(Type::String)), ids(), list(ids())])
+        texts_or_ids()
     }
 }
 

@@ -186,6 +186,8 @@ impl EventSink for FlightSink {
                 log.margins.extend(chunk.margins);
             }
             Event::Finished(finished) => log.end = Some(End::Finished(finished)),
+            // Nobody asks a sequence of text for one.
+            Event::Embedding(_) => {}
             Event::Failed(error) => log.end = Some(End::Failed(error)),
         }
         wake(log);

@@ -19,6 +19,7 @@ use super::error::ApiError;
 use super::lanes::{Reason, lane_name};
 use super::metrics::TokenClock;
 use super::state::{AppState, ServedModel, unix_seconds};
+use super::traces::WorkRecord;
 use crate::keys::Client;
 use crate::text::GapRules;
 use crate::text::grammar::Grammar;
@@ -173,6 +174,17 @@ pub struct Generation {
     client: Option<Arc<Client>>,
     lane: Lane,
     lane_reason: Reason,
+    /// Of the request's span.
+    record: Option<WorkRecord>,
+}
+
+impl Drop for Generation {
+    fn drop(&mut self) {
+        if let Some(record) = &self.record {
+            let account = self.account();
+            record.update(|work| work.account = account);
+        }
+    }
 }
 
 impl Generation {
@@ -225,12 +237,18 @@ impl Generation {
             client: request.client.clone(),
             lane: served.lane,
             lane_reason: Reason::Named,
+            record: None,
         })
     }
 
     /// Notes why this lane answers.
     pub(super) fn set_lane_reason(&mut self, reason: Reason) {
         self.lane_reason = reason;
+    }
+
+    /// Notes for the request's span how it ends.
+    pub(super) fn record(&mut self, record: WorkRecord) {
+        self.record = Some(record);
     }
 
     /// Who answers.
@@ -283,6 +301,9 @@ impl Generation {
                 }
                 Poll::Ready(Ok(end)) => {
                     self.num_running -= usize::from(end.is_some());
+                    if let Some((record, end)) = self.record.as_ref().zip(end) {
+                        record.update(|work| work.finish_reasons.push(end));
+                    }
                     self.next = (index + 1) % count;
                     return Poll::Ready(Some(Ok(Progress { index, end })));
                 }

@@ -1,16 +1,18 @@
 //! llama.cpp's own protocol: completion, infill, and what its clients ask about the server.
 
 mod completion;
+mod embedding;
 mod fields;
 mod info;
 mod tokens;
 mod wire;
 
 use super::api::{Api, Operation};
-use super::fields::CommonFields;
+use super::fields::{CommonFields, ModelField};
 use super::wire::EVENT_STREAM;
+use embedding::EmbeddingContent;
 use fields::LlamaFields;
-use tokens::{DetokenizeFields, ModelField, TemplateFields, TokenizeFields};
+use tokens::{DetokenizeFields, TemplateFields, TokenizeFields};
 
 /// The protocol's paths.
 pub(super) fn routes() -> Api {
@@ -30,8 +32,14 @@ pub(super) fn routes() -> Api {
         .post("/apply-template", tokens::apply_template, {
             Operation::new("The prompt that a conversation becomes").reads::<CommonFields, TemplateFields>()
         })
+        .post("/embedding", embedding::embedding, embeddings())
+        .post("/embeddings", embedding::embedding, embeddings())
         .get("/props", info::props, Operation::new("What the server is"))
         .get("/slots", info::slots, Operation::new("How much of it is at work"))
+}
+
+fn embeddings() -> Operation {
+    Operation::new("Vectors of texts").reads::<ModelField, EmbeddingContent>()
 }
 
 fn completions() -> Operation {

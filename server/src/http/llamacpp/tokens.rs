@@ -12,7 +12,7 @@ use utoipa::ToSchema;
 use crate::http::body::JsonBody;
 use crate::http::chat::{Conversation, ToolFields};
 use crate::http::error::ApiError;
-use crate::http::fields::{Bounded, CommonFields, object, objects};
+use crate::http::fields::{Bounded, CommonFields, ModelField, object, objects};
 use crate::http::intake::Intake;
 use crate::http::lanes::{Work, resolve};
 use crate::http::prompt::{INLINE_TEXT_BYTES, PromptField, PromptInput, check_text_fits, untokenizable};
@@ -24,11 +24,6 @@ pub(super) struct TokenizeFields {
     add_special: Option<bool>,
     parse_special: Option<bool>,
     with_pieces: Option<bool>,
-}
-
-#[derive(Deserialize, ToSchema)]
-pub(super) struct ModelField {
-    model: Option<String>,
 }
 
 pub(super) async fn tokenize(

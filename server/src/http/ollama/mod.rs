@@ -1,6 +1,7 @@
-//! Ollama's protocol: generate, chat, and what its clients ask about models. Streams are lines of JSON.
+//! Ollama's protocol: generate, chat, embeddings, and what its clients ask about models. Streams are lines of JSON.
 
 mod chat;
+mod embed;
 mod fields;
 mod generate;
 mod models;
@@ -10,7 +11,9 @@ use serde_json::{Value, json};
 
 use super::api::{Api, Operation};
 use super::error::ApiError;
+use super::fields::ModelField;
 use chat::OllamaChatFields;
+use embed::{EmbedFields, EmbedPrompt};
 use fields::OllamaCommon;
 use generate::GenerateFields;
 use models::{NameFields, NoFields};
@@ -30,6 +33,12 @@ pub(super) fn routes() -> Api {
             Operation::new("Goes on with a conversation")
                 .reads::<OllamaCommon, OllamaChatFields>()
                 .streams(wire::LINES)
+        })
+        .post("/api/embed", embed::embed, {
+            Operation::new("Vectors of texts").reads::<ModelField, EmbedFields>()
+        })
+        .post("/api/embeddings", embed::embed_one, {
+            Operation::new("The vector of a text").reads::<ModelField, EmbedPrompt>()
         })
 }
 

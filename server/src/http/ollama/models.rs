@@ -68,7 +68,7 @@ pub(super) async fn show(
         return Err(ApiError::invalid("model", "model is missing; it must name a model"));
     };
     let served = resolve(&state, Some(plain_name(&name)), Work::Chat)?;
-    let mut capabilities = vec!["completion"];
+    let mut capabilities = vec!["completion", "embedding"];
     if served.model.fim.is_some() {
         capabilities.push("insert");
     }
@@ -79,7 +79,8 @@ pub(super) async fn show(
         "modelfile": "", "parameters": "", "license": "", "template": "",
         "modified_at": timestamp(state.started_at), "details": details(Some(&served.model.name)),
         // Clients look for the key that ends so.
-        "model_info": { "general.architecture": "tandem", "tandem.context_length": state.engine.max_model_len() },
+        "model_info": { "general.architecture": "tandem", "tandem.context_length": state.engine.max_model_len(),
+            "tandem.embedding_length": state.engine.hidden_size(served.lane) },
         "capabilities": capabilities,
     })))
 }

@@ -1,8 +1,9 @@
-//! OpenAI's protocol: models, completions, chat completions; and Mistral's fill-in-the-middle, which
+//! OpenAI's protocol: models, completions, chat completions, embeddings; and Mistral's fill-in-the-middle, which
 //! answers as they do.
 
 mod chat;
 mod completions;
+mod embeddings;
 mod fim;
 mod logprobs;
 mod models;
@@ -11,10 +12,11 @@ mod types;
 mod write;
 
 use super::api::{Api, Operation};
-use super::fields::CommonFields;
+use super::fields::{CommonFields, ModelField};
 use super::wire::EVENT_STREAM;
 use chat::ChatFields;
 use completions::CompletionFields;
+use embeddings::EmbeddingFields;
 use fim::FimFields;
 
 /// The protocol's paths.
@@ -36,6 +38,9 @@ pub(super) fn routes() -> Api {
         })
         .post("/v1/chat/completions/render", render::chat_completions, {
             Operation::new("Token ids of a conversation").reads::<CommonFields, ChatFields>()
+        })
+        .post("/v1/embeddings", embeddings::embeddings, {
+            Operation::new("Vectors of texts").reads::<ModelField, EmbeddingFields>()
         })
         .post("/v1/fim/completions", fim::fim_completions, {
             Operation::new("Fills a gap, as Mistral has it")

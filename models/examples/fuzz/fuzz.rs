@@ -17,7 +17,7 @@ pub(crate) struct Target {
     /// Its name on the command line.
     pub(crate) name: &'static str,
     /// The files of a good model, of which there may be several; the first is the one that is mutated.
-    files: fn(usize) -> Vec<(&'static str, Vec<u8>)>,
+    files: fn(usize) -> seeds::Files,
     mutate: fn(&[u8], &mut Random) -> Vec<u8>,
     /// Reads all that can be read of the folder; true if it is accepted.
     load: fn(&Path) -> bool,

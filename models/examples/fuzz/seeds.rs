@@ -6,7 +6,8 @@ use tandem_models::Dtype;
 use tandem_models::weights::gguf::{ArrayValues, GgufBuilder};
 use tandem_models::weights::quantize::encode;
 
-type Files = Vec<(&'static str, Vec<u8>)>;
+/// Names and contents.
+pub(crate) type Files = Vec<(&'static str, Vec<u8>)>;
 
 /// A golden checkpoint's weights and configuration.
 macro_rules! golden {
@@ -29,8 +30,9 @@ const CHECKPOINTS: [[&[u8]; 2]; 7] = [
     golden!("packed/mxfp4"),
     golden!("deepseek_v3"),
 ];
-const GPT_OSS: &[u8] = include_bytes!("../../tests/golden/gpt_oss/config.json");
-const GPT_OSS_WEIGHTS: &[u8] = include_bytes!("../../tests/golden/gpt_oss/model.safetensors");
+/// Those whose configurations have the most options.
+const CONFIGS: [[&[u8]; 2]; 4] =
+    [golden!("gpt_oss"), golden!("deepseek_v3"), golden!("gemma3"), golden!("deepseek_v2")];
 const TEMPLATE: &[u8] = include_bytes!("../../tests/golden/templates/Qwen3-Coder.jinja");
 
 pub(crate) fn safetensors(variant: usize) -> Files {
@@ -38,9 +40,9 @@ pub(crate) fn safetensors(variant: usize) -> Files {
     vec![("model.safetensors", weights.to_vec()), ("config.json", config.to_vec())]
 }
 
-/// The configuration with the most options.
-pub(crate) fn config(_variant: usize) -> Files {
-    vec![("config.json", GPT_OSS.to_vec()), ("model.safetensors", GPT_OSS_WEIGHTS.to_vec())]
+pub(crate) fn config(variant: usize) -> Files {
+    let [weights, config] = CONFIGS[variant % CONFIGS.len()];
+    vec![("config.json", config.to_vec()), ("model.safetensors", weights.to_vec())]
 }
 
 pub(crate) fn template(_variant: usize) -> Files {

@@ -254,7 +254,7 @@ fn write(tensors: Vec<Tensor>, metadata: Option<Value>, random: &mut Random) -> 
             _ => {}
         }
     }
-    while !broken && header.len() % 8 != 0 {
+    while !broken && !header.len().is_multiple_of(8) {
         header.push(b' ');
     }
     let lies = broken && random.below(8) == 0;

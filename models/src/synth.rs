@@ -36,6 +36,24 @@ pub struct Shape {
     rope_theta: f32,
     rms_norm_eps: f32,
     tied: bool,
+    deepseek: Option<DeepSeek>,
+}
+
+/// What DeepSeek-V2's shape has besides: latent attention, and experts after the first layer.
+#[derive(Clone, Copy, Debug)]
+struct DeepSeek {
+    kv_rank: usize,
+    content_dim: usize,
+    turning_dim: usize,
+    value_dim: usize,
+    num_experts: usize,
+    num_experts_per_token: usize,
+    num_shared_experts: usize,
+    expert_size: usize,
+    /// YaRN's.
+    factor: f32,
+    gain: f32,
+    original_context_len: usize,
 }
 
 const QWEN25: Shape = Shape {
@@ -52,6 +70,7 @@ const QWEN25: Shape = Shape {
     rope_theta: 1e6,
     rms_norm_eps: 1e-6,
     tied: true,
+    deepseek: None,
 };
 const QWEN25_LARGE: Shape = Shape { vocab_size: 152_064, num_kv_heads: 8, tied: false, ..QWEN25 };
 const LLAMA3: Shape = Shape {
@@ -64,6 +83,30 @@ const LLAMA3: Shape = Shape {
     ..QWEN25
 };
 
+/// DeepSeek-V2-Lite's and DeepSeek-Coder-V2-Lite's.
+const DEEPSEEK2_LITE: Shape = Shape {
+    architecture: "deepseek2",
+    vocab_size: 102_400,
+    num_kv_heads: 1,
+    context_len: 163_840,
+    rope_theta: 1e4,
+    tied: false,
+    deepseek: Some(DeepSeek {
+        kv_rank: 512,
+        content_dim: 128,
+        turning_dim: 64,
+        value_dim: 128,
+        num_experts: 64,
+        num_experts_per_token: 6,
+        num_shared_experts: 2,
+        expert_size: 1408,
+        factor: 40.0,
+        gain: 0.707,
+        original_context_len: 4096,
+    }),
+    ..QWEN25
+};
+
 /// `(name, hidden_size, intermediate_size, num_layers, num_heads)` over the rest in `base`.
 const fn shape(base: Shape, name: &'static str, sizes: [usize; 4]) -> Shape {
     let [hidden_size, intermediate_size, num_layers, num_heads] = sizes;
@@ -71,7 +114,7 @@ const fn shape(base: Shape, name: &'static str, sizes: [usize; 4]) -> Shape {
 }
 
 /// The known shapes.
-pub const SHAPES: [Shape; 9] = [
+pub const SHAPES: [Shape; 10] = [
     Shape { head_dim: 64, ..shape(QWEN25, "qwen2.5-coder-0.5b", [896, 4864, 24, 14]) },
     shape(QWEN25, "qwen2.5-coder-1.5b", [1536, 8960, 28, 12]),
     shape(QWEN25, "qwen2.5-coder-3b", [2048, 11_008, 36, 16]),
@@ -81,6 +124,7 @@ pub const SHAPES: [Shape; 9] = [
     Shape { head_dim: 64, ..shape(LLAMA3, "llama-3.2-1b", [2048, 8192, 16, 32]) },
     shape(LLAMA3, "llama-3.2-3b", [3072, 8192, 28, 24]),
     Shape { tied: false, ..shape(LLAMA3, "llama-3.1-8b", [4096, 14_336, 32, 32]) },
+    shape(DEEPSEEK2_LITE, "deepseek-coder-v2-lite", [2048, 10_944, 27, 16]),
 ];
 
 impl Shape {
@@ -91,31 +135,57 @@ impl Shape {
 
     /// Names and shapes of all tensors, in the order of the file; shapes are outermost first.
     fn tensors(&self) -> Vec<(String, Vec<usize>)> {
-        let Shape { vocab_size, hidden_size: hidden, intermediate_size: ffn, .. } = *self;
-        let (q, kv) = (self.num_heads * self.head_dim, self.num_kv_heads * self.head_dim);
+        let Shape { vocab_size, hidden_size: hidden, .. } = *self;
         let mut tensors = vec![("token_embd.weight".to_owned(), vec![vocab_size, hidden])];
         for layer in 0..self.num_layers {
             let mut add = |name: &str, shape: &[usize]| {
                 tensors.push((format!("blk.{layer}.{name}"), shape.to_vec()));
             };
             add("attn_norm.weight", &[hidden]);
-            for (name, width) in [("attn_q", q), ("attn_k", kv), ("attn_v", kv)] {
-                add(&format!("{name}.weight"), &[width, hidden]);
-                if self.architecture == "qwen2" {
-                    add(&format!("{name}.bias"), &[width]);
-                }
-            }
-            add("attn_output.weight", &[hidden, q]);
+            self.attention(&mut add);
             add("ffn_norm.weight", &[hidden]);
-            add("ffn_gate.weight", &[ffn, hidden]);
-            add("ffn_up.weight", &[ffn, hidden]);
-            add("ffn_down.weight", &[hidden, ffn]);
+            self.feed_forward(layer, &mut add);
         }
         tensors.push(("output_norm.weight".to_owned(), vec![hidden]));
         if !self.tied {
             tensors.push(("output.weight".to_owned(), vec![vocab_size, hidden]));
         }
         tensors
+    }
+
+    fn attention(&self, add: &mut dyn FnMut(&str, &[usize])) {
+        let (hidden, heads) = (self.hidden_size, self.num_heads);
+        if let Some(DeepSeek { kv_rank, content_dim, turning_dim, value_dim, .. }) = self.deepseek {
+            add("attn_q.weight", &[heads * (content_dim + turning_dim), hidden]);
+            add("attn_kv_a_mqa.weight", &[kv_rank + turning_dim, hidden]);
+            add("attn_kv_a_norm.weight", &[kv_rank]);
+            add("attn_k_b.weight", &[heads, kv_rank, content_dim]);
+            add("attn_v_b.weight", &[heads, value_dim, kv_rank]);
+            return add("attn_output.weight", &[hidden, heads * value_dim]);
+        }
+        let (q, kv) = (heads * self.head_dim, self.num_kv_heads * self.head_dim);
+        for (name, width) in [("attn_q", q), ("attn_k", kv), ("attn_v", kv)] {
+            add(&format!("{name}.weight"), &[width, hidden]);
+            if self.architecture == "qwen2" {
+                add(&format!("{name}.bias"), &[width]);
+            }
+        }
+        add("attn_output.weight", &[hidden, q]);
+    }
+
+    fn feed_forward(&self, layer: usize, add: &mut dyn FnMut(&str, &[usize])) {
+        let (hidden, mut ffn, mut ending) = (self.hidden_size, self.intermediate_size, "");
+        if let Some(shape) = self.deepseek.filter(|_| layer > 0) {
+            let (experts, size) = (shape.num_experts, shape.expert_size);
+            add("ffn_gate_inp.weight", &[experts, hidden]);
+            add("ffn_gate_exps.weight", &[experts, size, hidden]);
+            add("ffn_up_exps.weight", &[experts, size, hidden]);
+            add("ffn_down_exps.weight", &[experts, hidden, size]);
+            (ffn, ending) = (shape.num_shared_experts * size, "_shexp");
+        }
+        add(&format!("ffn_gate{ending}.weight"), &[ffn, hidden]);
+        add(&format!("ffn_up{ending}.weight"), &[ffn, hidden]);
+        add(&format!("ffn_down{ending}.weight"), &[hidden, ffn]);
     }
 
     fn describe(&self, kind: FileType) -> GgufBuilder {
@@ -130,12 +200,39 @@ impl Shape {
             .u32(&key("feed_forward_length"), self.intermediate_size as u32)
             .u32(&key("attention.head_count"), self.num_heads as u32)
             .u32(&key("attention.head_count_kv"), self.num_kv_heads as u32)
-            .u32(&key("attention.key_length"), self.head_dim as u32)
-            .u32(&key("attention.value_length"), self.head_dim as u32)
-            .u32(&key("rope.dimension_count"), self.head_dim as u32)
             .f32(&key("rope.freq_base"), self.rope_theta)
             .f32(&key("attention.layer_norm_rms_epsilon"), self.rms_norm_eps)
             .u32(&key("vocab_size"), self.vocab_size as u32);
+        let sizes: &[(&str, usize)] = match self.deepseek {
+            None => &[
+                ("attention.key_length", self.head_dim),
+                ("attention.value_length", self.head_dim),
+                ("rope.dimension_count", self.head_dim),
+            ],
+            Some(shape) => {
+                file.string(&key("rope.scaling.type"), "yarn")
+                    .f32(&key("rope.scaling.factor"), shape.factor)
+                    .f32(&key("rope.scaling.yarn_log_multiplier"), 0.1 * shape.gain)
+                    .f32(&key("expert_weights_scale"), 1.0);
+                &[
+                    ("attention.key_length", shape.kv_rank + shape.turning_dim),
+                    ("attention.value_length", shape.kv_rank),
+                    ("attention.key_length_mla", shape.content_dim + shape.turning_dim),
+                    ("attention.value_length_mla", shape.value_dim),
+                    ("attention.kv_lora_rank", shape.kv_rank),
+                    ("rope.dimension_count", shape.turning_dim),
+                    ("rope.scaling.original_context_length", shape.original_context_len),
+                    ("leading_dense_block_count", 1),
+                    ("expert_count", shape.num_experts),
+                    ("expert_used_count", shape.num_experts_per_token),
+                    ("expert_shared_count", shape.num_shared_experts),
+                    ("expert_feed_forward_length", shape.expert_size),
+                ]
+            }
+        };
+        for (name, size) in sizes {
+            file.u32(&key(name), *size as u32);
+        }
         file
     }
 }
@@ -320,4 +417,51 @@ fn add_own_tokenizer(vocab_size: usize, file: &mut GgufBuilder) -> Result<(), St
         .bool("tokenizer.ggml.add_bos_token", false)
         .string("tokenizer.chat_template", TEMPLATE);
     Ok(())
+}
+
+#[cfg(test)]
+mod tests {
+    use std::sync::Arc;
+
+    use tandem_kernels::ThreadPool;
+
+    use super::*;
+    use crate::{BackendKind, Checkpoint, ForwardBatch, load};
+
+    #[test]
+    fn a_shape_with_latents_and_experts_is_a_model() {
+        let lite = Shape::find("deepseek-coder-v2-lite").unwrap();
+        let parts = lite.deepseek.unwrap();
+        let small = Shape {
+            vocab_size: 5000,
+            hidden_size: 64,
+            intermediate_size: 96,
+            num_layers: 2,
+            num_heads: 2,
+            context_len: 160,
+            deepseek: Some(DeepSeek {
+                kv_rank: 64,
+                content_dim: 32,
+                turning_dim: 32,
+                value_dim: 32,
+                num_experts: 8,
+                expert_size: 32,
+                original_context_len: 4,
+                ..parts
+            }),
+            ..lite
+        };
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("synth.gguf");
+        write(&small, FileType::Q4KM, None, 1, std::fs::File::create(&path).unwrap()).unwrap();
+        let checkpoint = Checkpoint::open(&path).unwrap();
+        assert_eq!((checkpoint.config.head_dim, checkpoint.config.num_kv_heads), (96, 1));
+        let pool = Arc::new(ThreadPool::new(1));
+        let mut model = load(&checkpoint, BackendKind::Cpu, pool).unwrap();
+        model.allocate_kv_cache(1, 16).unwrap();
+        let (mut batch, mut logits) = (ForwardBatch::new(), Vec::new());
+        batch.push_sequence(&[1, 2, 3], 0, &[0], 16, 1);
+        model.forward(&batch, &mut logits).unwrap();
+        assert!(logits.len() == 5000 && logits.iter().all(|logit| logit.is_finite()));
+    }
 }

@@ -2,90 +2,24 @@
 //! tensors gives a model or an error, never a panic, and allocates in proportion to the file, not to what
 //! it claims.
 
-#![allow(unsafe_code, reason = "a global allocator is unsafe to implement; this one only counts")]
+#[path = "../examples/fuzz/memory.rs"]
+mod memory;
+#[allow(dead_code, reason = "the fuzzer's other targets need the rest")]
+#[path = "../examples/fuzz/seeds.rs"]
+mod seeds;
 
-use std::alloc::{GlobalAlloc, Layout, System};
-use std::cell::Cell;
 use std::path::Path;
 
-use tandem_models::weights::gguf::{ArrayValues, GgufBuilder, GgufFile};
-use tandem_models::weights::quantize::encode;
-use tandem_models::{Checkpoint, Dtype, Tokenizer};
-
-/// Counts what the current thread holds at most.
-struct Counting;
-
-thread_local! {
-    static HELD: Cell<isize> = const { Cell::new(0) };
-    static PEAK: Cell<isize> = const { Cell::new(0) };
-}
-
-fn count(change: isize) {
-    // While a thread ends its locals are gone; what it then frees counts for nobody.
-    let _ = HELD.try_with(|held| {
-        held.set(held.get() + change);
-        let _ = PEAK.try_with(|peak| peak.set(peak.get().max(held.get())));
-    });
-}
-
-// SAFETY: every call goes to the system's allocator with its arguments unchanged; counting touches only
-// thread-local cells, which neither allocate (they are const-initialised and need no drop) nor unwind.
-unsafe impl GlobalAlloc for Counting {
-    unsafe fn alloc(&self, layout: Layout) -> *mut u8 {
-        count(layout.size() as isize);
-        // SAFETY: as the caller promises.
-        unsafe { System.alloc(layout) }
-    }
-
-    unsafe fn dealloc(&self, pointer: *mut u8, layout: Layout) {
-        count(-(layout.size() as isize));
-        // SAFETY: as the caller promises.
-        unsafe { System.dealloc(pointer, layout) }
-    }
-}
+use memory::peak_of;
+use tandem_models::weights::gguf::GgufFile;
+use tandem_models::{Checkpoint, Tokenizer};
 
 #[global_allocator]
-static ALLOCATOR: Counting = Counting;
+static ALLOCATOR: memory::Counting = memory::Counting;
 
-/// The most that `work` held at once beyond what was held before.
-fn peak_of(work: impl FnOnce()) -> isize {
-    let before = HELD.get();
-    PEAK.set(before);
-    work();
-    PEAK.get() - before
-}
-
-/// A small model file with every part that readers look at.
+/// A small file with every part that readers look at; without a layer, so that it is quick to go through.
 fn good_file() -> Vec<u8> {
-    let tokens: Vec<String> =
-        ["<unk>", "<s>", "</s>", "a", "b", "ab", "▁", "▁a", "<0x0A>"].map(str::to_owned).into();
-    let q8 = Dtype::Quantized(tandem_kernels::quant::BlockFormat::Q8_0);
-    let mut file = GgufBuilder::new();
-    file.string("general.architecture", "llama")
-        .u32("general.alignment", 32)
-        .u32("llama.block_count", 1)
-        .u32("llama.context_length", 64)
-        .u32("llama.embedding_length", 32)
-        .u32("llama.feed_forward_length", 32)
-        .u32("llama.attention.head_count", 2)
-        .f32("llama.attention.layer_norm_rms_epsilon", 1e-5)
-        .bool("tokenizer.ggml.add_bos_token", true)
-        .string("tokenizer.ggml.model", "llama")
-        .array("tokenizer.ggml.tokens", ArrayValues::Strings(&tokens))
-        .array("tokenizer.ggml.scores", ArrayValues::F32(&[0.0, 0.0, 0.0, -3.0, -3.0, -1.0, -3.0, -2.0, 0.0]))
-        .array("tokenizer.ggml.token_type", ArrayValues::I32(&[2, 3, 3, 1, 1, 1, 1, 1, 6]))
-        .u32("tokenizer.ggml.bos_token_id", 1)
-        .u32("tokenizer.ggml.eos_token_id", 2)
-        .string("tokenizer.chat_template", "{{ messages[0].content }}")
-        .tensor("token_embd.weight", q8, &[9, 32])
-        .tensor("output_norm.weight", Dtype::F32, &[32]);
-    let mut writer = file.begin(Vec::new()).unwrap();
-    for (dtype, len) in [(q8, 9 * 32), (Dtype::F32, 32)] {
-        let mut bytes = Vec::new();
-        assert!(encode(dtype, &vec![0.5; len], &mut bytes));
-        writer.write(&bytes).unwrap();
-    }
-    writer.finish().unwrap()
+    seeds::gguf_with(Vec::new())
 }
 
 /// Reads all that can be read of `path`.

@@ -8,6 +8,7 @@ use std::sync::Arc;
 use half::f16;
 use tandem_kernels::ThreadPool;
 use tandem_kernels::quant::BlockFormat;
+use tandem_models::config::Activation;
 use tandem_models::weights::gguf::{FileType, GgufBuilder, convert};
 use tandem_models::weights::quantize::{WRITABLE, encode};
 use tandem_models::{BackendKind, Checkpoint, Dtype, ForwardBatch, RopeScaling, load};
@@ -166,6 +167,32 @@ fn a_converted_checkpoint_computes_the_same_bits() {
             assert_eq!(logits(&file, kind), logits(&folder, kind), "{name} {kind:?}");
         }
     }
+}
+
+/// As llama.cpp's converter writes StarCoder2 and Phi-4: no word on the nonlinearity, a window of 0.
+#[test]
+fn what_converters_leave_out_is_what_the_models_have() {
+    let out = tempfile::tempdir().unwrap();
+    let open = |architecture: &'static str, more: fn(&mut GgufBuilder)| {
+        let path = out.path().join(format!("{architecture}.gguf"));
+        let mut file = describe(&Shape { architecture, ..SMALL });
+        more(&mut file);
+        let embedding = vec![0; 16 * SMALL.hidden * 4];
+        write(
+            &path,
+            file,
+            &[("token_embd.weight".to_owned(), Dtype::F32, vec![16, SMALL.hidden], embedding)],
+        );
+        Checkpoint::open(&path).unwrap_or_else(|error| panic!("{error}")).config
+    };
+    let starcoder = open("starcoder2", |file| {
+        file.f32("starcoder2.attention.layer_norm_epsilon", 1e-5);
+    });
+    assert_eq!((starcoder.activation, starcoder.gated), (Activation::GeluTanh, false));
+    let phi = open("phi3", |file| {
+        file.u32("phi3.attention.sliding_window", 0);
+    });
+    assert!((0..phi.num_layers).all(|layer| phi.layer(layer).window.is_none()));
 }
 
 const SMALL: Shape = Shape {

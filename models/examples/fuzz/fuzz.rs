@@ -16,8 +16,8 @@ use random::Random;
 pub(crate) struct Target {
     /// Its name on the command line.
     pub(crate) name: &'static str,
-    /// The files of a good model; the first is the one that is mutated.
-    files: fn() -> Vec<(&'static str, Vec<u8>)>,
+    /// The files of a good model, of which there may be several; the first is the one that is mutated.
+    files: fn(usize) -> seeds::Files,
     mutate: fn(&[u8], &mut Random) -> Vec<u8>,
     /// Reads all that can be read of the folder; true if it is accepted.
     load: fn(&Path) -> bool,
@@ -83,41 +83,45 @@ impl fmt::Display for Summary {
     }
 }
 
-/// Executions on one thread: the tokenizers crate keeps something of every tokenizer for as long as its thread lives.
-const EXECUTIONS_A_THREAD: u64 = 1_000;
+/// Executions on one thread, and of one good model: the tokenizers crate keeps something of every tokenizer for as
+/// long as its thread lives.
+const EXECUTIONS_A_THREAD: u64 = 200;
 
 /// Runs `count` executions of `target`; each failure is described to `report`.
 pub(crate) fn run(target: &Target, seed: u64, count: u64, mut report: impl FnMut(String) + Send) -> Summary {
     let folder = scratch(target.name);
-    let files = (target.files)();
-    for (name, bytes) in &files {
-        std::fs::write(folder.join(name), bytes).expect("the scratch folder can be written");
-    }
-    let (name, good) = &files[0];
-    let path = folder.join(name);
-    assert!((target.load)(&folder), "{}: the good files are refused", target.name);
     let mut summary = Summary { largest_excess: isize::MIN, ..Summary::default() };
-    let mut execute = |execution: u64| {
-        let mut random = Random::new(seed, execution);
-        let bytes = (target.mutate)(good, &mut random);
-        std::fs::write(&path, &bytes).expect("the scratch folder can be written");
-        let mut outcome = Ok(false);
-        let peak = memory::peak_of(|| outcome = catch_unwind(AssertUnwindSafe(|| (target.load)(&folder))));
-        let excess = peak - 2 * bytes.len() as isize;
-        summary.executions += 1;
-        summary.accepted += u64::from(matches!(outcome, Ok(true)));
-        summary.largest_excess = summary.largest_excess.max(excess);
-        let problem = match outcome {
-            Err(_) => "panics".to_owned(),
-            Ok(_) if excess > target.constant as isize => format!("takes {peak} bytes for {}", bytes.len()),
-            Ok(_) => return,
+    for (turn, first) in (0..count).step_by(EXECUTIONS_A_THREAD as usize).enumerate() {
+        let files = (target.files)(turn);
+        for (name, bytes) in &files {
+            std::fs::write(folder.join(name), bytes).expect("the scratch folder can be written");
+        }
+        assert!((target.load)(&folder), "{}: good files, number {turn}, are refused", target.name);
+        let (name, good) = &files[0];
+        let path = folder.join(name);
+        let mut execute = |execution: u64| {
+            let mut random = Random::new(seed, execution);
+            let bytes = (target.mutate)(good, &mut random);
+            std::fs::write(&path, &bytes).expect("the scratch folder can be written");
+            let mut outcome = Ok(false);
+            let load = || outcome = catch_unwind(AssertUnwindSafe(|| (target.load)(&folder)));
+            let peak = memory::peak_of(load);
+            let excess = peak - 2 * bytes.len() as isize;
+            summary.executions += 1;
+            summary.accepted += u64::from(matches!(outcome, Ok(true)));
+            summary.largest_excess = summary.largest_excess.max(excess);
+            let problem = match outcome {
+                Err(_) => "panics".to_owned(),
+                Ok(_) if excess > target.constant as isize => {
+                    format!("takes {peak} bytes for {}", bytes.len())
+                }
+                Ok(_) => return,
+            };
+            summary.failures += 1;
+            let kept = folder.join(format!("failure-{seed}-{execution}"));
+            std::fs::write(&kept, &bytes).expect("the scratch folder can be written");
+            report(format!("{} {execution} of seed {seed} {problem}: {}", target.name, kept.display()));
         };
-        summary.failures += 1;
-        let kept = folder.join(format!("failure-{seed}-{execution}"));
-        std::fs::write(&kept, &bytes).expect("the scratch folder can be written");
-        report(format!("{} {execution} of seed {seed} {problem}: {}", target.name, kept.display()));
-    };
-    for first in (0..count).step_by(EXECUTIONS_A_THREAD as usize) {
         let executions = first..count.min(first + EXECUTIONS_A_THREAD);
         std::thread::scope(|scope| scope.spawn(|| executions.for_each(&mut execute)).join())
             .expect("panics are caught: this is a bug");

@@ -1,9 +1,13 @@
 //! Changes that keep most of a file's structure, so that what is wrong lies deep in it: fields get values that
 //! mean something, parts vanish, come twice or change places. Now and then bytes change blindly.
 
+#[path = "mutate/safetensors.rs"]
+mod safetensors;
+
 use serde_json::Value;
 
 use super::random::Random;
+pub(crate) use safetensors::safetensors;
 
 /// Numbers at which sizes, counts and offsets go wrong.
 const NUMBERS: [u64; 24] = [
@@ -150,22 +154,6 @@ pub(crate) fn gguf(file: &[u8], random: &mut Random) -> Vec<u8> {
     }
     fields.push(rest);
     fields.concat()
-}
-
-/// A safetensors file whose header, length or data are changed.
-pub(crate) fn safetensors(file: &[u8], random: &mut Random) -> Vec<u8> {
-    let len = u64::from_le_bytes(file[..8].try_into().expect("eight bytes")) as usize;
-    let (header, data) = (&file[8..8 + len], &file[8 + len..]);
-    let mut data = data.to_vec();
-    let mut header = json(header, random);
-    if random.below(8) == 0 {
-        change_bytes(&mut data, random);
-    }
-    if random.below(8) == 0 {
-        change_bytes(&mut header, random);
-    }
-    let len = if random.below(16) == 0 { random.pick(&NUMBERS) } else { header.len() as u64 };
-    [&len.to_le_bytes()[..], &header, &data].concat()
 }
 
 /// A JSON file of which some values are changed.

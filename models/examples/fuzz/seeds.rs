@@ -6,29 +6,50 @@ use tandem_models::Dtype;
 use tandem_models::weights::gguf::{ArrayValues, GgufBuilder};
 use tandem_models::weights::quantize::encode;
 
-type Files = Vec<(&'static str, Vec<u8>)>;
+/// Names and contents.
+pub(crate) type Files = Vec<(&'static str, Vec<u8>)>;
 
-const CONFIG: &[u8] = include_bytes!("../../tests/golden/packed/gptq_sym/config.json");
-const WEIGHTS: &[u8] = include_bytes!("../../tests/golden/packed/gptq_sym/model.safetensors");
-const GPT_OSS: &[u8] = include_bytes!("../../tests/golden/gpt_oss/config.json");
-const GPT_OSS_WEIGHTS: &[u8] = include_bytes!("../../tests/golden/gpt_oss/model.safetensors");
+/// A golden checkpoint's weights and configuration.
+macro_rules! golden {
+    ($case:literal) => {
+        [
+            include_bytes!(concat!("../../tests/golden/", $case, "/model.safetensors")).as_slice(),
+            include_bytes!(concat!("../../tests/golden/", $case, "/config.json")).as_slice(),
+        ]
+    };
+}
+
+/// Checkpoints that are packed, one of every kind, so that their unpacking is tried as well, and one with every
+/// kind of weight.
+const CHECKPOINTS: [[&[u8]; 2]; 7] = [
+    golden!("packed/gptq_sym"),
+    golden!("packed/awq"),
+    golden!("packed/fp8_block"),
+    golden!("packed/ct_int4_asym"),
+    golden!("packed/ct_int8_asym"),
+    golden!("packed/mxfp4"),
+    golden!("deepseek_v3"),
+];
+/// Those whose configurations have the most options.
+const CONFIGS: [[&[u8]; 2]; 4] =
+    [golden!("gpt_oss"), golden!("deepseek_v3"), golden!("gemma3"), golden!("deepseek_v2")];
 const TEMPLATE: &[u8] = include_bytes!("../../tests/golden/templates/Qwen3-Coder.jinja");
 
-/// A checkpoint that is packed, so that its unpacking is tried as well.
-pub(crate) fn safetensors() -> Files {
-    vec![("model.safetensors", WEIGHTS.to_vec()), ("config.json", CONFIG.to_vec())]
+pub(crate) fn safetensors(variant: usize) -> Files {
+    let [weights, config] = CHECKPOINTS[variant % CHECKPOINTS.len()];
+    vec![("model.safetensors", weights.to_vec()), ("config.json", config.to_vec())]
 }
 
-/// The configuration with the most options.
-pub(crate) fn config() -> Files {
-    vec![("config.json", GPT_OSS.to_vec()), ("model.safetensors", GPT_OSS_WEIGHTS.to_vec())]
+pub(crate) fn config(variant: usize) -> Files {
+    let [weights, config] = CONFIGS[variant % CONFIGS.len()];
+    vec![("config.json", config.to_vec()), ("model.safetensors", weights.to_vec())]
 }
 
-pub(crate) fn template() -> Files {
+pub(crate) fn template(_variant: usize) -> Files {
     vec![("chat_template.jinja", TEMPLATE.to_vec())]
 }
 
-pub(crate) fn tokenizer() -> Files {
+pub(crate) fn tokenizer(_variant: usize) -> Files {
     let tokens = ["<|bos|>", "a", "b", "ab", "Ġ", "Ġa", "Ċ", "Ã", "¤"];
     let vocab: serde_json::Map<String, Value> =
         tokens.iter().enumerate().map(|(id, token)| ((*token).to_owned(), json!(id))).collect();
@@ -53,10 +74,21 @@ pub(crate) fn tokenizer() -> Files {
     vec![("tokenizer.json", json.to_string().into_bytes())]
 }
 
-pub(crate) fn gguf() -> Files {
+/// A model with a layer.
+pub(crate) fn gguf(_variant: usize) -> Files {
+    let q8 = Dtype::Quantized(BlockFormat::Q8_0);
+    let block = |name: &str| format!("blk.0.{name}.weight");
+    let mut tensors: Vec<_> =
+        ["attn_norm", "ffn_norm"].map(|name| (block(name), Dtype::F32, vec![32])).into();
+    let square = ["attn_q", "attn_k", "attn_v", "attn_output", "ffn_gate", "ffn_up", "ffn_down"];
+    tensors.extend(square.map(|name| (block(name), q8, vec![32, 32])));
+    vec![("model.gguf", gguf_with(tensors))]
+}
+
+/// A file with all that readers look at, and `layers` among its tensors.
+pub(crate) fn gguf_with(layers: Vec<(String, Dtype, Vec<usize>)>) -> Vec<u8> {
     let tokens: Vec<String> =
         ["<unk>", "<|bos|>", "</s>", "a", "b", "ab", "▁", "▁a", "<0x0A>"].map(str::to_owned).into();
-    let q8 = Dtype::Quantized(BlockFormat::Q8_0);
     let mut file = GgufBuilder::new();
     file.string("general.architecture", "llama")
         .u32("general.alignment", 32)
@@ -74,11 +106,9 @@ pub(crate) fn gguf() -> Files {
         .u32("tokenizer.ggml.bos_token_id", 1)
         .u32("tokenizer.ggml.eos_token_id", 2)
         .string("tokenizer.chat_template", "{{ messages[0].content }}");
-    let block = |name: &str| format!("blk.0.{name}.weight");
+    let q8 = Dtype::Quantized(BlockFormat::Q8_0);
     let mut tensors = vec![("token_embd.weight".to_owned(), q8, vec![9, 32])];
-    tensors.extend(["attn_norm", "ffn_norm"].map(|name| (block(name), Dtype::F32, vec![32])));
-    let square = ["attn_q", "attn_k", "attn_v", "attn_output", "ffn_gate", "ffn_up", "ffn_down"];
-    tensors.extend(square.map(|name| (block(name), q8, vec![32, 32])));
+    tensors.extend(layers);
     tensors.push(("output_norm.weight".to_owned(), Dtype::F32, vec![32]));
     for (name, dtype, shape) in &tensors {
         file.tensor(name, *dtype, shape);
@@ -89,5 +119,5 @@ pub(crate) fn gguf() -> Files {
         assert!(encode(*dtype, &vec![0.5; shape.iter().product()], &mut bytes));
         writer.write(&bytes).expect("memory can be written");
     }
-    vec![("model.gguf", writer.finish().expect("memory can be written"))]
+    writer.finish().expect("memory can be written")
 }

@@ -121,8 +121,24 @@ fn scale(options: &Options<'_>, latent: &LatentAttention, rope: &Rope) -> Result
     Ok((width.sqrt().recip() * gain * gain) as f32)
 }
 
+/// What says nothing where there are no experts.
+const WITHOUT_MEANING: [&str; 11] = [
+    "first_k_dense_replace",
+    "moe_intermediate_size",
+    "moe_layer_freq",
+    "n_group",
+    "n_shared_experts",
+    "norm_topk_prob",
+    "num_experts_per_tok",
+    "routed_scaling_factor",
+    "scoring_func",
+    "topk_group",
+    "topk_method",
+];
+
 fn experts(options: &Options<'_>, scoring: &str, method: &str) -> Result<Option<Experts>, ModelError> {
     if !options.has("n_routed_experts") {
+        options.ignore(&WITHOUT_MEANING);
         return Ok(None);
     }
     let num_experts = options.size("n_routed_experts", None, MAX_EXPERTS)?;
@@ -189,4 +205,88 @@ fn groups(
         return Err(options.error("topk_group", wanted));
     }
     Ok((num_picked < num_groups).then_some(Groups { num_groups, num_picked, two_best }))
+}
+
+#[cfg(test)]
+mod tests {
+    use std::path::Path;
+
+    use serde_json::{Value, json};
+
+    use super::super::read_options;
+    use super::*;
+
+    /// DeepSeek-Coder-V2-Lite-Instruct's file.
+    const LITE: &str = r#"{
+        "architectures": ["DeepseekV2ForCausalLM"], "attention_bias": false, "attention_dropout": 0.0,
+        "auto_map": {"AutoConfig": "configuration_deepseek.DeepseekV2Config"}, "aux_loss_alpha": 0.001,
+        "bos_token_id": 100000, "eos_token_id": 100001, "first_k_dense_replace": 1, "hidden_act": "silu",
+        "hidden_size": 2048, "initializer_range": 0.02, "intermediate_size": 10944, "kv_lora_rank": 512,
+        "max_position_embeddings": 163840, "model_type": "deepseek_v2", "moe_intermediate_size": 1408,
+        "moe_layer_freq": 1, "n_group": 1, "n_routed_experts": 64, "n_shared_experts": 2,
+        "norm_topk_prob": false, "num_attention_heads": 16, "num_experts_per_tok": 6,
+        "num_hidden_layers": 27, "num_key_value_heads": 16, "pretraining_tp": 1, "q_lora_rank": null,
+        "qk_nope_head_dim": 128, "qk_rope_head_dim": 64, "rms_norm_eps": 1e-6,
+        "rope_scaling": {"beta_fast": 32, "beta_slow": 1, "factor": 40, "mscale": 0.707,
+            "mscale_all_dim": 0.707, "original_max_position_embeddings": 4096, "type": "yarn"},
+        "rope_theta": 10000, "routed_scaling_factor": 1.0, "scoring_func": "softmax", "seq_aux": true,
+        "tie_word_embeddings": false, "topk_group": 1, "topk_method": "greedy", "torch_dtype": "bfloat16",
+        "transformers_version": "4.39.3", "use_cache": true, "v_head_dim": 128, "vocab_size": 102400
+    }"#;
+
+    /// That file with `changes` laid over it.
+    fn lite(changes: &Value) -> Result<DecoderConfig, String> {
+        let mut json: Value = serde_json::from_str(LITE).unwrap();
+        let object = json.as_object_mut().unwrap();
+        object.extend(changes.as_object().unwrap().clone());
+        read_options(Path::new("config.json"), object)
+            .map(|(config, _)| config)
+            .map_err(|error| error.to_string())
+    }
+
+    #[test]
+    fn the_published_files_are_read() {
+        let config = lite(&json!({})).unwrap();
+        assert_eq!((config.head_dim, config.num_kv_heads, config.rope.dim), (576, 1, 64));
+        assert_eq!(config.max_position_embeddings, 163_840);
+        // 0.1 * 0.707 * ln(40) + 1, squared, over the root of 192.
+        assert!((config.attn_scale.unwrap() - 0.114_722).abs() < 1e-5, "{:?}", config.attn_scale);
+        let experts = config.experts.unwrap();
+        assert_eq!((experts.shared_intermediate_size, experts.groups), (2816, None));
+        let v3 = lite(&json!({
+            "architectures": ["DeepseekV3ForCausalLM"], "model_type": "deepseek_v3", "n_group": 8,
+            "topk_group": 4, "scoring_func": "sigmoid", "topk_method": "noaux_tc", "norm_topk_prob": true,
+            "routed_scaling_factor": 2.5, "q_lora_rank": 1536, "num_nextn_predict_layers": 1, "ep_size": 1
+        }));
+        let experts = v3.unwrap().experts.unwrap();
+        assert!(experts.choice_bias && experts.renormalise && experts.scoring == Scoring::Sigmoid);
+        assert_eq!(experts.groups, Some(Groups { num_groups: 8, num_picked: 4, two_best: true }));
+        assert!(lite(&json!({"n_routed_experts": null})).unwrap().layers.iter().all(|layer| layer.dense));
+    }
+
+    #[test]
+    fn what_is_not_supported_is_named() {
+        for (key, value, wanted) in [
+            ("kv_lora_rank", json!(513), "at most 576"),
+            ("qk_rope_head_dim", json!(63), "even"),
+            ("num_key_value_heads", json!(8), "num_attention_heads"),
+            ("moe_layer_freq", json!(2), "1"),
+            ("scoring_func", json!("tanh"), "sigmoid"),
+            ("topk_method", json!("random"), "noaux_tc"),
+            ("norm_topk_prob", json!(true), "false"),
+            ("num_experts_per_tok", json!(65), "1 to 64"),
+            ("first_k_dense_replace", json!(-1), "from 0"),
+        ] {
+            let error = lite(&json!({key: value})).unwrap_err();
+            assert!(error.contains(key) && error.contains(wanted), "{key}: {error}");
+        }
+        let limited = |key: &str, value: u64| {
+            let mut changes = json!({"topk_method": "group_limited_greedy", "n_group": 8, "topk_group": 2});
+            changes[key] = value.into();
+            lite(&changes).unwrap_err()
+        };
+        assert!(limited("n_group", 7).contains("divisor"));
+        assert!(limited("topk_group", 9).contains("1 to 8"));
+        assert!(limited("num_experts_per_tok", 17).contains("topk_group"));
+    }
 }

@@ -321,7 +321,9 @@ fn translate(
     json.insert("model_type".to_owned(), architecture.model_type.into());
     for (key, name) in KEYS.iter().chain(architecture.keys) {
         let key = format!("{}.{key}", architecture.name);
-        if file.get(&key).is_some() {
+        // Converters write a window of 0 where there is none.
+        let is_none = *name == WINDOW.1 && file.get(&key) == Some(Value::Int(0));
+        if file.get(&key).is_some() && !is_none {
             json.insert((*name).to_owned(), number(file, &key)?);
         }
     }

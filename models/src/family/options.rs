@@ -16,8 +16,8 @@ use crate::{DecoderConfig, ModelError};
 const MAX_VOCAB: usize = 1 << 24;
 pub(super) const MAX_HIDDEN: usize = 1 << 20;
 pub(super) const MAX_INTERMEDIATE: usize = 1 << 22;
-/// Rotary frequencies are made for it before any tensor is looked at.
-const MAX_HEAD_DIM: usize = 1 << 13;
+/// The widest that attention takes. Rotary frequencies are made for it before any tensor is looked at.
+const MAX_HEAD_DIM: usize = tandem_kernels::attention::MAX_HEAD_DIM;
 const MAX_LAYERS: usize = 1 << 12;
 pub(super) const MAX_HEADS: usize = 1 << 12;
 pub(super) const MAX_POSITIONS: usize = 1 << 28;

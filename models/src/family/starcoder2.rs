@@ -3,7 +3,7 @@
 
 use super::options::Options;
 use super::{DecoderConfig, Family, ModelError, NameTable, Role, WeightNames};
-use crate::config::NormKind;
+use crate::config::{Activation, NormKind};
 
 pub(super) const FAMILY: Family = Family {
     model_type: "starcoder2",
@@ -33,6 +33,7 @@ fn config(options: &Options<'_>) -> Result<DecoderConfig, ModelError> {
         qkv_bias: bias,
         o_bias: bias,
         mlp_bias: bias,
+        activation: options.activation_or("hidden_act", Activation::GeluTanh)?,
         gated: false,
         tie_word_embeddings: options.bool("tie_word_embeddings", true)?,
         layers: options.windows(base.num_layers, |_| slides)?,

@@ -17,7 +17,7 @@ use criterion::measurement::WallTime;
 use criterion::{BenchmarkGroup, BenchmarkId, Criterion, Throughput, criterion_group};
 use tandem_benches::roofline;
 use tandem_kernels::attention::{PagedAttention, paged_attention};
-use tandem_kernels::kv::{KvLayout, KvType};
+use tandem_kernels::kv::{KvLayout, KvType, Values};
 use tandem_kernels::matmul::matmul;
 use tandem_kernels::{PackedMatrix, ThreadPool};
 
@@ -107,7 +107,8 @@ fn bench_pass(c: &mut Criterion) {
 }
 
 fn bench_attention(c: &mut Criterion) {
-    let layout = KvLayout { block_size: 16, num_kv_heads: 2, head_dim: 64, kv_type: KvType::F16 };
+    let layout =
+        KvLayout { block_size: 16, num_kv_heads: 2, head_dim: 64, values: Values::Own, kv_type: KvType::F16 };
     let num_heads = 4;
     let mut group = group(c, "attention");
     for context_len in [64, 1024] {
@@ -128,6 +129,7 @@ fn bench_attention(c: &mut Criterion) {
                     num_heads,
                     scale: 0.125,
                     window: None,
+                    first_key: 0,
                     soft_cap: None,
                     sinks: None,
                     block_tables: &block_tables,

@@ -13,6 +13,14 @@
 //! The same element of neighbouring keys is contiguous, so one vector load serves 16 keys and a score
 //! needs no sum across lanes. Any `block_size` is right; a multiple of 16 is fast. Numbers are in the
 //! byte order of the machine.
+//!
+//! With [`Values::OfKeys`] nothing but the keys is stored, and these token by token, because they are read
+//! as values too:
+//!
+//! | part         | shape                    | element                                     |
+//! |--------------|--------------------------|---------------------------------------------|
+//! | keys         | `[block_size, head_dim]` | the [`KvType`]'s                            |
+//! | key scales   | `[block_size]`           | f32; [`KvType::Q8`] only                    |
 
 use crate::math::{f16_to_f32, f32_to_f16};
 use crate::pool::ThreadPool;
@@ -59,8 +67,34 @@ impl KvType {
     }
 
     /// Bytes of one token's keys and values of one head.
-    pub fn token_bytes(self, head_dim: usize) -> usize {
-        2 * (head_dim * self.element_bytes() + self.scale_bytes())
+    pub fn token_bytes(self, head_dim: usize, values: Values) -> usize {
+        values.stretches() * (head_dim * self.element_bytes() + self.scale_bytes())
+    }
+}
+
+/// What the values of a head are.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash)]
+pub enum Values {
+    /// As wide as the keys, and stored beside them.
+    #[default]
+    Own,
+    /// The first so many elements of the keys: multi-head latent attention (DeepSeek-V2, arXiv 2405.04434),
+    /// in which one latent a token is key and value of all heads.
+    OfKeys(usize),
+}
+
+impl Values {
+    /// Width of a value, where a key's is `head_dim`.
+    pub fn width(self, head_dim: usize) -> usize {
+        match self {
+            Values::Own => head_dim,
+            Values::OfKeys(width) => width,
+        }
+    }
+
+    /// Stretches of elements and scales that a block and head has.
+    fn stretches(self) -> usize {
+        if self == Values::Own { 2 } else { 1 }
     }
 }
 
@@ -80,8 +114,10 @@ pub struct KvLayout {
     pub block_size: usize,
     /// Key/value heads.
     pub num_kv_heads: usize,
-    /// Width of a head.
+    /// Width of a head's key.
     pub head_dim: usize,
+    /// What its values are.
+    pub values: Values,
     /// Element type.
     pub kv_type: KvType,
 }
@@ -101,23 +137,29 @@ impl KvLayout {
         self.num_kv_heads * self.tile_bytes()
     }
 
-    /// Width of one token's keys, and of its values.
+    /// Width of one token's keys, and of its values where they are its own.
     pub fn token_len(&self) -> usize {
         self.num_kv_heads * self.head_dim
     }
 
+    /// Width of a head's value.
+    pub fn value_dim(&self) -> usize {
+        self.values.width(self.head_dim)
+    }
+
     /// Bytes of one block and head.
     fn tile_bytes(&self) -> usize {
-        self.block_size * self.kv_type.token_bytes(self.head_dim)
+        self.block_size * self.kv_type.token_bytes(self.head_dim, self.values)
     }
 
     /// Where one block and head stands.
     #[inline]
     pub(crate) fn tile(&self, block: usize, kv_head: usize) -> Tile {
-        let half = self.tile_bytes() / 2;
+        let (tile, stretches) = (self.tile_bytes(), self.values.stretches());
         let elements = self.block_size * self.head_dim * self.kv_type.element_bytes();
-        let keys = (block * self.num_kv_heads + kv_head) * 2 * half;
-        let values = keys + half;
+        let keys = (block * self.num_kv_heads + kv_head) * tile;
+        // Values that are those of the keys begin where these do.
+        let values = keys + (stretches - 1) * tile / stretches;
         Tile { keys, key_scales: keys + elements, values, value_scales: values + elements }
     }
 }
@@ -142,7 +184,7 @@ fn array<const N: usize>(storage: &[u8], at: usize) -> [u8; N] {
 pub struct KvRows<'a> {
     /// Token `t`'s keys are `k[t * row_stride..][..token_len]`, `[num_kv_heads, head_dim]`.
     pub k: &'a [f32],
-    /// Token `t`'s values, likewise.
+    /// Token `t`'s values, likewise; of no use with [`Values::OfKeys`].
     pub v: &'a [f32],
     /// Elements from one token to the next, so that both may be parts of a stacked projection.
     pub row_stride: usize,
@@ -160,7 +202,7 @@ pub fn write_kv(pool: &ThreadPool, layout: &KvLayout, rows: &KvRows<'_>, storage
     let num_tokens = slot_mapping.len();
     let needed = num_tokens.checked_sub(1).map_or(0, |last| last * row_stride + width);
     assert!(
-        k.len() >= needed && v.len() >= needed,
+        k.len() >= needed && (v.len() >= needed || layout.values != Values::Own),
         "write_kv: {num_tokens} rows of {width} with stride {row_stride} need {needed} elements; k has {}, v {}",
         k.len(),
         v.len()
@@ -185,6 +227,10 @@ pub fn write_kv(pool: &ThreadPool, layout: &KvLayout, rows: &KvRows<'_>, storage
                 // SAFETY: the tile is in the storage, because the slot is; heads belong to one task.
                 let tile = unsafe { storage.part(tile.keys, layout.tile_bytes()) };
                 let rows = Run { len: run, offset: slot % layout.block_size, stride: row_stride };
+                if layout.values != Values::Own {
+                    rows.write(layout, &k[from..], tile, layout.head_dim, 1);
+                    continue;
+                }
                 let (keys, values) = tile.split_at_mut(layout.tile_bytes() / 2);
                 rows.write(layout, &k[from..], keys, 1, layout.block_size);
                 rows.write(layout, &v[from..], values, layout.head_dim, 1);
@@ -211,7 +257,7 @@ struct Run {
 }
 
 impl Run {
-    /// Writes one head of every token into half a tile. Element `d` of the token at offset `t` is element
+    /// Writes one head of every token into a stretch of a tile. Element `d` of the token at offset `t` is element
     /// `t * token_step + d * step` of it.
     fn write(&self, layout: &KvLayout, rows: &[f32], half: &mut [u8], token_step: usize, step: usize) {
         let head_dim = layout.head_dim;
@@ -290,7 +336,7 @@ mod tests {
     use super::*;
 
     fn layout(kv_type: KvType) -> KvLayout {
-        KvLayout { block_size: 4, num_kv_heads: 2, head_dim: 3, kv_type }
+        KvLayout { block_size: 4, num_kv_heads: 2, head_dim: 3, values: Values::Own, kv_type }
     }
 
     #[test]
@@ -326,9 +372,39 @@ mod tests {
                     }
                 }
             }
-            let written = slots.len() * 2 * kv_type.token_bytes(3);
+            let written = slots.len() * 2 * kv_type.token_bytes(3, Values::Own);
             let untouched = storage.iter().filter(|&&byte| byte == 0xaa).count();
             assert_eq!(untouched, storage.len() - written, "{kv_type:?}");
+        }
+    }
+
+    #[test]
+    fn keys_that_are_values_too_are_stored_once_and_token_by_token() {
+        for kv_type in KvType::ALL {
+            let layout = KvLayout { values: Values::OfKeys(2), ..layout(kv_type) };
+            assert_eq!(2 * layout.block_bytes(), self::layout(kv_type).block_bytes());
+            let mut storage = vec![0xaa; 3 * layout.block_bytes()];
+            let k: Vec<f32> = (0..12).map(|i| i as f32).collect();
+            let rows = KvRows { k: &k, v: &[], row_stride: 6, slot_mapping: &[9, 2] };
+            write_kv(&ThreadPool::new(2), &layout, &rows, &mut storage);
+            for (token, slot) in [9, 2].into_iter().enumerate() {
+                for head in 0..2 {
+                    let (tile, offset) = (layout.tile(slot / 4, head), slot % 4);
+                    assert_eq!((tile.values, tile.value_scales), (tile.keys, tile.key_scales));
+                    let scale = match kv_type {
+                        KvType::Q8 => element(KvType::F32, &storage, tile.key_scales, offset),
+                        _ => 1.0,
+                    };
+                    for d in 0..3 {
+                        let key = element(kv_type, &storage, tile.keys, offset * 3 + d) * scale;
+                        let expected = (token * 6 + head * 3 + d) as f32;
+                        let tolerance = if kv_type == KvType::Q8 { 0.05 } else { 0.0 };
+                        assert!((key - expected).abs() <= tolerance, "{kv_type:?}: {key} {expected}");
+                    }
+                }
+            }
+            let untouched = storage.iter().filter(|&&byte| byte == 0xaa).count();
+            assert_eq!(untouched, storage.len() - 2 * 2 * kv_type.token_bytes(3, layout.values));
         }
     }
 

@@ -25,6 +25,17 @@ impl<'a, T> SharedOut<'a, T> {
         self.start
     }
 
+    /// What lies from `offset` on, under the same promise: parts of either must not overlap.
+    ///
+    /// # Panics
+    /// If `offset` is beyond the end.
+    pub(crate) fn after(&self, offset: usize) -> SharedOut<'_, T> {
+        assert!(offset <= self.len, "from {offset} on of {}", self.len);
+        // SAFETY: in bounds, or one past the end.
+        let start = unsafe { self.start.add(offset) };
+        SharedOut { start, len: self.len - offset, _borrow: PhantomData }
+    }
+
     /// Elements `offset..offset + len`.
     ///
     /// # Safety

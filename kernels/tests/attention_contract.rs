@@ -6,7 +6,7 @@ mod common;
 
 use common::{Noise, assert_same_bits, pools};
 use tandem_kernels::attention::{CHUNK, PagedAttention, paged_attention};
-use tandem_kernels::kv::{KvLayout, KvRows, KvType, write_kv};
+use tandem_kernels::kv::{KvLayout, KvRows, KvType, Values, write_kv};
 use tandem_kernels::{Isa, ThreadPool};
 
 /// Whole sequences with their queries, keys and values, and storage in scattered blocks.
@@ -28,6 +28,7 @@ struct Options {
     window: Option<usize>,
     soft_cap: Option<f32>,
     sinks: Option<Vec<f32>>,
+    first_key: usize,
 }
 
 impl Options {
@@ -40,7 +41,9 @@ impl Options {
         all.push(Options::default());
         all.push(Options { soft_cap: Some(0.8), ..Options::default() });
         all.push(Options { sinks: sinks.clone(), ..Options::default() });
-        all.push(Options { window: Some(CHUNK + 30), soft_cap: Some(1.5), sinks });
+        all.push(Options { first_key: 1, ..Options::default() });
+        all.push(Options { first_key: CHUNK + 2, ..Options::default() });
+        all.push(Options { window: Some(CHUNK + 30), soft_cap: Some(1.5), sinks, first_key: 1 });
         all
     }
 }
@@ -68,7 +71,8 @@ impl World {
             lens.iter().map(|len| noise.floats(len * width).iter().map(|x| x * 3.0).collect()).collect()
         };
         let q = rows(noise, num_heads * layout.head_dim);
-        let (k, v) = (rows(noise, width), rows(noise, width));
+        let k = rows(noise, width);
+        let v = if layout.values == Values::Own { rows(noise, width) } else { k.clone() };
         let options = Options::default();
         let mut world = World { layout, num_heads, options, q, k, v, tables, storage };
         (0..lens.len()).for_each(|sequence| world.write(sequence, 0..lens[sequence]));
@@ -88,6 +92,11 @@ impl World {
 
     fn width(&self) -> usize {
         self.num_heads * self.layout.head_dim
+    }
+
+    /// Of a row of the output.
+    fn out_width(&self) -> usize {
+        self.num_heads * self.layout.value_dim()
     }
 
     /// Attention of `(sequence, tokens)` pairs as one batch; one output per pair.
@@ -113,6 +122,7 @@ impl World {
             num_heads: self.num_heads,
             scale: 0.3,
             window: self.options.window,
+            first_key: self.options.first_key,
             soft_cap: self.options.soft_cap,
             sinks: self.options.sinks.as_deref(),
             block_tables: &tables,
@@ -120,6 +130,7 @@ impl World {
             cu_seqlens_q: &cu_seqlens_q,
             context_lens: &lens,
         };
+        let width = self.out_width();
         let mut out = vec![f32::NAN; q.len() / stride * width];
         paged_attention(pool, &args, &mut out);
         cu_seqlens_q
@@ -141,6 +152,7 @@ impl World {
                 self.options.soft_cap.map(f64::from).map_or(score, |cap| cap * (score / cap).tanh())
             };
             let first = self.options.window.map_or(0, |window| (position + 1).saturating_sub(window));
+            let first = first.max(self.options.first_key).min(position);
             let scores: Vec<f64> = (first..=position).map(score).collect();
             let sink = self.options.sinks.as_ref().map(|sinks| f64::from(sinks[head]));
             let max = scores.iter().copied().chain(sink).fold(f64::MIN, f64::max);
@@ -148,37 +160,42 @@ impl World {
             let weight = |j: usize| (scores[j - first] - max).exp();
             let weighted =
                 |d| (first..=position).map(|j| weight(j) * at(&self.v[s], j, d)).sum::<f64>() / sum;
-            out.extend((0..dim).map(weighted));
+            out.extend((0..self.layout.value_dim()).map(weighted));
         }
         out
     }
 }
 
-const SHAPES: [(usize, usize, usize, usize); 6] = [
-    // block_size, num_heads, num_kv_heads, head_dim
-    (16, 4, 2, 64),
-    (16, 2, 1, 64),
-    (32, 3, 3, 20),
-    (4, 4, 1, 8),
-    (5, 6, 2, 33),
-    (16, 7, 1, 128),
+/// block_size, num_heads, num_kv_heads, head_dim, values
+type Shape = (usize, usize, usize, usize, Values);
+
+const SHAPES: [Shape; 8] = [
+    (16, 4, 2, 64, Values::Own),
+    (16, 2, 1, 64, Values::Own),
+    (32, 3, 3, 20, Values::Own),
+    (4, 4, 1, 8, Values::Own),
+    (5, 6, 2, 33, Values::Own),
+    (16, 7, 1, 128, Values::Own),
+    (16, 9, 1, 72, Values::OfKeys(64)),
+    (5, 4, 2, 41, Values::OfKeys(33)),
 ];
 
 fn scalar() -> ThreadPool {
     ThreadPool::with_isa(1, Isa::Scalar).unwrap()
 }
 
-fn world(noise: &mut Noise, shape: (usize, usize, usize, usize), lens: &[usize]) -> World {
-    let (block_size, num_heads, num_kv_heads, head_dim) = shape;
-    World::new(noise, KvLayout { block_size, num_kv_heads, head_dim, kv_type: KvType::F32 }, num_heads, lens)
+fn world(noise: &mut Noise, shape: Shape, lens: &[usize]) -> World {
+    let (block_size, num_heads, num_kv_heads, head_dim, values) = shape;
+    let layout = KvLayout { block_size, num_kv_heads, head_dim, values, kv_type: KvType::F32 };
+    World::new(noise, layout, num_heads, lens)
 }
 
 /// The same keys and values stored as every type.
-fn worlds(noise: &mut Noise, shape: (usize, usize, usize, usize), lens: &[usize]) -> [World; 3] {
+fn worlds(noise: &mut Noise, shape: Shape, lens: &[usize]) -> [World; 3] {
     let seed = noise.next();
     KvType::ALL.map(|kv_type| {
-        let (block_size, num_heads, num_kv_heads, head_dim) = shape;
-        let layout = KvLayout { block_size, num_kv_heads, head_dim, kv_type };
+        let (block_size, num_heads, num_kv_heads, head_dim, values) = shape;
+        let layout = KvLayout { block_size, num_kv_heads, head_dim, values, kv_type };
         World::new(&mut Noise::new(seed), layout, num_heads, lens)
     })
 }
@@ -256,7 +273,7 @@ fn what_lies_before_the_window_is_not_used() {
 fn a_token_alone_in_any_piece_of_its_prompt_or_in_company_is_the_same() {
     let mut noise = Noise::new(13);
     let lens = [CHUNK + 20, 40];
-    for shape in [SHAPES[0], SHAPES[4], SHAPES[5]] {
+    for shape in [SHAPES[0], SHAPES[4], SHAPES[5], SHAPES[6]] {
         let world = world(&mut noise, shape, &lens);
         // The specification has no grouping that could differ.
         for pool in pools().into_iter().filter(|pool| pool.isa() != Isa::Scalar) {
@@ -265,7 +282,7 @@ fn a_token_alone_in_any_piece_of_its_prompt_or_in_company_is_the_same() {
                 for begin in (0..lens[0]).step_by(pieces) {
                     let end = lens[0].min(begin + pieces);
                     let out = world.run(&pool, &[(1, 10..40), (0, begin..end)]);
-                    let expected = &whole[begin * world.width()..end * world.width()];
+                    let expected = &whole[begin * world.out_width()..end * world.out_width()];
                     assert_same_bits(&out[1], expected, &format!("{pool:?} {shape:?} {begin}..{end}"));
                 }
             }
@@ -276,7 +293,7 @@ fn a_token_alone_in_any_piece_of_its_prompt_or_in_company_is_the_same() {
 #[test]
 fn a_long_context_split_over_threads_is_the_one_taken_whole() {
     let mut noise = Noise::new(16);
-    for shape in [SHAPES[1], SHAPES[5]] {
+    for shape in [SHAPES[1], SHAPES[5], SHAPES[6]] {
         let len = 9 * CHUNK + 50;
         let mut world = world(&mut noise, shape, &[len, 3]);
         for options in Options::all(world.num_heads) {
@@ -328,6 +345,7 @@ fn a_block_table_that_is_too_short_is_refused() {
         num_heads: world.num_heads,
         scale: 1.0,
         window: None,
+        first_key: 0,
         soft_cap: None,
         sinks: None,
         block_tables: &world.tables[0],

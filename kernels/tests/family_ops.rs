@@ -5,7 +5,7 @@
 mod common;
 
 use common::{Noise, assert_same_bits, pools};
-use tandem_kernels::experts::{combine, route};
+use tandem_kernels::experts::{Groups, Router, Scoring, combine, route};
 use tandem_kernels::gate::{Gate, gate_stacked, gelu};
 use tandem_kernels::head_norm::{Heads, head_norm};
 use tandem_kernels::layer_norm::layer_norm;
@@ -141,15 +141,32 @@ fn combinations_are_the_scalar_ones_and_rows_stand_alone() {
 #[test]
 fn a_row_is_routed_alone_as_in_a_batch() {
     let mut noise = Noise::new(6);
-    let (num_experts, num_picks, rows) = (13, 4, 9);
+    let (num_experts, num_picks, rows) = (12, 4, 9);
     let logits = noise.specials(rows * num_experts);
-    for renormalise in [false, true] {
+    let bias = noise.floats(num_experts);
+    let softmax = Router {
+        num_experts,
+        num_picks,
+        scoring: Scoring::Softmax,
+        choice_bias: None,
+        groups: None,
+        renormalise: false,
+        scale: 1.0,
+    };
+    let sigmoid = Router {
+        scoring: Scoring::Sigmoid,
+        choice_bias: Some(&bias),
+        groups: Some(Groups { num_groups: 4, num_picked: 2, two_best: true }),
+        scale: 2.5,
+        ..softmax
+    };
+    for router in [softmax, sigmoid].into_iter().flat_map(|r| [r, Router { renormalise: true, ..r }]) {
         let (mut picks, mut weights) = (vec![0; rows * num_picks], vec![0.0; rows * num_picks]);
-        route(&logits, num_experts, num_picks, renormalise, &mut picks, &mut weights);
+        route(&logits, &router, &mut Vec::new(), &mut picks, &mut weights);
         for row in 0..rows {
             let (mut pick, mut weight) = (vec![0; num_picks], vec![0.0; num_picks]);
             let logits = &logits[row * num_experts..(row + 1) * num_experts];
-            route(logits, num_experts, num_picks, renormalise, &mut pick, &mut weight);
+            route(logits, &router, &mut Vec::new(), &mut pick, &mut weight);
             let range = row * num_picks..(row + 1) * num_picks;
             assert_eq!(pick, picks[range.clone()]);
             assert_same_bits(&weight, &weights[range], "weights");

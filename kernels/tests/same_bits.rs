@@ -167,16 +167,28 @@ fn rope_is_the_scalar_one_and_leaves_the_gaps_between_rows() {
             let (cos, sin): (Vec<f32>, Vec<f32>) = angles.iter().map(|a| (a.cos(), a.sin())).unzip();
             for rows in [0, 1, 5, 40] {
                 let positions: Vec<u32> = (0..rows as u32).map(|i| i * 7 % 50).collect();
-                let row_stride = num_heads * head_dim + 5;
+                // Heads of which a part turns stand apart.
+                let head_stride = head_dim + rows % 3;
+                let row_stride = num_heads * head_stride + 5;
                 let x = noise.specials(rows * row_stride);
-                let args =
-                    Rope { cos: &cos, sin: &sin, positions: &positions, num_heads, head_dim, row_stride };
+                let args = Rope {
+                    cos: &cos,
+                    sin: &sin,
+                    positions: &positions,
+                    num_heads,
+                    head_dim,
+                    head_stride,
+                    row_stride,
+                };
                 let (mut got, mut expected) = (x.clone(), x.clone());
                 rope(&pool, &mut got, &args);
                 rope(&scalar(), &mut expected, &args);
                 assert_same_bits(&got, &expected, &format!("{pool:?} {num_heads}x{head_dim} rows {rows}"));
                 for (got, x) in got.chunks(row_stride).zip(x.chunks(row_stride)) {
                     assert_same_bits(&got[row_stride - 5..], &x[row_stride - 5..], "the gap");
+                    for (got, x) in got.chunks_exact(head_stride).zip(x.chunks_exact(head_stride)) {
+                        assert_same_bits(&got[head_dim..], &x[head_dim..], "the gap between heads");
+                    }
                 }
             }
         }

@@ -6,7 +6,7 @@ use std::sync::Arc;
 
 use serde_json::{Map, Value};
 
-use crate::family::{self, WeightNames};
+use crate::family::{self, RopeOverride, WeightNames};
 use crate::generation::GenerationConfig;
 use crate::model::WeightMemory;
 use crate::weights::gguf::{self, FileType, GgufStore};
@@ -45,10 +45,19 @@ impl Checkpoint {
     /// # Errors
     /// If a file is missing, damaged, or asks for something this crate does not do.
     pub fn open(dir: &Path) -> Result<Self, ModelError> {
+        Self::open_with(dir, None)
+    }
+
+    /// As [`Checkpoint::open`], with another rotary scaling than that of the files if there is one: what its
+    /// `config.json` would be with that scaling in it.
+    ///
+    /// # Errors
+    /// As [`Checkpoint::open`], and if the scaling does not fit the model.
+    pub fn open_with(dir: &Path, rope: Option<&RopeOverride>) -> Result<Self, ModelError> {
         if gguf::is_gguf(dir) {
-            return Self::open_gguf(dir);
+            return Self::open_gguf(dir, rope);
         }
-        let family = family::read_config(dir)?;
+        let family = family::read_config(dir, rope)?;
         let config_path = dir.join(family::CONFIG_FILE);
         let vocab_size = family.config.vocab_size;
         let generation = GenerationConfig::read(dir, &config_path, &family.json, vocab_size)?;
@@ -85,10 +94,10 @@ impl Checkpoint {
         Some(format!("weights: {packed}{asked}in memory {}", types.join(", ")))
     }
 
-    fn open_gguf(path: &Path) -> Result<Self, ModelError> {
+    fn open_gguf(path: &Path, rope: Option<&RopeOverride>) -> Result<Self, ModelError> {
         let file = Arc::new(gguf::open_first_part(path)?);
         let weights = GgufStore::open(Arc::clone(&file))?;
-        let family = family::gguf::read(&file, &weights)?;
+        let family = family::gguf::read(&file, &weights, rope)?;
         let folder = path.parent().unwrap_or(path);
         let vocab_size = family.config.vocab_size;
         let generation = GenerationConfig::read(folder, path, &family.json, vocab_size)?;
@@ -119,7 +128,7 @@ impl std::fmt::Debug for Checkpoint {
     }
 }
 
-fn name_of(dir: &Path) -> String {
+pub(crate) fn name_of(dir: &Path) -> String {
     let full = std::path::absolute(dir).unwrap_or_else(|_| dir.to_owned());
     // A hub cache keeps a snapshot in models--org--name/snapshots/<commit>.
     let hub_id = full

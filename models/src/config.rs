@@ -1,6 +1,9 @@
 //! What a decoder-only transformer looks like, independent of the family it comes from: its shape, and
 //! options that combine freely. A family is a choice of them.
 
+use tandem_kernels::experts::{Groups, Scoring};
+use tandem_kernels::kv::Values;
+
 /// Shape and options of a decoder. Written by `family/*`, read by `decoder.rs`.
 #[derive(Clone, Debug, PartialEq)]
 pub struct DecoderConfig {
@@ -14,10 +17,12 @@ pub struct DecoderConfig {
     pub num_layers: usize,
     /// Query heads.
     pub num_heads: usize,
-    /// Key/value heads; divides `num_heads`.
+    /// Key/value heads; divides `num_heads`. 1 with [`DecoderConfig::latent`].
     pub num_kv_heads: usize,
-    /// Width of a head.
+    /// Width of a head, as attention has it; see [`LatentAttention`].
     pub head_dim: usize,
+    /// Keys and values of all heads are made of one latent a token.
+    pub latent: Option<LatentAttention>,
     /// Longest context.
     pub max_position_embeddings: usize,
     /// The normalisation of every norm but those of [`QkNorm`], which is RMS.
@@ -67,6 +72,16 @@ pub struct DecoderConfig {
 }
 
 impl DecoderConfig {
+    /// What attention's values are.
+    pub fn values(&self) -> Values {
+        self.latent.map_or(Values::Own, |latent| Values::OfKeys(latent.kv_rank))
+    }
+
+    /// Width of the part of a head that the rotation is made for.
+    pub fn rotary_width(&self) -> usize {
+        if self.latent.is_some() { self.rope.dim } else { self.head_dim }
+    }
+
     /// How layer `index` differs from the others.
     pub fn layer(&self, index: usize) -> LayerConfig {
         self.layers.get(index).copied().unwrap_or_default()
@@ -84,6 +99,7 @@ impl Default for DecoderConfig {
             num_heads: 0,
             num_kv_heads: 0,
             head_dim: 0,
+            latent: None,
             max_position_embeddings: 0,
             norm: NormKind::Rms,
             norm_eps: 1e-6,
@@ -109,6 +125,26 @@ impl Default for DecoderConfig {
             tie_word_embeddings: false,
         }
     }
+}
+
+/// Multi-head latent attention (DeepSeek-V2, arXiv 2405.04434) in its absorbed form. A token has one latent of
+/// `kv_rank` channels, of which every head would make its keys and values, and one key of
+/// [`Rope::dim`] channels that all heads share and that alone turns. Instead of making keys, the projection
+/// from latent to key is applied to the query, and that to the value after attention; so attention is one of
+/// `num_heads` queries over one key of `head_dim = kv_rank + rope.dim` channels, whose first `kv_rank` are the
+/// value, and nothing else is stored.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub struct LatentAttention {
+    /// Width of the latent.
+    pub kv_rank: usize,
+    /// Width of the latent of which queries are made; `None` if they are made of the residual stream.
+    pub q_rank: Option<usize>,
+    /// Channels of a head's query, and of the key it would have, that do not turn.
+    pub content_dim: usize,
+    /// Width of a head's value.
+    pub value_dim: usize,
+    /// Added to the mean square by the norms of both latents.
+    pub norm_eps: f32,
 }
 
 /// What sets a layer apart from its neighbours.
@@ -202,13 +238,41 @@ pub struct Experts {
     pub num_experts_per_token: usize,
     /// Width of an expert.
     pub intermediate_size: usize,
-    /// Weights of the chosen experts: the softmax over those alone, or their shares of the one over all.
+    /// What makes scores of the router's logits.
+    pub scoring: Scoring,
+    /// A bias by which experts are chosen, and which does not count in what they weigh.
+    pub choice_bias: bool,
+    /// Only the experts of the best groups are chosen.
+    pub groups: Option<Groups>,
+    /// Weights of the chosen experts: shares of their own scores, or their scores as they are.
     pub renormalise: bool,
+    /// Factor on the weights.
+    pub weight_scale: f32,
+    /// Width of the expert that computes every token besides; 0 if there is none.
+    pub shared_intermediate_size: usize,
     /// Bias on the router and on the experts' projections.
     pub bias: bool,
 }
 
-/// Rotary position embedding of a head's first channels.
+/// Experts of no number: the base on which options are set.
+impl Default for Experts {
+    fn default() -> Self {
+        Experts {
+            num_experts: 0,
+            num_experts_per_token: 0,
+            intermediate_size: 0,
+            scoring: Scoring::Softmax,
+            choice_bias: false,
+            groups: None,
+            renormalise: true,
+            weight_scale: 1.0,
+            shared_intermediate_size: 0,
+            bias: false,
+        }
+    }
+}
+
+/// Rotary position embedding of a head's first channels; with [`DecoderConfig::latent`], of its last.
 #[derive(Clone, Debug, PartialEq)]
 pub struct Rope {
     /// Channels of a head that turn; even, at most `head_dim`.

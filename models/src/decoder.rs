@@ -5,22 +5,25 @@
 //! Query, key and value projections are one matrix, and so are gate and up: small models are bound by
 //! the number of operations, and larger ones lose nothing.
 
-use crate::backend::{Attention, Backend, GatedFeedForward, Heads, Linear, Share};
+use crate::backend::{Attention, Backend, Heads, Linear, Norm, Share};
 use crate::batch::ForwardBatch;
-use crate::config::{DecoderConfig, Positions};
+use crate::config::{DecoderConfig, NormKind, Positions};
 use crate::error::ModelError;
 use crate::kv_cache::{KvLayout, kv_bytes_per_token};
 use crate::model::{Model, WeightMemory};
 use crate::rope::RopeTable;
 use crate::validate::Bounds;
 
+mod head;
 mod load;
 pub(crate) mod tensors;
 mod weights;
 mod workspace;
 
+pub use head::load_with_head;
+use head::{Attached, HeadStart};
 pub use load::{load, load_with};
-use weights::{FeedForward, NormWeights, Weights};
+use weights::{AttentionWeights, FeedForward, LatentWeights, LayerWeights, NormWeights, Weights};
 use workspace::Workspace;
 
 /// A decoder-only transformer on a backend.
@@ -30,6 +33,10 @@ pub struct Decoder<B: Backend> {
     weights: Weights<B>,
     memory: WeightMemory,
     short_head: Option<ShortHead<B>>,
+    /// Of a drafting head: what its stream begins with instead of the embedding.
+    start: Option<HeadStart<B>>,
+    /// The head that drafts from this decoder's hidden states.
+    drafter: Option<Box<Attached<B>>>,
     cache: Option<Cache<B>>,
     workspace: Option<Workspace<B>>,
     pass: Pass,
@@ -96,7 +103,7 @@ impl<B: Backend> Model for Decoder<B> {
     }
 
     fn kv_bytes_per_token(&self) -> usize {
-        kv_bytes_per_token(&self.config, self.backend.kv_type())
+        kv_bytes_per_token(&self.config, self.backend.kv_type()) + self.head_bytes_per_token()
     }
 
     fn allocate_kv_cache(&mut self, num_blocks: usize, block_size: usize) -> Result<(), ModelError> {
@@ -107,7 +114,7 @@ impl<B: Backend> Model for Decoder<B> {
         let layers =
             (0..kv.num_layers).map(|_| self.backend.allocate_kv_layer(&kv)).collect::<Result<_, _>>()?;
         let mut load_rope =
-            |rope| self.backend.load_rope(RopeTable::new(rope, self.config.head_dim, num_positions));
+            |rope| self.backend.load_rope(RopeTable::new(rope, self.config.rotary_width(), num_positions));
         self.cache = Some(Cache {
             bounds: Bounds { vocab_size: self.config.vocab_size, num_positions, kv },
             layers,
@@ -117,7 +124,11 @@ impl<B: Backend> Model for Decoder<B> {
             },
             inputs: self.backend.allocate_inputs(&kv)?,
         });
-        Ok(())
+        self.allocate_head_storage(&kv)
+    }
+
+    fn drafting_head(&mut self) -> Option<&mut dyn Model> {
+        self.drafter.as_mut().map(|attached| attached.as_model())
     }
 
     fn set_short_head(&mut self, num_tokens: usize) -> Result<bool, ModelError> {
@@ -125,6 +136,9 @@ impl<B: Backend> Model for Decoder<B> {
         if num_tokens == 0 || num_tokens > vocab_size {
             let reason = format!("of {num_tokens} tokens; wanted 1 to {vocab_size}");
             return Err(ModelError::Backend { context: "short head", reason });
+        }
+        if self.has_own_vocabulary() {
+            return Ok(false);
         }
         let weight = self.backend.first_outputs(self.weights.head(), num_tokens)?;
         self.short_head = Some(ShortHead { weight, num_tokens });
@@ -137,6 +151,7 @@ impl<B: Backend> Model for Decoder<B> {
         let shape = self.set_up(batch)?;
         if shape.num_tokens > 0 {
             self.embed(shape)?;
+            self.leave_features(0, shape)?;
         }
         self.pass = Pass { shape, num_layers_done: 0 };
         Ok(())
@@ -148,6 +163,7 @@ impl<B: Backend> Model for Decoder<B> {
             return Ok(false);
         }
         self.layer(num_layers_done, shape)?;
+        self.leave_features(num_layers_done + 1, shape)?;
         self.pass.num_layers_done += 1;
         Ok(true)
     }
@@ -172,7 +188,9 @@ impl<B: Backend> Model for Decoder<B> {
 
     fn finish(&mut self, logits: &mut Vec<f32>) -> Result<(), ModelError> {
         let Pass { shape, .. } = std::mem::take(&mut self.pass);
-        self.head(shape, logits)
+        self.head(shape, logits)?;
+        self.spread_logits(logits);
+        Ok(())
     }
 }
 
@@ -206,6 +224,9 @@ impl<B: Backend> Decoder<B> {
     }
 
     fn embed(&mut self, shape: PassShape) -> Result<(), ModelError> {
+        if self.start.is_some() {
+            return self.embed_with_features(shape);
+        }
         let Decoder { config, weights, cache, workspace, backend, .. } = self;
         let (ws, cache) = (ready(workspace), ready(cache));
         backend.embed(&cache.inputs, &weights.embed, &mut ws.residual)?;
@@ -222,33 +243,41 @@ impl<B: Backend> Decoder<B> {
     /// head. All state of a pass between two layers is `residual` and, where there are norms before
     /// sublayers, `normed`.
     fn layer(&mut self, index: usize, shape: PassShape) -> Result<(), ModelError> {
-        let Decoder { config, heads, weights, cache, workspace, backend, .. } = self;
+        // Otherwise a head wants hidden states of every row; see `leave_features`.
+        let picks_rows = !self.leaves_last_features();
+        let Decoder { config, heads, weights, start, cache, workspace, backend, .. } = self;
         let (config, heads, ws, cache) = (&*config, *heads, ready(workspace), ready(cache));
         let (layer, kind) = (&weights.layers[index], config.layer(index));
         let next_layer = weights.layers.get(index + 1);
         let next_norm = next_layer.map_or(Some(&weights.final_norm), |next| next.attn_norm.as_ref());
         let mut rows = shape.num_tokens;
 
-        let input = if layer.attn_norm.is_some() { &ws.normed } else { &ws.residual };
-        backend.matmul(rows, input, layer.qkv.linear(), &mut ws.qkv)?;
-        if let Some(norm) = layer.qk_norm(config) {
-            backend.qk_norm(rows, heads, norm, &mut ws.qkv)?;
-        }
+        let joined = start.as_ref().and_then(HeadStart::attention_input);
+        queries_keys_values(backend, config, joined, rows, ws, layer)?;
         let Cache { layers, ropes, inputs, .. } = cache;
         let kv = &mut layers[index];
         backend.rope_and_store(inputs, heads, ropes.of(kind.positions), &mut ws.qkv, kv)?;
-        let leaves_rows = next_layer.is_none() && !shape.keeps_rows;
+        let leaves_rows = next_layer.is_none() && picks_rows && !shape.keeps_rows;
         if leaves_rows && shape.num_logits_rows == 0 {
             return Ok(()); // Nobody reads what this layer computes from here on.
         }
         let attention = Attention {
             scale: config.attn_scale.unwrap_or_else(|| (config.head_dim as f32).sqrt().recip()),
             window: kind.window,
+            first_key: usize::from(start.is_some()),
             soft_cap: config.attn_soft_cap,
             sinks: layer.sinks.as_ref(),
         };
         backend.attention(inputs, heads, attention, &ws.qkv, kv, &mut ws.attn)?;
-        backend.matmul(rows, &ws.attn, layer.o.linear(), &mut ws.update)?;
+        let values = match &layer.attention {
+            AttentionWeights::Heads { .. } => &ws.attn,
+            AttentionWeights::Latent(weights) => {
+                let room = ready(&mut ws.latent);
+                backend.head_matmul(rows, &ws.attn, &weights.v_up, &mut room.values)?;
+                &room.values
+            }
+        };
+        backend.matmul(rows, values, layer.o.linear(), &mut ws.update)?;
 
         if leaves_rows && shape.num_logits_rows < rows {
             // The other rows have left their keys and values; no later layer asks for more of them.
@@ -267,6 +296,7 @@ impl<B: Backend> Decoder<B> {
             logits.clear();
             return Ok(());
         }
+        let num_outputs = self.num_outputs();
         let Decoder { config, weights, short_head, workspace, cache, backend, .. } = self;
         let ws = ready(workspace);
         if shape.keeps_rows && shape.num_logits_rows < shape.num_tokens {
@@ -274,7 +304,7 @@ impl<B: Backend> Decoder<B> {
         }
         let (weight, num_tokens) = match short_head {
             Some(short) if shape.short_head => (&short.weight, short.num_tokens),
-            _ => (weights.head(), config.vocab_size),
+            _ => (weights.head(), num_outputs),
         };
         let len = shape.num_logits_rows * num_tokens;
         let head = Linear { weight, bias: None };
@@ -300,7 +330,50 @@ impl<B: Backend> Decoder<B> {
         self.workspace = None;
         self.workspace =
             Some(Workspace::new(&mut self.backend, &self.config, self.heads, max_tokens, max_logits_rows)?);
-        Ok(())
+        self.reserve_for_head(max_tokens)
+    }
+}
+
+/// Queries, keys and values of every row, side by side, into `qkv`.
+fn queries_keys_values<B: Backend>(
+    backend: &mut B,
+    config: &DecoderConfig,
+    joined: Option<&B::Buffer>,
+    rows: usize,
+    ws: &mut Workspace<B>,
+    layer: &LayerWeights<B>,
+) -> Result<(), ModelError> {
+    let heads = Heads::of(config);
+    let input = match joined {
+        Some(joined) => joined,
+        None if layer.attn_norm.is_some() => &ws.normed,
+        None => &ws.residual,
+    };
+    let (qkv, qk_norm) = match &layer.attention {
+        AttentionWeights::Heads { qkv, qk_norm } => (qkv, qk_norm),
+        AttentionWeights::Latent(weights) => {
+            let LatentWeights { q_down, q, kv_down, kv_norm, k_up, .. } = weights;
+            let (room, eps) = (ready(&mut ws.latent), config.latent.map_or(0.0, |latent| latent.norm_eps));
+            let norm = |weight| Norm { kind: NormKind::Rms, weight, bias: None, eps };
+            let [made, normed] = &mut room.q_down;
+            let q_input = match q_down {
+                None => input,
+                Some((down, weight)) => {
+                    backend.matmul(rows, input, down.linear(), made)?;
+                    backend.norm(rows, made, norm(weight), normed)?;
+                    &*normed
+                }
+            };
+            backend.matmul(rows, q_input, q.linear(), &mut room.q)?;
+            backend.matmul(rows, input, kv_down.linear(), &mut room.latents)?;
+            backend.norm_first(rows, heads.head_dim, norm(kv_norm), &mut room.latents)?;
+            return backend.join_latents(rows, heads, &room.q, k_up, &room.latents, &mut ws.qkv);
+        }
+    };
+    backend.matmul(rows, input, qkv.linear(), &mut ws.qkv)?;
+    match qk_norm {
+        None => Ok(()),
+        Some(norm) => backend.qk_norm(rows, heads, norm.of(config), &mut ws.qkv),
     }
 }
 
@@ -339,18 +412,17 @@ fn feed_forward<B: Backend>(
 ) -> Result<(), ModelError> {
     let input = if is_pre_norm { &ws.normed } else { &ws.residual };
     match ffn {
-        FeedForward::Dense { up, down } => {
+        FeedForward::Dense(dense) => {
             let (width, activation) = (config.intermediate_size, config.activation);
+            let room = [&mut ws.gate_up, &mut ws.activated];
             if config.gated {
-                let layer = GatedFeedForward { up: up.linear(), activation, down: down.linear() };
-                let room = [&mut ws.gate_up, &mut ws.activated];
-                return backend.gated_feed_forward(rows, input, layer, room, &mut ws.update);
+                return backend.gated_feed_forward(rows, input, dense.gated(config), room, &mut ws.update);
             }
-            backend.matmul(rows, input, up.linear(), &mut ws.gate_up)?;
+            backend.matmul(rows, input, dense.up.linear(), &mut ws.gate_up)?;
             backend.activate(rows, width, activation, &ws.gate_up, &mut ws.activated)?;
-            backend.matmul(rows, &ws.activated, down.linear(), &mut ws.update)
+            backend.matmul(rows, &ws.activated, dense.down.linear(), &mut ws.update)
         }
-        FeedForward::Experts { router, up, down } => {
+        FeedForward::Experts { router, choice_bias, up, down, shared } => {
             let (experts, room) = config
                 .experts
                 .as_ref()
@@ -358,13 +430,17 @@ fn feed_forward<B: Backend>(
                 .expect("a layer of experts has its options and its room: this is a bug");
             let picks = rows * experts.num_experts_per_token;
             backend.matmul(rows, input, router.linear(), &mut room.router)?;
-            backend.route(rows, experts, &room.router, &mut room.routing)?;
+            backend.route(rows, experts, choice_bias.as_ref(), &room.router, &mut room.routing)?;
             backend.expert_matmul(&mut room.routing, input, Share::Row, up.linear(), &mut ws.gate_up)?;
             let (width, act) = (experts.intermediate_size, config.activation);
             backend.gate(picks, width, act, &ws.gate_up, &mut ws.activated)?;
             let (x, answers) = (&ws.activated, &mut room.answers);
             backend.expert_matmul(&mut room.routing, x, Share::Pick, down.linear(), answers)?;
-            backend.combine(rows, config.hidden_size, &room.routing, answers, &mut ws.update)
+            backend.combine(rows, config.hidden_size, &room.routing, answers, &mut ws.update)?;
+            let Some(shared) = shared else { return Ok(()) };
+            let between = [&mut ws.gate_up, &mut ws.activated];
+            backend.gated_feed_forward(rows, input, shared.gated(config), between, answers)?;
+            backend.add(rows * config.hidden_size, &mut ws.update, answers)
         }
     }
 }

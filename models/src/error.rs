@@ -35,6 +35,14 @@ pub enum ModelError {
         /// What would be right.
         wanted: String,
     },
+    /// A rotary scaling that was asked for does not fit the model.
+    #[error("with the rotary scaling that was asked for, {asked}: {error}")]
+    RopeOverride {
+        /// As it was asked for.
+        asked: String,
+        /// What is wrong with the model's options when they have it.
+        error: Box<ModelError>,
+    },
     /// A weight file is damaged or lies about its contents.
     #[error("{}: {reason}", path.display())]
     Weights {

@@ -105,6 +105,10 @@ enum Change {
     Half(usize),
     /// The downs of all experts, from a tensor that may be transposed.
     Downs,
+    /// Every head's way from a query to the latent, from a tensor of keys and values.
+    KeysOfLatents,
+    /// Every head's way from the latent to the value, from the same.
+    ValuesOfLatents,
 }
 
 struct Exporter<'a> {
@@ -141,17 +145,10 @@ impl Exporter<'_> {
                 self.add_norm(items, role, layer);
             }
         }
-        let permute = if self.written.permuted { Change::Permute } else { Change::None };
-        if names.has(Role::Qkv) {
-            self.add(items, Role::Qkv, layer, Change::None, config.qkv_bias);
+        if config.latent.is_some() {
+            self.add_latent(items, layer);
         } else {
-            self.add(items, Role::Q, layer, permute, config.qkv_bias);
-            self.add(items, Role::K, layer, permute, config.qkv_bias);
-            self.add(items, Role::V, layer, Change::None, config.qkv_bias);
-        }
-        if config.qk_norm != QkNorm::None {
-            self.add(items, Role::QNorm, layer, Change::AddOffset, false);
-            self.add(items, Role::KNorm, layer, Change::AddOffset, false);
+            self.add_heads(items, layer);
         }
         if config.attn_sinks {
             self.add(items, Role::Sinks, layer, Change::None, false);
@@ -172,9 +169,50 @@ impl Exporter<'_> {
         }
     }
 
+    fn add_heads(&self, items: &mut Vec<Item>, layer: usize) {
+        let (config, names) = (&self.checkpoint.config, &self.checkpoint.names);
+        let permute = if self.written.permuted { Change::Permute } else { Change::None };
+        if names.has(Role::Qkv) {
+            self.add(items, Role::Qkv, layer, Change::None, config.qkv_bias);
+        } else {
+            self.add(items, Role::Q, layer, permute, config.qkv_bias);
+            self.add(items, Role::K, layer, permute, config.qkv_bias);
+            self.add(items, Role::V, layer, Change::None, config.qkv_bias);
+        }
+        if config.qk_norm != QkNorm::None {
+            self.add(items, Role::QNorm, layer, Change::AddOffset, false);
+            self.add(items, Role::KNorm, layer, Change::AddOffset, false);
+        }
+    }
+
+    fn add_latent(&self, items: &mut Vec<Item>, layer: usize) {
+        let config = &self.checkpoint.config;
+        if config.latent.is_some_and(|latent| latent.q_rank.is_some()) {
+            self.add(items, Role::QDown, layer, Change::None, config.qkv_bias);
+            self.add(items, Role::QDownNorm, layer, Change::None, false);
+            self.add(items, Role::QUp, layer, Change::None, false);
+        } else {
+            self.add(items, Role::Q, layer, Change::None, false);
+        }
+        self.add(items, Role::KvDown, layer, Change::None, config.qkv_bias);
+        self.add(items, Role::KvDownNorm, layer, Change::None, false);
+        for (role, change) in [(Role::KUp, Change::KeysOfLatents), (Role::VUp, Change::ValuesOfLatents)] {
+            let sources = vec![self.checkpoint.names.layer(Role::KvUp, layer)];
+            items.push(Item { name: self.written.names.layer(role, layer), sources, change });
+        }
+    }
+
     fn add_experts(&self, items: &mut Vec<Item>, layer: usize, experts: &Experts) {
         let names = &self.checkpoint.names;
         self.add(items, Role::Router, layer, Change::None, experts.bias);
+        if experts.choice_bias {
+            self.add(items, Role::RouterChoiceBias, layer, Change::None, false);
+        }
+        if experts.shared_intermediate_size > 0 {
+            for role in [Role::SharedGate, Role::SharedUp, Role::SharedDown] {
+                self.add(items, role, layer, Change::None, self.checkpoint.config.mlp_bias);
+            }
+        }
         for (role, half) in [(Role::ExpertGate, Some(0)), (Role::ExpertUp, Some(1)), (Role::ExpertDown, None)]
         {
             let (from, change) = match half {
@@ -235,8 +273,23 @@ impl Exporter<'_> {
             Change::AddOffset => part.add(self.checkpoint.config.norm_weight_offset),
             Change::Permute => part.reorder_rows(&permutation(&self.checkpoint.config)),
             Change::Half(_) | Change::Downs => part = self.experts(&part, item.change),
+            Change::KeysOfLatents | Change::ValuesOfLatents => part = self.heads(part, item.change),
         }
         Ok(part)
+    }
+
+    /// All heads' keys, transposed, or values.
+    fn heads(&self, both: Part<'_>, change: Change) -> Part<'static> {
+        let config = &self.checkpoint.config;
+        let latent = config.latent.expect("only latents have such tensors: this is a bug");
+        let head = [latent.content_dim, latent.value_dim];
+        let cuts: Vec<usize> = (0..config.num_heads).flat_map(|_| head).collect();
+        let wanted = usize::from(change == Change::ValuesOfLatents);
+        let mut parts: Vec<Part<'_>> = both.split(&cuts).into_iter().skip(wanted).step_by(2).collect();
+        if change == Change::KeysOfLatents {
+            parts.iter_mut().for_each(Part::transpose);
+        }
+        Part::stack(&parts)
     }
 
     /// A share of a tensor of all experts, as rows.

@@ -3,7 +3,7 @@
 //! the engine's business alone. The storage itself belongs to the backend.
 
 use memmap2::MmapMut;
-use tandem_kernels::kv::KvType;
+use tandem_kernels::kv::{KvType, Values};
 
 use crate::config::DecoderConfig;
 use crate::error::ModelError;
@@ -19,8 +19,10 @@ pub struct KvLayout {
     pub block_size: usize,
     /// Heads of a key row and of a value row.
     pub num_kv_heads: usize,
-    /// Width of a head.
+    /// Width of a head's key.
     pub head_dim: usize,
+    /// What its values are.
+    pub values: Values,
     /// Element type.
     pub kv_type: KvType,
 }
@@ -58,6 +60,7 @@ impl KvLayout {
             block_size,
             num_kv_heads: config.num_kv_heads,
             head_dim: config.head_dim,
+            values: config.values(),
             kv_type,
         })
     }
@@ -67,12 +70,12 @@ impl KvLayout {
         self.num_blocks * self.block_size
     }
 
-    /// Elements of one token's keys (or values) in one layer.
+    /// Elements of one token's keys in one layer, and of its values where they are its own.
     pub fn row_len(&self) -> usize {
         self.num_kv_heads * self.head_dim
     }
 
-    /// Elements of one layer's keys (or values).
+    /// Elements of one layer's keys, and of its values where they are its own.
     pub fn layer_len(&self) -> usize {
         self.num_slots() * self.row_len()
     }
@@ -84,7 +87,7 @@ pub fn kv_bytes_per_token(config: &DecoderConfig, kv_type: KvType) -> usize {
     const WIDEST: usize = usize::MAX >> 6;
     [config.num_layers, config.num_kv_heads]
         .into_iter()
-        .fold(kv_type.token_bytes(config.head_dim.min(WIDEST)), usize::saturating_mul)
+        .fold(kv_type.token_bytes(config.head_dim.min(WIDEST), config.values()), usize::saturating_mul)
 }
 
 /// `len` zero bytes, or an error where a plain `vec![]` would end the process.
@@ -105,6 +108,7 @@ pub(crate) fn try_zeros(len: usize) -> Result<MmapMut, ModelError> {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::config::LatentAttention;
 
     fn config() -> DecoderConfig {
         DecoderConfig {
@@ -126,6 +130,23 @@ mod tests {
         assert_eq!((layout.num_slots(), layout.row_len(), layout.layer_len()), (80, 4, 320));
         let bytes = KvType::ALL.map(|kv_type| kv_bytes_per_token(&config(), kv_type));
         assert_eq!(bytes, [3 * 2 * 4 * 4, 3 * 2 * 4 * 2, 3 * 2 * (4 + 4)]);
+    }
+
+    #[test]
+    fn a_latent_is_stored_once() {
+        // DeepSeek-Coder-V2-Lite.
+        let latent =
+            LatentAttention { kv_rank: 512, q_rank: None, content_dim: 128, value_dim: 128, norm_eps: 1e-6 };
+        let config = DecoderConfig {
+            num_layers: 27,
+            num_heads: 16,
+            num_kv_heads: 1,
+            head_dim: 576,
+            latent: Some(latent),
+            ..DecoderConfig::default()
+        };
+        let bytes = KvType::ALL.map(|kv_type| kv_bytes_per_token(&config, kv_type));
+        assert_eq!(bytes, [27 * 576 * 4, 27 * 576 * 2, 27 * (576 + 4)]);
     }
 
     #[test]

@@ -74,6 +74,16 @@ pub trait Model: Send {
         Ok(false)
     }
 
+    /// The head that was loaded with this model to draft from its hidden states, as a model of its own: the row of
+    /// a token is made of its embedding and of what this model left at the token before it, so this
+    /// model has to have computed that one. Where it has not, the row is made of the guess that the head left
+    /// there when it gave the logits after that token. Cache and blocks are this model's, so slots are the
+    /// same; [`Model::allocate_kv_cache`] and [`Model::kv_bytes_per_token`] of this model count for both.
+    /// What the head gives for a first token means nothing, and no later row reads it.
+    fn drafting_head(&mut self) -> Option<&mut dyn Model> {
+        None
+    }
+
     /// Starts a pass that stores the batch's keys and values and yields the logits of its
     /// `logits_rows`. A pass that was not finished is forgotten; its keys and values may be half written.
     ///

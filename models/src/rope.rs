@@ -43,6 +43,13 @@ impl RopeTable {
     }
 }
 
+impl RopeTable {
+    /// Channels of a head that the table is for.
+    pub fn width(&self) -> usize {
+        2 * self.cos.len() / self.num_positions.max(1)
+    }
+}
+
 /// The order in which the rows of a head's projection must stand for the rotation, which turns row `i`
 /// with row `i + head_dim / 2`: row `i` is row `order[i]` of the checkpoint. `None` if it is that order
 /// already. A reordering of queries and keys alike leaves their products as they are.
@@ -63,15 +70,19 @@ pub(crate) fn row_order(rope: &Rope, head_dim: usize) -> Option<Vec<usize>> {
 /// YaRN's factor on cosines and sines, where the configuration has none; `mscale` are DeepSeek's gains
 /// of numerator and denominator.
 pub(crate) fn yarn_attention_factor(factor: f32, mscale: Option<(f32, f32)>) -> f32 {
-    let gain = |mscale: f64| match f64::from(factor) {
-        factor if factor <= 1.0 => 1.0,
-        factor => 0.1 * mscale * factor.ln() + 1.0,
-    };
     match mscale {
         Some((over, under)) if over != 0.0 && under != 0.0 => {
-            (gain(f64::from(over)) / gain(f64::from(under))) as f32
+            (yarn_gain(factor, over) / yarn_gain(factor, under)) as f32
         }
-        _ => gain(1.0) as f32,
+        _ => yarn_gain(factor, 1.0) as f32,
+    }
+}
+
+/// By how much YaRN sharpens attention, `mscale` being DeepSeek's share of it.
+pub(crate) fn yarn_gain(factor: f32, mscale: f32) -> f64 {
+    match f64::from(factor) {
+        factor if factor <= 1.0 => 1.0,
+        factor => 0.1 * f64::from(mscale) * factor.ln() + 1.0,
     }
 }
 

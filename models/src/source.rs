@@ -9,11 +9,11 @@ mod download;
 
 use std::path::{Path, PathBuf};
 
-use crate::ModelError;
 use crate::family::CONFIG_FILE;
 use crate::text::TOKENIZER_FILE;
 use crate::weights::gguf::{is_gguf, is_later_part};
 use crate::weights::{INDEX_FILE, SINGLE_FILE, read_index};
+use crate::{Head, ModelError};
 
 const DEFAULT_ENDPOINT: &str = "https://huggingface.co";
 const DEFAULT_REVISION: &str = "main";
@@ -189,9 +189,11 @@ impl CachedModel {
 
 /// The files without which a model cannot be served and that `snapshot` lacks.
 fn missing_files(snapshot: &Path) -> Result<Vec<String>, ModelError> {
+    // A drafting head has the tokens of its target.
+    let is_needed = |file: &str| file != TOKENIZER_FILE || !Head::is_in(snapshot);
     let mut missing: Vec<String> = [CONFIG_FILE, TOKENIZER_FILE]
         .into_iter()
-        .filter(|file| !snapshot.join(file).exists())
+        .filter(|file| !snapshot.join(file).exists() && is_needed(file))
         .map(str::to_owned)
         .collect();
     let index = snapshot.join(INDEX_FILE);

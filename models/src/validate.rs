@@ -88,7 +88,7 @@ fn is_partition(offsets: &[u32], parts: usize, total: usize) -> bool {
 
 #[cfg(test)]
 mod tests {
-    use tandem_kernels::kv::KvType;
+    use tandem_kernels::kv::{KvType, Values};
 
     use super::*;
 
@@ -101,6 +101,7 @@ mod tests {
             block_size: 4,
             num_kv_heads: 1,
             head_dim: 4,
+            values: Values::Own,
             kv_type: KvType::F32,
         },
     };

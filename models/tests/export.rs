@@ -155,10 +155,37 @@ fn a_written_file_computes_what_transformers_computed_for_the_folder() {
         "granite",
         "phi3_longrope",
         "glm4",
+        "deepseek_v2_lite",
+        "deepseek_v2",
+        "deepseek_v3",
     ];
     let wrong: Vec<String> =
         cases.into_iter().filter_map(|case| same_model(case, &byte_level()).err()).collect();
     assert!(wrong.is_empty(), "{}", wrong.join("\n"));
+}
+
+/// A rotary scaling that is asked for takes the place of a file's own, the one in a tensor too.
+#[test]
+fn a_written_file_is_stretched_as_its_folder() {
+    let original = r#"{"rope_type": "yarn", "factor": 4, "original_max_position_embeddings": 32}"#;
+    for (case, text) in [("llama_plain", "yarn:4"), ("llama_rope_llama3", original)] {
+        let (folder, out) = (tempfile::tempdir().unwrap(), tempfile::tempdir().unwrap());
+        with_tokenizer(case, &byte_level(), folder.path());
+        let file = out.path().join("model.gguf");
+        to_gguf(folder.path(), FileType::F32, &file).unwrap();
+        let rope = text.parse().unwrap();
+        let open = |path: &Path| Checkpoint::open_with(path, Some(&rope)).unwrap();
+        let [wanted, found] = [folder.path(), &file].map(open);
+        assert_eq!(wanted.config.rope.scaling, found.config.rope.scaling, "{case}");
+        assert_eq!(wanted.config.max_position_embeddings, found.config.max_position_embeddings, "{case}");
+        let (tokens, _) = golden(case);
+        let logits = [&wanted, &found].map(|checkpoint| logits(checkpoint, BackendKind::Cpu, &tokens));
+        assert!(distance(&logits[0], &logits[1]) <= TOLERANCE, "{case}");
+        if case == "llama_rope_llama3" {
+            let error = Checkpoint::open_with(&file, Some(&"yarn:4".parse().unwrap())).unwrap_err();
+            assert!(error.to_string().contains("original_max_position_embeddings"), "{error}");
+        }
+    }
 }
 
 #[test]
@@ -198,6 +225,7 @@ fn what_gguf_cannot_say_is_refused() {
         ("gemma2", "0.2236"),
         ("olmo2", "qkv_bias"),
         ("gpt_oss", "limit: 1.5"),
+        ("deepseek_v3_half_split", "interleaved: false"),
     ] {
         let (folder, out) = (tempfile::tempdir().unwrap(), tempfile::tempdir().unwrap());
         with_tokenizer(case, &byte_level(), folder.path());

@@ -5,6 +5,7 @@ use std::sync::Arc;
 
 use safetensors::SafeTensors;
 use tandem_kernels::ThreadPool;
+use tandem_kernels::experts::Scoring;
 use tandem_models::backend::BackendKind;
 use tandem_models::config::{Activation, Positions, QkNorm};
 use tandem_models::{Checkpoint, DecoderConfig, ForwardBatch, Model, Rope, RopeScaling};
@@ -14,7 +15,7 @@ const BLOCK_SIZE: usize = 4;
 /// The script's NUM_PROMPT_TOKENS: tokens that transformers read in one pass.
 const NUM_PROMPT_TOKENS: usize = 13;
 
-const CASES: [&str; 23] = [
+const CASES: [&str; 27] = [
     "llama_plain",
     "llama_rope_llama3",
     "llama_biases",
@@ -38,6 +39,10 @@ const CASES: [&str; 23] = [
     "qwen3_moe",
     "qwen3_moe_shares",
     "gpt_oss",
+    "deepseek_v2_lite",
+    "deepseek_v2",
+    "deepseek_v3",
+    "deepseek_v3_half_split",
 ];
 
 fn folder(case: &str) -> PathBuf {
@@ -123,7 +128,7 @@ fn every_case_gives_the_same_bits_however_it_is_cut() {
 #[test]
 fn every_option_shows_in_the_logits() {
     type Change = fn(&mut DecoderConfig);
-    let changes: [(&str, &[&str], Change); 17] = [
+    let changes: [(&str, &[&str], Change); 26] = [
         (
             "windows",
             &["qwen2_window", "mistral_window", "starcoder2", "phi3_longrope", "gemma2", "gemma3"],
@@ -141,12 +146,14 @@ fn every_option_shows_in_the_logits() {
                 c.rope.scaling = RopeScaling::None;
             },
         ),
-        ("attention factor", &["llama_rope_yarn", "llama_rope_yarn_gains"], |c| {
+        ("attention factor", &["llama_rope_yarn", "llama_rope_yarn_gains", "deepseek_v2_lite"], |c| {
             if let RopeScaling::Yarn { attention_factor, .. } = &mut c.rope.scaling {
                 *attention_factor = 1.0;
             }
         }),
-        ("interleaved", &["glm4"], |c| c.rope.interleaved = false),
+        ("interleaved", &["glm4", "deepseek_v2", "deepseek_v3", "deepseek_v3_half_split"], |c| {
+            c.rope.interleaved ^= true;
+        }),
         ("partial rotation", &["glm4", "phi3_longrope"], |c| {
             *c =
                 DecoderConfig { rope: Rope { dim: c.head_dim, ..Rope::plain(0, c.rope.theta) }, ..c.clone() };
@@ -160,9 +167,39 @@ fn every_option_shows_in_the_logits() {
         ("attention sinks", &["gpt_oss"], |c| c.attn_sinks = false),
         ("activation", &["gemma2", "gemma3"], |c| c.activation = Activation::Silu),
         ("clamp", &["gpt_oss"], |c| c.activation = Activation::ClampedSwiglu { alpha: 1.702, limit: 7.0 }),
-        ("renormalised experts", &["qwen3_moe", "qwen3_moe_shares"], |c| {
-            c.experts.iter_mut().for_each(|experts| experts.renormalise ^= true);
+        (
+            "renormalised experts",
+            &["qwen3_moe", "qwen3_moe_shares", "deepseek_v3", "deepseek_v3_half_split"],
+            |c| {
+                c.experts.iter_mut().for_each(|experts| experts.renormalise ^= true);
+            },
+        ),
+        ("scoring", &["deepseek_v3", "deepseek_v3_half_split"], |c| {
+            c.experts.iter_mut().for_each(|experts| experts.scoring = Scoring::Softmax);
         }),
+        ("biased choice", &["deepseek_v3", "deepseek_v3_half_split"], |c| {
+            c.experts.iter_mut().for_each(|experts| experts.choice_bias = false);
+        }),
+        ("groups", &["deepseek_v2", "deepseek_v3"], |c| {
+            c.experts.iter_mut().for_each(|experts| experts.groups = None);
+        }),
+        ("rank of groups", &["deepseek_v2", "deepseek_v3"], |c| {
+            let groups = c.experts.iter_mut().flat_map(|experts| &mut experts.groups);
+            groups.for_each(|groups| groups.two_best ^= true);
+        }),
+        ("scale of experts", &["deepseek_v2", "deepseek_v3"], |c| {
+            c.experts.iter_mut().for_each(|experts| experts.weight_scale = 1.0);
+        }),
+        ("shared experts", &["deepseek_v2_lite", "deepseek_v2", "deepseek_v3"], |c| {
+            c.experts.iter_mut().for_each(|experts| experts.shared_intermediate_size = 0);
+        }),
+        ("gain of scores", &["deepseek_v2_lite", "deepseek_v3"], |c| {
+            c.attn_scale = Some(20.0f32.sqrt().recip());
+        }),
+        ("norm of latents", &["deepseek_v2"], |c| {
+            c.latent.iter_mut().for_each(|latent| latent.norm_eps = c.norm_eps);
+        }),
+        ("biases", &["deepseek_v2", "deepseek_v3"], |c| c.qkv_bias = false),
         ("qk-norm", &["qwen3", "gemma3", "olmo2"], |c| c.qk_norm = QkNorm::None),
         ("scales", &["granite", "gemma2"], |c| {
             *c = DecoderConfig { embed_scale: 1.0, residual_scale: 1.0, ..c.clone() };
@@ -213,4 +250,8 @@ fn the_cases_are_as_different_as_their_names_say() {
     let shares = config("qwen3_moe_shares");
     assert!(shares.layer(0).dense && !shares.layer(1).dense && !shares.experts.unwrap().renormalise);
     assert!(config("gpt_oss").attn_sinks);
+    let lite = config("deepseek_v2_lite");
+    assert!(lite.layer(0).dense && !lite.layer(1).dense && lite.experts.unwrap().groups.is_none());
+    assert_eq!((lite.head_dim, lite.num_kv_heads), (20 + 8, 1));
+    assert!(lite.latent.unwrap().q_rank.is_none() && config("deepseek_v2").latent.unwrap().q_rank.is_some());
 }

@@ -72,6 +72,32 @@ fn every_type_keeps_the_bit_rule_and_is_close_to_f32() {
     }
 }
 
+/// Latents are keys and values at once, and stored once.
+#[test]
+fn latents_keep_the_bit_rule_in_every_type_and_are_close_to_f32() {
+    let golden = std::path::Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/golden");
+    let checkpoint = Checkpoint::open(&golden.join("deepseek_v3")).unwrap();
+    let tokens = random_tokens(23, 64, 64);
+    let exact = logits(model(&checkpoint, KvType::F32).as_mut(), &tokens, 64, false);
+    // Logits are up to 15, and another expert for a token is another answer: only most of them are close.
+    for (kv_type, tolerance) in [(KvType::F32, 0.0), (KvType::F16, 0.02), (KvType::Q8, 0.4)] {
+        let mut model = model(&checkpoint, kv_type);
+        let whole = logits(model.as_mut(), &tokens, 64, false);
+        let mut distances: Vec<f32> = whole.iter().zip(&exact).map(|(a, b)| (a - b).abs()).collect();
+        distances.sort_by(f32::total_cmp);
+        let most = distances[distances.len() * 9 / 10];
+        assert!(most <= tolerance, "{kv_type:?}: {most}");
+        assert_eq!(most > 0.0, kv_type != KvType::F32, "{kv_type:?} is stored as something else");
+        for cut in [1, 5, 33] {
+            let cut_logits = logits(model.as_mut(), &tokens, cut, false);
+            assert!(bits(&cut_logits) == bits(&whole), "{kv_type:?} in passes of {cut}");
+        }
+    }
+    // Three layers of a latent of 20 and 8 channels that turn.
+    let bytes = KvType::ALL.map(|kv_type| model(&checkpoint, kv_type).kv_bytes_per_token());
+    assert_eq!(bytes, [3 * 28 * 4, 3 * 28 * 2, 3 * (28 + 4)]);
+}
+
 #[test]
 fn a_token_costs_what_its_type_says() {
     let dir = tempfile::tempdir().unwrap();

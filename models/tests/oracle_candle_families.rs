@@ -8,7 +8,9 @@ use std::sync::Arc;
 
 use candle_core::{DType, Device, Result, Tensor};
 use candle_nn::VarBuilder;
-use candle_transformers::models::{gemma2, glm4_new, mistral, olmo2, phi3, qwen3, qwen3_moe, starcoder2};
+use candle_transformers::models::{
+    deepseek2, gemma2, glm4_new, mistral, olmo2, phi3, qwen3, qwen3_moe, starcoder2,
+};
 use serde_json::{Map, Value, json};
 use tandem_kernels::ThreadPool;
 use tandem_models::backend::BackendKind;
@@ -132,4 +134,31 @@ fn olmo2_is_candles() {
 fn glm4_is_candles() {
     let changes = json!({"partial_rotary_factor": 0.5});
     compare("glm4", changes, oracle!(glm4_new::Config, model, glm4_new::ModelForCausalLM::new));
+}
+
+#[test]
+fn deepseek_v2_lite_is_candles() {
+    let yarn = json!({"type": "yarn", "factor": 4.0, "original_max_position_embeddings": 16, "beta_fast": 32.0,
+                      "beta_slow": 1.0, "mscale": 0.9, "mscale_all_dim": 0.4});
+    let changes = json!({"n_group": 1, "topk_group": 1, "rope_scaling": yarn});
+    compare("deepseek_v2_lite", changes, deepseek_v2);
+}
+
+#[test]
+fn deepseek_v2_is_candles() {
+    // Candle's norms of latents have the epsilon of all, its feed-forward layers no biases, and its choice of
+    // groups takes the numbers of experts for those of groups.
+    let changes = json!({"rms_norm_eps": 1e-6, "mlp_bias": false, "topk_method": "greedy"});
+    compare("deepseek_v2", changes, deepseek_v2);
+}
+
+fn deepseek_v2(config: Value, weights: VarBuilder<'static>) -> Result<Forward> {
+    let config: deepseek2::DeepSeekV2Config = serde_json::from_value(config).unwrap();
+    let mut model = deepseek2::DeepSeekV2::new(&config, weights)?;
+    Ok(Box::new(move |ids: &Tensor, start: usize| {
+        if start == 0 {
+            model.clear_kv_cache();
+        }
+        model.forward(ids, start)
+    }))
 }

@@ -17,7 +17,7 @@ const QUANTIZED_TOLERANCE: f32 = 0.03;
 const Q8_TOLERANCE: f32 = 0.06;
 
 /// Each case, and what its matrices are kept as.
-const CASES: [(&str, Dtype); 14] = [
+const CASES: [(&str, Dtype); 18] = [
     ("gptq_sym", Dtype::Quantized(BlockFormat::Q4_0)),
     ("gptq_asym", Dtype::Quantized(BlockFormat::Q5_0)),
     // Stretches of 16 inputs are half a block.
@@ -32,6 +32,11 @@ const CASES: [(&str, Dtype); 14] = [
     ("ct_int4_asym", Dtype::Quantized(BlockFormat::Q5_0)),
     ("ct_int8", Dtype::Quantized(BlockFormat::Q8_0)),
     ("ct_fp8", Dtype::Bf16),
+    ("ct_pack8", Dtype::Quantized(BlockFormat::Q8_0)),
+    // Codes less their zero points take nine bits; groups lie apart.
+    ("ct_int8_asym", Dtype::Bf16),
+    ("ct_int4_act_order", Dtype::Bf16),
+    ("fp8_row", Dtype::Bf16),
     ("mxfp4", Dtype::Quantized(BlockFormat::Mxfp4)),
 ];
 

@@ -16,7 +16,7 @@ use tandem::http::lanes::{LanePolicy, LaneRule};
 use tandem::http::traces::CollectorUrl;
 use tandem::kv_events::{Endpoint, PublisherSettings};
 use tandem_engine::{DraftHead, DraftTokens, MAX_DRAFT_TOKENS};
-use tandem_models::{BackendKind, FileType, KvType};
+use tandem_models::{BackendKind, FileType, KvType, RopeOverride};
 
 /// Every setting, with its default value.
 #[derive(Clone, Debug, PartialEq)]
@@ -27,7 +27,7 @@ pub(crate) struct Config {
     pub(crate) port: u16,
     /// The large model: a folder or a hub id.
     pub(crate) target: Option<String>,
-    /// The small model: a folder or a hub id.
+    /// What drafts: the small model or a head, by folder or hub id, or `mtp`.
     pub(crate) draft: Option<String>,
     /// Draft tokens a verification.
     pub(crate) draft_tokens: DraftTokens,
@@ -45,6 +45,10 @@ pub(crate) struct Config {
     pub(crate) quantize: Option<FileType>,
     /// Sequences of each lane that run at the same time.
     pub(crate) max_num_seqs: usize,
+    /// The rotary scaling of both models in the place of their files'; `None` leaves those.
+    pub(crate) rope_scaling: Option<RopeOverride>,
+    /// That of the draft; `None` is [`Config::rope_scaling`].
+    pub(crate) draft_rope_scaling: Option<Option<RopeOverride>>,
     /// Longest prompt and output together, in tokens; `None` is the model's own limit.
     pub(crate) max_model_len: Option<usize>,
     /// Requests that may wait for room before new ones are refused.
@@ -93,6 +97,8 @@ impl Default for Config {
             kv_dtype: KvType::F16,
             quantize: None,
             max_num_seqs: 32,
+            rope_scaling: None,
+            draft_rope_scaling: None,
             max_model_len: None,
             max_waiting: 256,
             api_keys: Vec::new(),
@@ -141,28 +147,44 @@ pub(crate) type RawValue = Vec<String>;
 /// Puts a value where it belongs; false if it breaks the setting's rules.
 type Setter = fn(&mut Config, &RawValue) -> bool;
 
+/// What a setting takes.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Takes {
+    /// One value.
+    One,
+    /// A list: a repeated flag, commas in the environment, an array in the file.
+    Many,
+    /// One value; in the file also a table, which is the same as its JSON in a string.
+    Table,
+}
+
 /// One setting: its name, what its values look like, and where they go.
 struct Setting {
     key: &'static str,
     wanted: &'static str,
-    /// True if it takes a list (a repeated flag, commas in the environment, an array in the file).
-    list: bool,
+    takes: Takes,
     set: Setter,
 }
 
 const fn one(key: &'static str, wanted: &'static str, set: Setter) -> Setting {
-    Setting { key, wanted, list: false, set }
+    Setting { key, wanted, takes: Takes::One, set }
 }
 
 const fn many(key: &'static str, wanted: &'static str, set: Setter) -> Setting {
-    Setting { key, wanted, list: true, set }
+    Setting { key, wanted, takes: Takes::Many, set }
+}
+
+const fn table(key: &'static str, wanted: &'static str, set: Setter) -> Setting {
+    Setting { key, wanted, takes: Takes::Table, set }
 }
 
 const SETTINGS: &[Setting] = &[
     one("host", "an address or host name", |c, v| put(&mut c.host, parse::text(v))),
     one("port", "a port from 0 to 65535", |c, v| put(&mut c.port, parse::number(v, 0, u16::MAX))),
     one("target", "a model folder or hub id", |c, v| put(&mut c.target, parse::optional_text(v))),
-    one("draft", "a model folder or hub id", |c, v| put(&mut c.draft, parse::optional_text(v))),
+    one("draft", "a folder or hub id of a model or an EAGLE-3 head, or `mtp`", |c, v| {
+        put(&mut c.draft, parse::optional_text(v))
+    }),
     one("draft-tokens", "`auto` or a number from 0 to 32", |c, v| {
         put(&mut c.draft_tokens, parse::draft_tokens(v, MAX_DRAFT_TOKENS as u8))
     }),
@@ -179,6 +201,10 @@ const SETTINGS: &[Setting] = &[
     one("kv-dtype", "`f32`, `f16` or `q8`", |c, v| put(&mut c.kv_dtype, parse::kv_dtype(v))),
     one("quantize", "`q8`, `q4`, `q6_k`, `q4_k_m` or `none`", |c, v| {
         put(&mut c.quantize, parse::quantize(v))
+    }),
+    table("rope-scaling", ROPE_SCALING, |c, v| put(&mut c.rope_scaling, parse::rope_scaling(v))),
+    table("draft-rope-scaling", ROPE_SCALING, |c, v| {
+        put(&mut c.draft_rope_scaling, parse::rope_scaling(v).map(Some))
     }),
     one("max-num-seqs", "a number from 1 to 4096", |c, v| {
         put(&mut c.max_num_seqs, parse::number(v, 1, 4096))
@@ -218,6 +244,9 @@ const SETTINGS: &[Setting] = &[
         put(&mut c.log, parse::log_filter(v).map(Some))
     }),
 ];
+
+const ROPE_SCALING: &str = "`file`, `none`, a kind and its factor such as `yarn:4` (linear, dynamic, yarn or \
+     llama3, and a number from 1 up), or an object as in config.json: {\"rope_type\": \"yarn\", \"factor\": 4}";
 
 /// False if there is no value to put.
 fn put<T>(slot: &mut T, value: Option<T>) -> bool {
@@ -314,7 +343,7 @@ pub(crate) fn load(
         };
         // An empty variable is how shells and service managers spell "not set".
         if !value.is_empty() {
-            let values = if setting.list {
+            let values = if setting.takes == Takes::Many {
                 value.split(',').map(|v| v.trim().to_owned()).collect()
             } else {
                 vec![value.clone()]
@@ -436,7 +465,7 @@ fn read_file(path: &Path) -> Result<File, ConfigError> {
                 key: written,
             });
         };
-        let raw = raw_value(&value, setting.list).ok_or_else(|| ConfigError::Value {
+        let raw = raw_value(&value, setting.takes).ok_or_else(|| ConfigError::Value {
             place: place(&key, &Origin::File(path.to_owned())),
             value: if key == "api-key" { "(hidden)".to_owned() } else { value.to_string() },
             wanted: setting.wanted,
@@ -446,8 +475,8 @@ fn read_file(path: &Path) -> Result<File, ConfigError> {
     Ok(File { values, lane_rules })
 }
 
-/// A TOML value as text; `None` for tables, dates, and arrays where one value is wanted.
-fn raw_value(value: &toml::Value, list: bool) -> Option<RawValue> {
+/// A TOML value as text; `None` for dates, and for tables and arrays where one value is wanted.
+fn raw_value(value: &toml::Value, takes: Takes) -> Option<RawValue> {
     let scalar = |value: &toml::Value| match value {
         toml::Value::String(text) => Some(text.clone()),
         toml::Value::Integer(number) => Some(number.to_string()),
@@ -455,7 +484,8 @@ fn raw_value(value: &toml::Value, list: bool) -> Option<RawValue> {
         _ => None,
     };
     match value {
-        toml::Value::Array(items) if list => items.iter().map(scalar).collect(),
+        toml::Value::Array(items) if takes == Takes::Many => items.iter().map(scalar).collect(),
+        toml::Value::Table(_) if takes == Takes::Table => Some(vec![serde_json::to_string(value).ok()?]),
         value => Some(vec![scalar(value)?]),
     }
 }

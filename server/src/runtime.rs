@@ -13,11 +13,12 @@ use tandem::keys::Keyring;
 use tandem_engine::{EngineConfig, EngineHandle, KvEvents, Models};
 use tandem_kernels::ThreadPool;
 use tandem_models::{
-    BackendKind, ChatTemplate, Checkpoint, Dtype, FileType, FimTokens, HubOptions, KvType, Model, Tokenizer,
-    VocabMap, WeightMemory,
+    BackendKind, ChatTemplate, Checkpoint, Dtype, FileType, FimTokens, Head, HeadKind, HubOptions, KvType,
+    Model, RopeOverride, Tokenizer, VocabMap, WeightMemory,
 };
 
 use crate::config::Config;
+use crate::drafter::{Drafter, HeadPlace};
 
 /// Tokens a block of the KV cache holds: small enough that a short completion wastes little, large
 /// enough that block tables stay short.
@@ -40,10 +41,19 @@ pub(crate) struct ModelInfo {
     pub(crate) size_bytes: u64,
     /// The element type that most of them have.
     pub(crate) dtype: Dtype,
+    /// The rotary scaling in the place of the files'.
+    pub(crate) rope_scaling: Option<RopeOverride>,
 }
 
 /// A loaded model as people and the HTTP side see it; the engine has the rest.
 pub(crate) type Described = (ModelInfo, LaneModel);
+
+/// A head that drafts for the target.
+#[derive(Clone, Debug)]
+pub(crate) struct HeadInfo {
+    pub(crate) kind: HeadKind,
+    pub(crate) info: ModelInfo,
+}
 
 /// Storage for keys and values.
 #[derive(Clone, Copy, Debug)]
@@ -59,6 +69,11 @@ impl KvInfo {
     pub(crate) fn num_tokens(&self) -> usize {
         self.num_blocks * self.block_size
     }
+
+    /// What a sequence of so many tokens takes of it.
+    pub(crate) fn bytes_of(&self, num_tokens: usize) -> u64 {
+        num_tokens.div_ceil(self.block_size) as u64 * (self.size_bytes / self.num_blocks as u64)
+    }
 }
 
 /// A running engine and everything that the front needs beside it.
@@ -68,6 +83,8 @@ pub(crate) struct Runtime {
     pub(crate) engine_thread: JoinHandle<()>,
     pub(crate) target: Option<Described>,
     pub(crate) draft: Option<Described>,
+    /// What drafts where there is no draft.
+    pub(crate) head: Option<HeadInfo>,
     pub(crate) kv: KvInfo,
     pub(crate) max_model_len: usize,
     /// Ids below this are the target's tokens, or both models'.
@@ -184,11 +201,24 @@ fn load(
     kv_events: Option<KvEvents>,
 ) -> anyhow::Result<Runtime> {
     let started = Instant::now();
-    let (target_dir, draft_dir) = find_pair(config)?;
+    let (target_dir, drafter) = find_pair(config)?;
+    let (draft_dir, head) = match drafter {
+        None => (None, None),
+        Some(Drafter::Model(dir)) => (Some(dir), None),
+        Some(Drafter::Head(place)) => (None, Some(place)),
+    };
     let threads = config.threads.unwrap_or_else(default_threads);
     let pool = thread_pool(threads)?;
 
-    let (target, draft) = side_by_side(target_dir, draft_dir, |dir| Opened::open(&dir, config.quantize))?;
+    let target = target_dir.map(|dir| (dir, config.rope_scaling.as_ref()));
+    let draft_scaling = config.draft_rope_scaling.as_ref().unwrap_or(&config.rope_scaling);
+    let draft = draft_dir.map(|dir| (dir, draft_scaling.as_ref()));
+    let open = |(dir, rope): (PathBuf, Option<&RopeOverride>)| Opened::open(&dir, config.quantize, rope);
+    let (mut target, draft) = side_by_side(target, draft, open)?;
+    if let Some(place) = head {
+        let rope = config.draft_rope_scaling.as_ref().and_then(Option::as_ref);
+        target.as_mut().context(HEAD_ALONE)?.add_head(&place, rope)?;
+    }
     let mut vocab_map = None;
     if let (Some(target), Some(draft)) = (&target, &draft) {
         // Before the weights: a wrong pair should not cost the minutes that large ones take.
@@ -208,7 +238,7 @@ fn load(
     }
     let kv_type = kv_type(config);
     let load = |opened: Opened| opened.load(config.backend, kv_type, &pool);
-    let (target, draft) = side_by_side(target, draft, load)?;
+    let (mut target, draft) = side_by_side(target, draft, load)?;
 
     let loaded = || target.iter().chain(&draft);
     let bytes_per_token: usize = loaded().map(|loaded| loaded.model.kv_bytes_per_token()).sum();
@@ -247,6 +277,7 @@ fn load(
         hash_bits: 64,
         lane_isolation: config.lane_isolation,
     };
+    let head = target.as_mut().and_then(|loaded| loaded.head.take());
     let (target_model, target) = split(target);
     let (draft_model, draft) = split(draft);
     let models = adapt(Models { target: target_model, draft: draft_model });
@@ -256,6 +287,7 @@ fn load(
         engine_thread,
         target,
         draft,
+        head,
         kv,
         max_model_len,
         num_token_ids,
@@ -273,7 +305,10 @@ fn context_len<'a>(asked: Option<usize>, loaded: impl Iterator<Item = &'a Loaded
     let (longest, name) = longest.expect("find_pair returns at least one model: this is a bug");
     match asked {
         Some(len) if len > longest => {
-            bail!("--max-model-len is {len}; {name} holds at most {longest} tokens of context")
+            bail!(
+                "--max-model-len is {len}; {name} holds at most {longest} tokens of context; --rope-scaling \
+                 can stretch it"
+            )
         }
         asked => Ok(asked.unwrap_or(longest)),
     }
@@ -283,12 +318,16 @@ fn context_len<'a>(asked: Option<usize>, loaded: impl Iterator<Item = &'a Loaded
 struct Loaded {
     model: Box<dyn Model>,
     info: ModelInfo,
+    head: Option<HeadInfo>,
     text: LaneModel,
 }
 
+const HEAD_ALONE: &str = "--draft names a head, which drafts from the hidden states of a target and answers nobody by \
+                          itself; name its target with --target";
+
 fn split(loaded: Option<Loaded>) -> (Option<Box<dyn Model>>, Option<Described>) {
     match loaded {
-        Some(Loaded { model, info, text }) => (Some(model), Some((info, text))),
+        Some(Loaded { model, info, text, .. }) => (Some(model), Some((info, text))),
         None => (None, None),
     }
 }
@@ -325,12 +364,15 @@ pub(crate) fn default_threads() -> usize {
 /// A model folder read as far as text goes; the weights are mapped and not yet loaded.
 struct Opened {
     checkpoint: Checkpoint,
+    /// What is to draft from its hidden states.
+    head: Option<Head>,
     text: LaneModel,
+    rope_scaling: Option<RopeOverride>,
 }
 
 impl Opened {
-    fn open(dir: &Path, quantize: Option<FileType>) -> anyhow::Result<Self> {
-        let mut checkpoint = Checkpoint::open(dir)?;
+    fn open(dir: &Path, quantize: Option<FileType>, rope: Option<&RopeOverride>) -> anyhow::Result<Self> {
+        let mut checkpoint = Checkpoint::open_with(dir, rope)?;
         checkpoint.quantize = quantize;
         checkpoint.name = display_name(&checkpoint);
         let tokenizer = Arc::new(Tokenizer::from_dir(dir)?);
@@ -343,18 +385,32 @@ impl Opened {
             fim,
             generation: checkpoint.generation.clone(),
         };
-        Ok(Opened { checkpoint, text })
+        Ok(Opened { checkpoint, head: None, text, rope_scaling: rope.cloned() })
+    }
+
+    /// Before the weights: a wrong head should not cost the minutes that large ones take.
+    fn add_head(&mut self, place: &HeadPlace, rope: Option<&RopeOverride>) -> anyhow::Result<()> {
+        self.head = Some(place.open(&self.checkpoint, rope)?);
+        Ok(())
     }
 
     fn load(self, backend: BackendKind, kv_type: KvType, pool: &Arc<ThreadPool>) -> anyhow::Result<Loaded> {
-        let model = tandem_models::load_with(&self.checkpoint, backend, kv_type, Arc::clone(pool))
-            .with_context(|| format!("cannot load {}", self.checkpoint.name))?;
+        let pool = Arc::clone(pool);
+        let mut model = match &self.head {
+            None => tandem_models::load_with(&self.checkpoint, backend, kv_type, pool),
+            Some(head) => tandem_models::load_with_head(&self.checkpoint, head, backend, kv_type, pool),
+        }
+        .with_context(|| format!("cannot load {}", self.checkpoint.name))?;
         let memory = model.weight_memory();
         if let Some(note) = self.checkpoint.repacking(&memory) {
             tracing::info!("{}: {note}", self.checkpoint.name);
         }
-        let info = describe(&self.checkpoint, &memory);
-        Ok(Loaded { model, info, text: self.text })
+        let info = ModelInfo { rope_scaling: self.rope_scaling, ..describe(&self.checkpoint, &memory) };
+        let head = self.head.as_ref().zip(model.drafting_head()).map(|(head, model)| HeadInfo {
+            kind: head.kind,
+            info: describe(&head.checkpoint, &model.weight_memory()),
+        });
+        Ok(Loaded { model, info, head, text: self.text })
     }
 }
 
@@ -378,20 +434,20 @@ fn describe(checkpoint: &Checkpoint, memory: &WeightMemory) -> ModelInfo {
         num_parameters: memory.num_parameters(),
         size_bytes: memory.size_bytes(),
         dtype: memory.main_type().unwrap_or(Dtype::F32),
+        rope_scaling: None,
     }
 }
 
-/// The folders of target and draft; at least one is there.
-fn find_pair(config: &Config) -> anyhow::Result<(Option<PathBuf>, Option<PathBuf>)> {
+/// The target's folder, and what drafts; at least one is there.
+fn find_pair(config: &Config) -> anyhow::Result<(Option<PathBuf>, Option<Drafter>)> {
     if config.target.is_none() && config.draft.is_none() {
         let demo = find_demo_pair()?;
-        return Ok((Some(demo.join("target")), Some(demo.join("draft"))));
+        return Ok((Some(demo.join("target")), Some(Drafter::Model(demo.join("draft")))));
     }
     let options = HubOptions::from_env();
-    let resolve = |spec: &Option<String>| {
-        spec.as_ref().map(|spec| tandem_models::source::resolve(spec, &options)).transpose()
-    };
-    Ok((resolve(&config.target)?, resolve(&config.draft)?))
+    let target = config.target.as_deref().map(|spec| tandem_models::resolve(spec, &options)).transpose()?;
+    let drafter = config.draft.as_deref().map(|spec| Drafter::find(spec, &options)).transpose()?;
+    Ok((target, drafter))
 }
 
 /// The folder of the pair that is shipped with Tandem.

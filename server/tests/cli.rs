@@ -1,5 +1,5 @@
 //! The binary from the outside: help, and what it says when it is told something wrong. Nothing here
-//! needs a model.
+//! has a model answer.
 
 use std::path::Path;
 use std::process::{Command, Output};
@@ -65,6 +65,19 @@ fn a_model_that_is_not_there_is_named() {
     assert!(message.contains(&folder) && message.contains("config.json"), "{message}");
     let message = fails(&mut tandem(&["verify", &folder]), 1);
     assert!(message.contains("config.json"), "{message}");
+}
+
+#[test]
+fn a_rotary_scaling_that_makes_no_sense_is_explained() {
+    let message = fails(&mut tandem(&["serve", "--rope-scaling", "yarn"]), 2);
+    assert!(message.contains("--rope-scaling is \"yarn\"") && message.contains("`yarn:4`"), "{message}");
+    let demo = Path::new(env!("CARGO_MANIFEST_DIR")).join("../models/demo/draft").display().to_string();
+    let asked = r#"{"rope_type": "yarn", "factor": 4, "spin": 1}"#;
+    let draft_alone = ["generate", "x", "--draft", &demo, "--draft-rope-scaling", asked];
+    let message = fails(&mut tandem(&draft_alone), 1);
+    assert!(message.contains(asked) && message.contains("spin"), "{message}");
+    let too_long = ["generate", "x", "--draft", &demo, "--max-model-len", "8192"];
+    assert!(fails(&mut tandem(&too_long), 1).contains("--rope-scaling can stretch it"));
 }
 
 /// A folder that holds a configuration only: what is not known is said before anything else is looked at.

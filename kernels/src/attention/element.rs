@@ -45,7 +45,7 @@ impl Element for Q8 {
     }
 }
 
-/// The first `count <= 16` elements; the other lanes may be anything.
+/// The first `count <= 16` elements, and zeros.
 ///
 /// # Safety
 /// The processor has `V`'s instruction set; the elements are readable.

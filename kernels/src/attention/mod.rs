@@ -17,6 +17,9 @@
 //! `m = max(max, sink)` and `a = exp(max - m)` the last factor is `a / fma(sum, a, exp(sink - m))`. None of this depends on which rows are computed together, or
 //! where a pass begins or ends.
 //!
+//! Where the values are the first elements of the keys ([`Values::OfKeys`]), keys are read token by token:
+//! element `d` of the head adds to lane `d % 16` of a score, and the lanes are folded in halves.
+//!
 //! The query heads of a group and the tokens of a sequence share each key and value that is read.
 
 pub(crate) mod element;
@@ -26,7 +29,7 @@ pub(crate) mod vector;
 use std::cell::RefCell;
 use std::ops::Range;
 
-use crate::kv::{KvLayout, Tile};
+use crate::kv::{KvLayout, Tile, Values};
 use crate::math::exp;
 use crate::pool::ThreadPool;
 use crate::shared_out::SharedOut;
@@ -34,8 +37,9 @@ use crate::shared_out::SharedOut;
 /// Keys of a chunk. Part of what the results are.
 pub const CHUNK: usize = 128;
 
-/// Widest head: bounds the copy of keys whose block size is not a multiple of 16.
-pub const MAX_HEAD_DIM: usize = 512;
+/// Widest head: bounds what a task copies of queries, and of keys whose block size is not a multiple of 16.
+/// DeepSeek's latent has 512 channels, and 64 that turn.
+pub const MAX_HEAD_DIM: usize = 576;
 
 const _: () = assert!(CHUNK.is_multiple_of(crate::LANES));
 
@@ -57,6 +61,9 @@ pub struct PagedAttention<'a> {
     pub scale: f32,
     /// Keys that a token sees, itself included; `None` for all before it.
     pub window: Option<usize>,
+    /// Keys before this position are seen by nobody but their own token: a drafting head has nothing to make
+    /// the first from.
+    pub first_key: usize,
     /// Bound on the scores' magnitude (Gemma 2's `attn_logit_softcapping`).
     pub soft_cap: Option<f32>,
     /// `[num_heads]`: a logit that joins each head's softmax without a value (gpt-oss).
@@ -82,11 +89,11 @@ pub(crate) struct Task<'a> {
 
 /// Where a task's results go.
 pub(crate) enum Output<'a> {
-    /// Everything a row sees, merged: `[num_tokens, num_heads, head_dim]`.
+    /// Everything a row sees, merged: `[num_tokens, num_heads, value_dim]`.
     Whole(&'a SharedOut<'a>),
     /// Some chunks, each by itself, for the kernel `merge` to put together.
     Parts {
-        /// `[num_tokens, num_heads, num_chunks, head_dim + 2]`: the part, its maximum, its sum.
+        /// `[num_tokens, num_heads, num_chunks, value_dim + 2]`: the part, its maximum, its sum.
         parts: &'a SharedOut<'a>,
         num_chunks: usize,
         chunks: Range<usize>,
@@ -123,7 +130,14 @@ impl PagedAttention<'_> {
     /// Positions of the keys that the token at `position` sees.
     #[inline]
     pub(crate) fn visible(&self, position: usize) -> Range<usize> {
-        self.window.map_or(0, |window| (position + 1).saturating_sub(window))..position + 1
+        let first = self.window.map_or(0, |window| (position + 1).saturating_sub(window));
+        first.max(self.first_key).min(position)..position + 1
+    }
+
+    /// Keys lie token by token.
+    #[inline]
+    pub(crate) fn keys_are_rows(&self) -> bool {
+        self.layout.values != Values::Own
     }
 
     /// The logit that joins the softmax of a query head.
@@ -149,13 +163,17 @@ impl PagedAttention<'_> {
     /// Checks everything that the kernels rely on.
     fn check(&self, out_len: usize) {
         let KvLayout { block_size, num_kv_heads, head_dim, .. } = self.layout;
-        let width = self.num_heads * head_dim;
+        let (width, value_dim) = (self.num_heads * head_dim, self.layout.value_dim());
         assert!(
             block_size > 0 && num_kv_heads > 0 && head_dim > 0,
             "attention: empty layout {:?}",
             self.layout
         );
         assert!(head_dim <= MAX_HEAD_DIM, "attention: head_dim {head_dim}; at most {MAX_HEAD_DIM}");
+        assert!(
+            (1..=head_dim).contains(&value_dim),
+            "attention: values are {value_dim} elements of keys of {head_dim}"
+        );
         assert!(
             self.num_heads > 0 && self.num_heads.is_multiple_of(num_kv_heads),
             "attention: {} query heads over {num_kv_heads} key/value heads",
@@ -182,8 +200,9 @@ impl PagedAttention<'_> {
         );
         let num_tokens = self.cu_seqlens_q[num_seqs] as usize;
         assert!(
-            out_len == num_tokens * width,
-            "attention: out has {out_len} elements for [{num_tokens}, {width}]"
+            out_len == num_tokens * self.num_heads * value_dim,
+            "attention: out has {out_len} elements for [{num_tokens}, {}, {value_dim}]",
+            self.num_heads
         );
         assert!(self.q_row_stride >= width, "attention: rows of {width} with stride {}", self.q_row_stride);
         let needed = num_tokens.checked_sub(1).map_or(0, |last| last * self.q_row_stride + width);
@@ -214,7 +233,7 @@ const TASK_ROWS: usize = 48;
 /// Results of chunks that may be kept for merging, at most: bounds the memory of a split context.
 const MAX_PARTS: usize = 8192;
 
-/// Attention of every row of the batch; `out: [num_tokens, num_heads, head_dim]`.
+/// Attention of every row of the batch; `out: [num_tokens, num_heads, value_dim]`.
 ///
 /// # Panics
 /// If a length, a block id or a context length does not fit the others.
@@ -251,8 +270,8 @@ fn split_attention(pool: &ThreadPool, args: &PagedAttention<'_>, work: &Work, ou
         /// The caller's, kept from one pass to the next.
         static PARTS: RefCell<Vec<f32>> = const { RefCell::new(Vec::new()) };
     }
-    let (num_chunks, head_dim) = (work.num_chunks, args.layout.head_dim);
-    let part_len = head_dim + 2;
+    let (num_chunks, value_dim) = (work.num_chunks, args.layout.value_dim());
+    let part_len = value_dim + 2;
     PARTS.with_borrow_mut(|parts| {
         parts.resize(parts.len().max(work.num_rows * num_chunks * part_len), 0.0);
         let shared = SharedOut::new(parts);
@@ -280,7 +299,7 @@ fn split_attention(pool: &ThreadPool, args: &PagedAttention<'_>, work: &Work, ou
                     let parts = &parts[first..first + seen.len() * part_len];
                     // SAFETY: no task is running; a row's parts and output are as long as `merge` wants.
                     unsafe {
-                        (pool.kernels().merge)(parts, args.sink(head), out.part(row * head_dim, head_dim))
+                        (pool.kernels().merge)(parts, args.sink(head), out.part(row * value_dim, value_dim))
                     };
                 }
             }

@@ -12,7 +12,7 @@ use crate::norm::scalar::fold;
 /// No other task may hold the same rows, head and chunks.
 pub(crate) unsafe fn attention(task: &Task<'_>) {
     let args = task.args;
-    let (group, head_dim) = (args.group(), args.layout.head_dim);
+    let (group, head_dim, value_dim) = (args.group(), args.layout.head_dim, args.layout.value_dim());
     let first_token = args.tokens(task.sequence).start;
     for row in task.rows.clone() {
         let token = first_token + row / group;
@@ -20,7 +20,7 @@ pub(crate) unsafe fn attention(task: &Task<'_>) {
         let q = &args.q[token * args.q_row_stride + head * head_dim..][..head_dim];
         let visible = args.visible(args.start_position(task.sequence) + row / group);
         let row = token * args.num_heads + head;
-        let mut part = vec![0.0; head_dim + 2];
+        let mut part = vec![0.0; value_dim + 2];
         let mut merged = Vec::new();
         for chunk in task.output.chunks(chunks_of(&visible)) {
             let keys = visible.start.max(chunk * CHUNK)..visible.end.min((chunk + 1) * CHUNK);
@@ -36,12 +36,12 @@ pub(crate) unsafe fn attention(task: &Task<'_>) {
         }
         if let Output::Whole(out) = &task.output {
             // SAFETY: the caller's promise.
-            merge(&merged, args.sink(head), unsafe { out.part(row * head_dim, head_dim) });
+            merge(&merged, args.sink(head), unsafe { out.part(row * value_dim, value_dim) });
         }
     }
 }
 
-/// One query row over some keys of one chunk: `[head_dim]` weighted values, then the maximum and the sum.
+/// One query row over some keys of one chunk: `[value_dim]` weighted values, then the maximum and the sum.
 fn attend(task: &Task<'_>, q: &[f32], keys: Range<usize>, part: &mut [f32]) {
     let mut weights = [0.0f32; CHUNK];
     let weights = &mut weights[..keys.len()];
@@ -62,22 +62,23 @@ fn attend(task: &Task<'_>, q: &[f32], keys: Range<usize>, part: &mut [f32]) {
             *weight *= element(KvType::F32, task.args.storage, tile.value_scales, offset);
         }
     }
-    for (d, part) in part[..q.len()].iter_mut().enumerate() {
+    let value_dim = task.args.layout.value_dim();
+    for (d, part) in part[..value_dim].iter_mut().enumerate() {
         *part = 0.0;
         for (position, &weight) in keys.clone().zip(&*weights) {
             *part = weight.mul_add(value(task, position, d), *part);
         }
     }
-    part[q.len()] = max;
-    part[q.len() + 1] = fold(sums);
+    part[value_dim] = max;
+    part[value_dim + 1] = fold(sums);
 }
 
-/// Merges the parts `[num_chunks, head_dim + 2]` of a row, at least one, in order.
+/// Merges the parts `[num_chunks, value_dim + 2]` of a row, at least one, in order.
 pub(crate) fn merge(parts: &[f32], sink: Option<f32>, out: &mut [f32]) {
-    let head_dim = out.len();
+    let value_dim = out.len();
     let (mut max, mut sum) = (f32::NEG_INFINITY, 0.0f32);
-    for (chunk, part) in parts.chunks_exact(head_dim + 2).enumerate() {
-        let (chunk_max, chunk_sum) = (part[head_dim], part[head_dim + 1]);
+    for (chunk, part) in parts.chunks_exact(value_dim + 2).enumerate() {
+        let (chunk_max, chunk_sum) = (part[value_dim], part[value_dim + 1]);
         let new_max = max.max(chunk_max);
         let (a, b) = (exp(max - new_max), exp(chunk_max - new_max));
         for (out, &part) in out.iter_mut().zip(part) {
@@ -96,8 +97,17 @@ pub(crate) fn merge(parts: &[f32], sink: Option<f32>, out: &mut [f32]) {
 fn score(task: &Task<'_>, q: &[f32], position: usize) -> f32 {
     let (tile, offset) = task.locate(position);
     let (storage, layout) = (task.args.storage, &task.args.layout);
-    let key = |d| element(layout.kv_type, storage, tile.keys, d * layout.block_size + offset);
-    let score = q.iter().enumerate().fold(0.0, |sum, (d, &q)| q.mul_add(key(d), sum));
+    let score = if task.args.keys_are_rows() {
+        let mut sums = [0.0f32; LANES];
+        for (d, &q) in q.iter().enumerate() {
+            let key = element(layout.kv_type, storage, tile.keys, offset * layout.head_dim + d);
+            sums[d % LANES] = q.mul_add(key, sums[d % LANES]);
+        }
+        fold(sums)
+    } else {
+        let key = |d| element(layout.kv_type, storage, tile.keys, d * layout.block_size + offset);
+        q.iter().enumerate().fold(0.0, |sum, (d, &q)| q.mul_add(key(d), sum))
+    };
     match layout.kv_type {
         KvType::Q8 => score * element(KvType::F32, storage, tile.key_scales, offset),
         KvType::F32 | KvType::F16 => score,

@@ -14,15 +14,17 @@
     reason = "indices name rows, panels and tiles of several arrays at once"
 )]
 
+mod scores;
+
 use std::mem::MaybeUninit;
 use std::ops::Range;
 
 use super::element::{Element, F16, F32, Q8, load_part};
 use super::{CHUNK, MAX_HEAD_DIM, Output, TASK_ROWS, Task, chunks_of, last_factor};
 use crate::LANES;
-use crate::kv::{KvLayout, KvType, Tile, element};
+use crate::kv::{KvLayout, KvType};
 use crate::math::exp as scalar_exp;
-use crate::simd::{Simd, exp, tanh};
+use crate::simd::{Simd, exp};
 
 /// An instruction set's compiled row groups.
 pub(crate) trait Target {
@@ -52,7 +54,7 @@ pub(crate) struct Row {
 /// One chunk and a group of rows, as the kernel takes them.
 pub(crate) struct Group<'a> {
     task: &'a Task<'a>,
-    /// `[head_dim, rows]`
+    /// `[head_dim, rows]`; `[rows, head_dim]` where keys are rows.
     queries: *const f32,
     /// Position of the chunk's first key.
     start: usize,
@@ -78,7 +80,7 @@ pub(crate) unsafe fn attention<T: Target>(task: &Task<'_>) {
 /// As for [`attention`]; the storage is of `E`.
 unsafe fn attend<T: Target, E: Element>(task: &Task<'_>) {
     let (args, num_rows) = (task.args, task.rows.len());
-    let head_dim = args.layout.head_dim;
+    let (head_dim, value_dim) = (args.layout.head_dim, args.layout.value_dim());
     let num_groups = num_rows.div_ceil(T::MAX_ROWS);
     let bounds = |group: usize| group * num_rows / num_groups..(group + 1) * num_rows / num_groups;
     let mut queries = [const { MaybeUninit::<f32>::uninit() }; TASK_ROWS * MAX_HEAD_DIM];
@@ -90,8 +92,9 @@ unsafe fn attend<T: Target, E: Element>(task: &Task<'_>) {
         for (r, row) in rows[bounds.clone()].iter_mut().enumerate() {
             let (new, q) = task.row(task.rows.start + bounds.start + r);
             *row = new;
+            let (at, step) = if args.keys_are_rows() { (r * head_dim, 1) } else { (r, bounds.len()) };
             for (d, &q) in q.iter().enumerate() {
-                queries[bounds.start * head_dim + d * bounds.len() + r].write(q);
+                queries[bounds.start * head_dim + at + d * step].write(q);
             }
         }
     }
@@ -102,7 +105,7 @@ unsafe fn attend<T: Target, E: Element>(task: &Task<'_>) {
         if let Output::Parts { parts, num_chunks, .. } = &task.output {
             for row in &mut *rows {
                 // SAFETY: the parts hold every row's chunks.
-                row.out = unsafe { parts.start().add((row.index * num_chunks + chunk) * (head_dim + 2)) };
+                row.out = unsafe { parts.start().add((row.index * num_chunks + chunk) * (value_dim + 2)) };
                 row.max = f32::NEG_INFINITY;
             }
         }
@@ -122,8 +125,8 @@ unsafe fn attend<T: Target, E: Element>(task: &Task<'_>) {
             for row in rows.iter().filter(|row| row.begin < start + CHUNK && start < row.end) {
                 // SAFETY: a part ends with its maximum and sum.
                 unsafe {
-                    *row.out.add(head_dim) = row.max;
-                    *row.out.add(head_dim + 1) = row.sum;
+                    *row.out.add(value_dim) = row.max;
+                    *row.out.add(value_dim + 1) = row.sum;
                 }
             }
         }
@@ -132,7 +135,7 @@ unsafe fn attend<T: Target, E: Element>(task: &Task<'_>) {
         for row in &*rows {
             let factor = last_factor(row.max, row.sum, args.sink(row.index % args.num_heads));
             // SAFETY: the row's outputs are the task's.
-            let out = unsafe { std::slice::from_raw_parts_mut(row.out, head_dim) };
+            let out = unsafe { std::slice::from_raw_parts_mut(row.out, value_dim) };
             out.iter_mut().for_each(|out| *out *= factor);
         }
     }
@@ -149,7 +152,7 @@ impl<'a> Task<'a> {
         let index = token * args.num_heads + head;
         let out = match &self.output {
             // SAFETY: the checked length covers every row.
-            Output::Whole(out) => unsafe { out.start().add(index * head_dim) },
+            Output::Whole(out) => unsafe { out.start().add(index * args.layout.value_dim()) },
             Output::Parts { .. } => std::ptr::null_mut(),
         };
         let (begin, end) = (visible.start, visible.end);
@@ -158,23 +161,23 @@ impl<'a> Task<'a> {
     }
 }
 
-/// Merges the parts `[num_chunks, head_dim + 2]` of a row, at least one, in order.
+/// Merges the parts `[num_chunks, value_dim + 2]` of a row, at least one, in order.
 ///
 /// # Safety
 /// The processor has `V`'s instruction set.
 #[inline(always)]
 pub(crate) unsafe fn merge<V: Simd>(parts: &[f32], sink: Option<f32>, out: &mut [f32]) {
-    let head_dim = out.len();
+    let value_dim = out.len();
     let (mut max, mut sum) = (f32::NEG_INFINITY, 0.0f32);
-    for (chunk, part) in parts.chunks_exact(head_dim + 2).enumerate() {
-        let (chunk_max, chunk_sum) = (part[head_dim], part[head_dim + 1]);
+    for (chunk, part) in parts.chunks_exact(value_dim + 2).enumerate() {
+        let (chunk_max, chunk_sum) = (part[value_dim], part[value_dim + 1]);
         let new_max = max.max(chunk_max);
         let (a, b) = (scalar_exp(max - new_max), scalar_exp(chunk_max - new_max));
         let mut i = 0;
-        while i < head_dim {
-            // SAFETY: at most `head_dim - i` elements at `i` of either.
+        while i < value_dim {
+            // SAFETY: at most `value_dim - i` elements at `i` of either.
             unsafe {
-                let (at, count) = (out.as_mut_ptr().add(i), LANES.min(head_dim - i));
+                let (at, count) = (out.as_mut_ptr().add(i), LANES.min(value_dim - i));
                 let part = V::load_part(part.as_ptr().add(i), count);
                 let merged = if chunk == 0 {
                     part
@@ -189,7 +192,7 @@ pub(crate) unsafe fn merge<V: Simd>(parts: &[f32], sink: Option<f32>, out: &mut 
         max = new_max;
     }
     // SAFETY: the whole of `out`.
-    unsafe { rescale::<V>(out.as_mut_ptr(), head_dim, last_factor(max, sum, sink)) };
+    unsafe { rescale::<V>(out.as_mut_ptr(), value_dim, last_factor(max, sum, sink)) };
 }
 
 /// Multiplies `len` elements by `scale`.
@@ -230,7 +233,8 @@ pub(crate) unsafe fn group<V: Simd, E: Element, const R: usize, const W: usize>(
     rows: &mut [Row],
 ) {
     let rows: &mut [Row; R] = rows.try_into().expect("the group's rows: this is a bug");
-    let head_dim = group.task.args.layout.head_dim;
+    let args = group.task.args;
+    let value_dim = args.layout.value_dim();
     let within = |position: usize| position.saturating_sub(group.start).min(CHUNK);
     let mut seen = Seen {
         begin: std::array::from_fn(|r| within(rows[r].begin)),
@@ -238,17 +242,21 @@ pub(crate) unsafe fn group<V: Simd, E: Element, const R: usize, const W: usize>(
         weights: [[0.0; CHUNK]; R],
         merges: [None; R],
     };
-    // SAFETY: the caller's promise; columns are below `head_dim`.
+    // SAFETY: the caller's promise; columns are below `value_dim`.
     unsafe {
-        group.score::<V, E, R, W>(&mut seen);
+        if args.keys_are_rows() {
+            group.score_rows::<V, E, R, W>(&mut seen);
+        } else {
+            group.score::<V, E, R, W>(&mut seen);
+        }
         group.weigh::<V, E, R>(&mut seen, rows);
         let mut column = 0;
-        while column + W * LANES <= head_dim {
+        while column + W * LANES <= value_dim {
             group.gather::<V, E, R, W>(&seen, rows, column, LANES);
             column += W * LANES;
         }
-        while column < head_dim {
-            group.gather::<V, E, R, 1>(&seen, rows, column, LANES.min(head_dim - column));
+        while column < value_dim {
+            group.gather::<V, E, R, 1>(&seen, rows, column, LANES.min(value_dim - column));
             column += LANES;
         }
     }
@@ -268,129 +276,6 @@ fn fetch(at: *const u8) {
 }
 
 impl Group<'_> {
-    /// Scaled and capped scores of all keys of the chunk that any row sees.
-    ///
-    /// # Safety
-    /// As for [`group`].
-    #[inline(always)]
-    unsafe fn score<V: Simd, E: Element, const R: usize, const W: usize>(&self, seen: &mut Seen<R>) {
-        let args = self.task.args;
-        let KvLayout { block_size, head_dim, .. } = args.layout;
-        let end = self.start + seen.end[R - 1];
-        let mut position = self.start + seen.begin[0] / LANES * LANES;
-        // SAFETY: keys below `end` are in the checked blocks; with a block size that is a multiple of
-        // 16, so is the rest of the last tile.
-        unsafe {
-            if block_size.is_multiple_of(LANES) {
-                while position + (W - 1) * LANES < end {
-                    let keys = std::array::from_fn(|t| self.key::<E>(position + t * LANES));
-                    self.score_tiles::<V, E, R, W>(seen, position, keys, block_size);
-                    position += W * LANES;
-                }
-                while position < end {
-                    self.score_tiles::<V, E, R, 1>(seen, position, [self.key::<E>(position)], block_size);
-                    position += LANES;
-                }
-                return;
-            }
-            let mut tile = [0.0f32; MAX_HEAD_DIM * LANES];
-            while position < end {
-                for lane in 0..LANES.min(end - position) {
-                    let (from, offset) = self.task.locate(position + lane);
-                    for d in 0..head_dim {
-                        let key = element(E::TYPE, args.storage, from.keys, d * block_size + offset);
-                        tile[d * LANES + lane] = key;
-                    }
-                }
-                self.score_tiles::<V, F32, R, 1>(seen, position, [tile.as_ptr().cast()], LANES);
-                position += LANES;
-            }
-        }
-    }
-
-    /// Scores of `T` tiles of 16 keys from `position`; elements of a key are `stride` apart. `E` is the
-    /// tiles' type, which is not the storage's if they are a copy.
-    ///
-    /// # Safety
-    /// As for [`group`]; the tiles are readable.
-    #[inline(always)]
-    unsafe fn score_tiles<V: Simd, E: Element, const R: usize, const T: usize>(
-        &self,
-        seen: &mut Seen<R>,
-        position: usize,
-        mut keys: [*const u8; T],
-        stride: usize,
-    ) {
-        let args = self.task.args;
-        let (head_dim, step) = (args.layout.head_dim, stride * E::TYPE.element_bytes());
-        // A tile's values are as many bytes as its keys, and as far off in every tile.
-        let to_values = args.layout.tile(0, 0).values;
-        // SAFETY: the caller's promise; a group has `head_dim` times `R` queries.
-        unsafe {
-            let mut scores = [[V::splat(0.0); T]; R];
-            let mut queries = self.queries;
-            for _ in 0..head_dim {
-                let mut tiles = [V::splat(0.0); T];
-                for t in 0..T {
-                    tiles[t] = E::load(keys[t]);
-                    fetch(keys[t].wrapping_add(to_values));
-                    keys[t] = keys[t].wrapping_add(step);
-                }
-                for r in 0..R {
-                    let q = V::splat(*queries.add(r));
-                    for t in 0..T {
-                        scores[r][t] = q.fma(tiles[t], scores[r][t]);
-                    }
-                }
-                queries = queries.wrapping_add(R);
-            }
-            let scale = V::splat(args.scale);
-            for t in 0..T {
-                let at = position - self.start + t * LANES;
-                let key_scales = self.scales::<V>(position + t * LANES, |tile| tile.key_scales);
-                for r in 0..R {
-                    let mut score = scores[r][t];
-                    if let Some(key_scales) = key_scales {
-                        score = score.mul(key_scales);
-                    }
-                    score = score.mul(scale);
-                    if let Some(cap) = args.soft_cap {
-                        let cap = V::splat(cap);
-                        score = cap.mul(tanh(score.div(cap)));
-                    }
-                    score.store(seen.weights[r].as_mut_ptr().add(at));
-                }
-            }
-        }
-    }
-
-    /// The scales of 16 tokens from `position`, a multiple of 16, if their type has any; those of tokens
-    /// beyond the context may be anything.
-    ///
-    /// # Safety
-    /// As for [`group`]; the first is in the context.
-    #[inline(always)]
-    unsafe fn scales<V: Simd>(&self, position: usize, part: impl Fn(&Tile) -> usize) -> Option<V> {
-        let args = self.task.args;
-        if args.layout.kv_type != KvType::Q8 {
-            return None;
-        }
-        if args.layout.block_size.is_multiple_of(LANES) {
-            let (tile, offset) = self.task.locate(position);
-            // SAFETY: a tile has a scale for each of its tokens, and 16 of them from here.
-            return Some(unsafe {
-                V::load(args.storage.as_ptr().add(part(&tile)).cast::<f32>().add(offset))
-            });
-        }
-        let context_len = args.context_lens[self.task.sequence] as usize;
-        let scales: [f32; LANES] = std::array::from_fn(|lane| {
-            let (tile, offset) = self.task.locate((position + lane).min(context_len - 1));
-            element(KvType::F32, args.storage, part(&tile), offset)
-        });
-        // SAFETY: 16 elements.
-        Some(unsafe { V::load(scales.as_ptr()) })
-    }
-
     /// Turns each row's scores into weights, and merges maximum and sum.
     ///
     /// # Safety
@@ -446,7 +331,7 @@ impl Group<'_> {
     /// left of the head when `C` is 1.
     ///
     /// # Safety
-    /// As for [`group`]; the columns are below `head_dim`.
+    /// As for [`group`]; the columns are below `value_dim`.
     #[inline(always)]
     unsafe fn gather<V: Simd, E: Element, const R: usize, const C: usize>(
         &self,
@@ -533,16 +418,5 @@ impl Group<'_> {
             }
             key += run;
         }
-    }
-
-    /// The first element of the key at `position`.
-    ///
-    /// # Safety
-    /// The position is below the context length.
-    #[inline(always)]
-    unsafe fn key<E: Element>(&self, position: usize) -> *const u8 {
-        let (tile, offset) = self.task.locate(position);
-        // SAFETY: the checked blocks cover the context.
-        unsafe { self.task.args.storage.as_ptr().add(tile.keys + offset * E::TYPE.element_bytes()) }
     }
 }

@@ -4,7 +4,7 @@
 
 use super::{Least, Measured, ReadRoof, WORKING_SET_BYTES, multiply_adds, noise};
 use crate::attention::{PagedAttention, paged_attention};
-use crate::kv::{KvLayout, KvRows, KvType, write_kv};
+use crate::kv::{KvLayout, KvRows, KvType, Values, write_kv};
 use crate::pack::memory::{LINE_BYTES, Lines, bytes_mut};
 use crate::pool::ThreadPool;
 
@@ -44,7 +44,7 @@ pub fn measure(
     rounds: usize,
 ) -> Vec<Measured> {
     let Shape { num_heads, num_kv_heads, head_dim, .. } = shape;
-    let layout = KvLayout { block_size: BLOCK_SIZE, num_kv_heads, head_dim, kv_type };
+    let layout = KvLayout { block_size: BLOCK_SIZE, num_kv_heads, head_dim, values: Values::Own, kv_type };
     let block_table = shuffled(context_len.div_ceil(BLOCK_SIZE));
     let layer_bytes = block_table.len() * layout.block_bytes();
     let num_layers = (WORKING_SET_BYTES / layer_bytes).max(2);
@@ -73,6 +73,7 @@ pub fn measure(
                     num_heads,
                     scale: (head_dim as f32).sqrt().recip(),
                     window: None,
+                    first_key: 0,
                     soft_cap: None,
                     sinks: None,
                     block_tables: &block_table,

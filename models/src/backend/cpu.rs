@@ -8,13 +8,17 @@ use std::sync::Arc;
 
 use memmap2::MmapMut;
 use tandem_kernels::attention::{PagedAttention, paged_attention};
-use tandem_kernels::kv::{self, KvRows, KvType, write_kv};
+use tandem_kernels::kv::{self, KvRows, KvType, Values, write_kv};
 use tandem_kernels::matmul::gated::{FeedForward, feed_forward};
+use tandem_kernels::matmul::heads::{HeadProducts, head_matmul};
 use tandem_kernels::pack::{WeightType, Weights};
 use tandem_kernels::rope::{Rope, rope};
 use tandem_kernels::{PackedMatrix, ThreadPool, experts, gate, head_norm, layer_norm, matmul, norm, scaling};
 
-use super::{Attention, Backend, ExpertLinear, GatedFeedForward, Heads, Linear, Norm, QkNormWeights, Share};
+use super::{
+    Attention, Backend, Columns, ExpertLinear, GatedFeedForward, Heads, Linear, Norm, QkNormWeights, Rows,
+    Share,
+};
 use crate::batch::ForwardBatch;
 use crate::config::{Activation, Experts, NormKind};
 use crate::error::ModelError;
@@ -46,6 +50,8 @@ pub struct KvLayer {
 #[derive(Debug)]
 pub struct Routing {
     picks_per_row: usize,
+    /// By which a row's experts are chosen; room for those of groups, too.
+    scores: Vec<f32>,
     /// `[picks]`
     picks: Vec<u32>,
     /// `[picks]`
@@ -116,8 +122,8 @@ impl Backend for CpuBackend {
     }
 
     fn allocate_kv_layer(&mut self, shape: &KvLayout) -> Result<KvLayer, ModelError> {
-        let KvLayout { block_size, num_kv_heads, head_dim, kv_type, .. } = *shape;
-        let layout = kv::KvLayout { block_size, num_kv_heads, head_dim, kv_type };
+        let KvLayout { block_size, num_kv_heads, head_dim, values, kv_type, .. } = *shape;
+        let layout = kv::KvLayout { block_size, num_kv_heads, head_dim, values, kv_type };
         Ok(KvLayer { layout, storage: try_zeros(shape.num_blocks * layout.block_bytes())? })
     }
 
@@ -129,6 +135,7 @@ impl Backend for CpuBackend {
         let picks = max_rows * experts.num_experts_per_token;
         Ok(Routing {
             picks_per_row: experts.num_experts_per_token,
+            scores: Vec::with_capacity(2 * experts.num_experts),
             picks: Vec::with_capacity(picks),
             weights: Vec::with_capacity(picks),
             order: Vec::with_capacity(picks),
@@ -256,6 +263,50 @@ impl Backend for CpuBackend {
         Ok(())
     }
 
+    fn norm_first(
+        &mut self,
+        rows: usize,
+        width: usize,
+        norm: Norm<'_, Vec<f32>>,
+        x: &mut Vec<f32>,
+    ) -> Result<(), ModelError> {
+        let parts = head_norm::Heads { rows, row_stride: width, num_heads: 1 };
+        head_norm::head_norm(&self.pool, x, norm.weight, norm.eps, parts);
+        Ok(())
+    }
+
+    fn join_latents(
+        &mut self,
+        rows: usize,
+        heads: Heads,
+        q: &Vec<f32>,
+        up: &[PackedMatrix],
+        latents: &Vec<f32>,
+        qkv: &mut Vec<f32>,
+    ) -> Result<(), ModelError> {
+        let (width, row_stride) = (heads.head_dim, heads.qkv_width());
+        let tail = width - up[0].out_features();
+        let q = &q[..rows * up.len() * (up[0].in_features() + tail)];
+        head_matmul(&self.pool, q, &HeadProducts { weights: up, tail, out_row_stride: row_stride }, qkv);
+        for (latent, row) in latents.chunks_exact(width).zip(qkv.chunks_exact_mut(row_stride)).take(rows) {
+            row[heads.q_width()..].copy_from_slice(latent);
+        }
+        Ok(())
+    }
+
+    fn head_matmul(
+        &mut self,
+        rows: usize,
+        x: &Vec<f32>,
+        weights: &[PackedMatrix],
+        out: &mut Vec<f32>,
+    ) -> Result<(), ModelError> {
+        let x = &x[..rows * weights.len() * weights[0].in_features()];
+        let out_row_stride = weights.len() * weights[0].out_features();
+        head_matmul(&self.pool, x, &HeadProducts { weights, tail: 0, out_row_stride }, out);
+        Ok(())
+    }
+
     fn rope_and_store(
         &mut self,
         inputs: &ForwardBatch,
@@ -272,13 +323,15 @@ impl Backend for CpuBackend {
                 positions: &inputs.positions,
                 // Queries and keys stand side by side.
                 num_heads: heads.num_heads + heads.num_kv_heads,
-                head_dim: heads.head_dim,
+                head_dim: table.width(),
+                head_stride: heads.head_dim,
                 row_stride,
             };
-            rope(&self.pool, qkv, &rotation);
+            rope(&self.pool, &mut qkv[heads.head_dim - table.width()..], &rotation);
         }
         let k = &qkv[heads.q_width()..];
-        let rows = KvRows { k, v: &k[heads.kv_width()..], row_stride, slot_mapping: &inputs.slot_mapping };
+        let v = if heads.values == Values::Own { &k[heads.kv_width()..] } else { &[] };
+        let rows = KvRows { k, v, row_stride, slot_mapping: &inputs.slot_mapping };
         write_kv(&self.pool, &kv.layout, &rows, &mut kv.storage);
         Ok(())
     }
@@ -300,6 +353,7 @@ impl Backend for CpuBackend {
             num_heads: heads.num_heads,
             scale: attention.scale,
             window: attention.window,
+            first_key: attention.first_key,
             soft_cap: attention.soft_cap,
             sinks: attention.sinks.map(Vec::as_slice),
             block_tables: &inputs.block_tables,
@@ -307,7 +361,7 @@ impl Backend for CpuBackend {
             cu_seqlens_q: &inputs.cu_seqlens_q,
             context_lens: &inputs.context_lens,
         };
-        let len = inputs.num_tokens() * heads.q_width();
+        let len = inputs.num_tokens() * heads.out_width();
         paged_attention(&self.pool, &args, &mut out[..len]);
         Ok(())
     }
@@ -367,14 +421,23 @@ impl Backend for CpuBackend {
         &mut self,
         rows: usize,
         config: &Experts,
+        choice_bias: Option<&Vec<f32>>,
         logits: &Vec<f32>,
         routing: &mut Routing,
     ) -> Result<(), ModelError> {
-        let Experts { num_experts, num_experts_per_token: num_picks, renormalise, .. } = *config;
-        routing.picks.resize(rows * num_picks, 0);
-        routing.weights.resize(rows * num_picks, 0.0);
-        let Routing { picks, weights, order, groups, .. } = routing;
-        experts::route(&logits[..rows * num_experts], num_experts, num_picks, renormalise, picks, weights);
+        let router = experts::Router {
+            num_experts: config.num_experts,
+            num_picks: config.num_experts_per_token,
+            scoring: config.scoring,
+            choice_bias: choice_bias.map(Vec::as_slice),
+            groups: config.groups,
+            renormalise: config.renormalise,
+            scale: config.weight_scale,
+        };
+        routing.picks.resize(rows * router.num_picks, 0);
+        routing.weights.resize(rows * router.num_picks, 0.0);
+        let Routing { scores, picks, weights, order, groups, .. } = routing;
+        experts::route(&logits[..rows * router.num_experts], &router, scores, picks, weights);
         experts::group(picks, order, groups);
         Ok(())
     }
@@ -420,6 +483,76 @@ impl Backend for CpuBackend {
     ) -> Result<(), ModelError> {
         let x = &x[..routing.weights.len() * width];
         experts::combine(&self.pool, x, &routing.weights, width, &mut out[..rows * width]);
+        Ok(())
+    }
+
+    fn allocate_slots(&mut self, num_slots: usize, width: usize) -> Result<Vec<f32>, ModelError> {
+        let zeros = num_slots.checked_mul(width).map(bytemuck::allocation::try_zeroed_vec::<f32>);
+        zeros.and_then(Result::ok).ok_or_else(|| ModelError::Backend {
+            context: "KV cache",
+            reason: format!("no memory for the hidden states of {num_slots} tokens, {width} numbers each"),
+        })
+    }
+
+    fn store_slots(
+        &mut self,
+        inputs: &ForwardBatch,
+        rows: Rows,
+        width: usize,
+        x: &Vec<f32>,
+        store: &mut Vec<f32>,
+    ) -> Result<(), ModelError> {
+        let mut put = |slot: u32, row: &[f32]| {
+            let at = slot as usize * width;
+            store[at..at + width].copy_from_slice(row);
+        };
+        let values = x.chunks_exact(width);
+        match rows {
+            Rows::All => inputs.slot_mapping.iter().zip(values).for_each(|(&slot, row)| put(slot, row)),
+            Rows::Logits => {
+                let slots = inputs.logits_rows.iter().map(|&row| inputs.slot_mapping[row as usize]);
+                slots.zip(values).for_each(|(slot, row)| put(slot, row));
+            }
+        }
+        Ok(())
+    }
+
+    fn load_slots_before(
+        &mut self,
+        inputs: &ForwardBatch,
+        block_size: usize,
+        width: usize,
+        store: &Vec<f32>,
+        out: &mut Vec<f32>,
+    ) -> Result<(), ModelError> {
+        for sequence in 0..inputs.num_seqs() {
+            let rows = inputs.cu_seqlens_q[sequence] as usize..inputs.cu_seqlens_q[sequence + 1] as usize;
+            let blocks = &inputs.block_tables[inputs.block_table_offsets[sequence] as usize..];
+            for row in rows {
+                let to = &mut out[row * width..(row + 1) * width];
+                match (inputs.positions[row] as usize).checked_sub(1) {
+                    None => to.fill(0.0),
+                    Some(before) => {
+                        let slot = blocks[before / block_size] as usize * block_size + before % block_size;
+                        to.copy_from_slice(&store[slot * width..(slot + 1) * width]);
+                    }
+                }
+            }
+        }
+        Ok(())
+    }
+
+    fn put_columns(
+        &mut self,
+        rows: usize,
+        x: &Vec<f32>,
+        columns: Columns,
+        out: &mut Vec<f32>,
+    ) -> Result<(), ModelError> {
+        let Columns { first, width, of } = columns;
+        for (x, out) in x.chunks_exact(width).zip(out.chunks_exact_mut(of)).take(rows) {
+            out[first..first + width].copy_from_slice(x);
+        }
         Ok(())
     }
 

@@ -13,10 +13,10 @@
 pub mod cpu;
 pub mod reference;
 
-use tandem_kernels::kv::KvType;
+use tandem_kernels::kv::{KvType, Values};
 
 use crate::batch::ForwardBatch;
-use crate::config::{Activation, Experts, NormKind};
+use crate::config::{Activation, DecoderConfig, Experts, NormKind};
 use crate::error::ModelError;
 use crate::kv_cache::KvLayout;
 use crate::rope::RopeTable;
@@ -35,7 +35,8 @@ pub enum BackendKind {
 }
 
 /// The heads of an attention layer. Queries, keys and values of a token lie side by side in one row:
-/// `num_heads` queries, `num_kv_heads` keys, `num_kv_heads` values, each of `head_dim`.
+/// `num_heads` queries, `num_kv_heads` keys, `num_kv_heads` values, each of `head_dim`; without values where
+/// they are those of the keys.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Heads {
     /// Query heads.
@@ -44,22 +45,45 @@ pub struct Heads {
     pub num_kv_heads: usize,
     /// Width of a head.
     pub head_dim: usize,
+    /// What values are.
+    pub values: Values,
 }
 
 impl Heads {
-    /// Width of a row of queries, and of attention's output.
+    /// Those of a model.
+    pub fn of(config: &DecoderConfig) -> Self {
+        Heads {
+            num_heads: config.num_heads,
+            num_kv_heads: config.num_kv_heads,
+            head_dim: config.head_dim,
+            values: config.values(),
+        }
+    }
+
+    /// Width of a row of queries.
     pub fn q_width(&self) -> usize {
         self.num_heads * self.head_dim
     }
 
-    /// Width of a row of keys, and of values.
+    /// Width of a row of keys, and of values where they are their own.
     pub fn kv_width(&self) -> usize {
         self.num_kv_heads * self.head_dim
     }
 
     /// Width of queries, keys and values side by side.
     pub fn qkv_width(&self) -> usize {
-        self.q_width() + 2 * self.kv_width()
+        let stored = if self.values == Values::Own { 2 } else { 1 };
+        self.q_width() + stored * self.kv_width()
+    }
+
+    /// Width of a head's value.
+    pub fn value_dim(&self) -> usize {
+        self.values.width(self.head_dim)
+    }
+
+    /// Width of a row of attention's output.
+    pub fn out_width(&self) -> usize {
+        self.num_heads * self.value_dim()
     }
 }
 
@@ -180,9 +204,42 @@ pub trait Backend: Send {
         qkv: &mut Self::Buffer,
     ) -> Result<(), ModelError>;
 
+    /// RMS-normalises the first channels of every row of `x`, as many as the weight has, in place. Rows are of
+    /// `width`.
+    fn norm_first(
+        &mut self,
+        rows: usize,
+        width: usize,
+        norm: Norm<'_, Self::Vector>,
+        x: &mut Self::Buffer,
+    ) -> Result<(), ModelError>;
+
+    /// `qkv` = queries as they meet latents, then the token's own latent. `q` is `[rows, num_heads, _]`: the
+    /// channels of a head that `up` has inputs for are projected by the head's own matrix of it
+    /// (`[num_heads]` of `[latent, inputs]`), and those that turn follow as they are. `latents` is
+    /// `[rows, heads.head_dim]`.
+    fn join_latents(
+        &mut self,
+        rows: usize,
+        heads: Heads,
+        q: &Self::Buffer,
+        up: &[Self::Matrix],
+        latents: &Self::Buffer,
+        qkv: &mut Self::Buffer,
+    ) -> Result<(), ModelError>;
+
+    /// `out` = every head of `x` (`[rows, num_heads, in_features]`) times a matrix of its own.
+    fn head_matmul(
+        &mut self,
+        rows: usize,
+        x: &Self::Buffer,
+        weights: &[Self::Matrix],
+        out: &mut Self::Buffer,
+    ) -> Result<(), ModelError>;
+
     /// Rotates the queries and keys of `qkv` (`[num_tokens, heads.qkv_width()]`) to their positions, if
-    /// there is a rotation, and stores keys and values at their slots. Afterwards only the queries of
-    /// `qkv` are defined.
+    /// there is a rotation, and stores keys and values at their slots. A rotation narrower than a head turns
+    /// its last channels. Afterwards only the queries of `qkv` are defined.
     fn rope_and_store(
         &mut self,
         inputs: &Self::Inputs,
@@ -193,7 +250,7 @@ pub trait Backend: Send {
     ) -> Result<(), ModelError>;
 
     /// Causal attention of the queries in `qkv` over each sequence's blocks of `kv`: `out` is
-    /// `[num_tokens, heads.q_width()]`.
+    /// `[num_tokens, heads.out_width()]`.
     fn attention(
         &mut self,
         inputs: &Self::Inputs,
@@ -236,11 +293,13 @@ pub trait Backend: Send {
     ) -> Result<(), ModelError>;
 
     /// Chooses every row's experts from the router's `logits` (`[rows, num_experts]`): those with the
-    /// largest, the largest first, ties to the lower number. These are the row's *picks*.
+    /// largest scores, the largest first, ties to the lower number. These are the row's *picks*.
+    /// `choice_bias` is `[num_experts]`, where experts are chosen by one.
     fn route(
         &mut self,
         rows: usize,
         experts: &Experts,
+        choice_bias: Option<&Self::Vector>,
         logits: &Self::Buffer,
         routing: &mut Self::Routing,
     ) -> Result<(), ModelError>;
@@ -267,6 +326,41 @@ pub trait Backend: Send {
         out: &mut Self::Buffer,
     ) -> Result<(), ModelError>;
 
+    /// Zeros, a row of `width` a slot of the KV cache: a place for hidden states beside it.
+    fn allocate_slots(&mut self, num_slots: usize, width: usize) -> Result<Self::Buffer, ModelError>;
+
+    /// `store[slot] = x[i]`, rows of `width`, for the slots of the pass's tokens, of all or of those in
+    /// `logits_rows`.
+    fn store_slots(
+        &mut self,
+        inputs: &Self::Inputs,
+        rows: Rows,
+        width: usize,
+        x: &Self::Buffer,
+        store: &mut Self::Buffer,
+    ) -> Result<(), ModelError>;
+
+    /// `out[i]` = the row in `store` of the token before the `i`-th of the pass, in its sequence; zeros for
+    /// a first token. Blocks have `block_size` slots.
+    fn load_slots_before(
+        &mut self,
+        inputs: &Self::Inputs,
+        block_size: usize,
+        width: usize,
+        store: &Self::Buffer,
+        out: &mut Self::Buffer,
+    ) -> Result<(), ModelError>;
+
+    /// Puts the rows of `x` side by side with what rows of `out` have before `columns.first`. Called from
+    /// left to right; after the last columns the rows are whole.
+    fn put_columns(
+        &mut self,
+        rows: usize,
+        x: &Self::Buffer,
+        columns: Columns,
+        out: &mut Self::Buffer,
+    ) -> Result<(), ModelError>;
+
     /// `x[i] = x[logits_rows[i]]`, rows of `width`. In place: the rows ascend, so front to back no row
     /// is overwritten before it is read.
     fn pick_logits_rows(
@@ -275,6 +369,26 @@ pub trait Backend: Send {
         width: usize,
         x: &mut Self::Buffer,
     ) -> Result<(), ModelError>;
+}
+
+/// Rows of a pass.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Rows {
+    /// One a token.
+    All,
+    /// One of each of its `logits_rows`.
+    Logits,
+}
+
+/// A stretch of columns in wider rows.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Columns {
+    /// Where they begin.
+    pub first: usize,
+    /// How many there are.
+    pub width: usize,
+    /// Width of the rows that they are part of.
+    pub of: usize,
 }
 
 /// A norm's parameters.
@@ -308,6 +422,8 @@ pub struct Attention<'a, V> {
     pub scale: f32,
     /// Keys that a query sees, its own included; `None`: all before it.
     pub window: Option<usize>,
+    /// Keys before this position are seen by nobody but their own token.
+    pub first_key: usize,
     /// Scores become `cap * tanh(score / cap)`.
     pub soft_cap: Option<f32>,
     /// `[num_heads]`: a logit that joins the softmax of a head and has no value.

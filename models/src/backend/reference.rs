@@ -5,15 +5,24 @@
 //! It allocates in every operation, and it keeps the bit rule of [`crate::Model`] only up to
 //! rounding: candle's own matrix product may sum in another order when the number of rows changes.
 
-use candle_core::{D, Device, Error, Result as CandleResult, Tensor};
+mod formulas;
 
-use super::{Attention, Backend, ExpertLinear, GatedFeedForward, Heads, Linear, Norm, QkNormWeights, Share};
+use candle_core::{Device, Error, Result as CandleResult, Tensor};
+use tandem_kernels::kv::Values;
+
+use super::{
+    Attention, Backend, Columns, ExpertLinear, GatedFeedForward, Heads, Linear, Norm, QkNormWeights, Rows,
+    Share,
+};
 use crate::batch::ForwardBatch;
-use crate::config::{Activation, Experts, NormKind};
+use crate::config::{Activation, Experts};
 use crate::error::ModelError;
 use crate::kv_cache::KvLayout;
 use crate::rope::RopeTable;
 use crate::weights::TensorView;
+use formulas::{
+    attend, join_latents, norm_queries_and_keys, normalise, rms_norm, rotate_and_store, route, soft_cap,
+};
 
 /// See the module's documentation.
 #[derive(Clone, Debug)]
@@ -28,11 +37,12 @@ impl ReferenceBackend {
     }
 }
 
-/// Keys and values of one layer, each `[num_slots, num_kv_heads * head_dim]`.
+/// Keys and values of one layer, each `[num_slots, num_kv_heads * head_dim]`; no values where they are those of
+/// the keys.
 #[derive(Debug)]
 pub struct KvTensors {
     keys: Tensor,
-    values: Tensor,
+    values: Option<Tensor>,
 }
 
 /// Rotary tables, each `[num_positions, head_dim / 2]`.
@@ -57,6 +67,8 @@ struct Pass {
     sequences: Vec<Sequence>,
     /// `None` if there are none: candle has no empty tensors on some devices.
     logits_rows: Option<Tensor>,
+    /// Their tokens' slots.
+    logits_slots: Vec<usize>,
 }
 
 #[derive(Debug)]
@@ -124,7 +136,8 @@ impl Backend for ReferenceBackend {
             let zeros = zeros.map_err(|()| failed(Error::Msg(format!("no memory for {layout:?}"))))?;
             Tensor::from_vec(zeros, shape, &self.device).map_err(failed)
         };
-        Ok(KvTensors { keys: zeros()?, values: zeros()? })
+        let values = if layout.values == Values::Own { Some(zeros()?) } else { None };
+        Ok(KvTensors { keys: zeros()?, values })
     }
 
     fn allocate_buffer(&mut self, _len: usize) -> Result<Tensor, ModelError> {
@@ -225,6 +238,49 @@ impl Backend for ReferenceBackend {
         replace(qkv, normed)
     }
 
+    fn norm_first(
+        &mut self,
+        rows: usize,
+        width: usize,
+        norm: Norm<'_, Tensor>,
+        x: &mut Tensor,
+    ) -> Result<(), ModelError> {
+        assert_eq!(x.dims(), [rows, width]);
+        let first = norm.weight.elem_count();
+        let normed = x.narrow(1, 0, first).and_then(|part| rms_norm(&part, norm.weight, norm.eps));
+        let rest = x.narrow(1, first, width - first);
+        replace(x, normed.and_then(|normed| Tensor::cat(&[normed, rest?], 1)))
+    }
+
+    fn join_latents(
+        &mut self,
+        rows: usize,
+        heads: Heads,
+        q: &Tensor,
+        up: &[Tensor],
+        latents: &Tensor,
+        qkv: &mut Tensor,
+    ) -> Result<(), ModelError> {
+        assert_eq!(latents.dims(), [rows, heads.head_dim]);
+        replace(qkv, join_latents(heads, q, up, latents))
+    }
+
+    fn head_matmul(
+        &mut self,
+        rows: usize,
+        x: &Tensor,
+        weights: &[Tensor],
+        out: &mut Tensor,
+    ) -> Result<(), ModelError> {
+        assert_eq!(x.dims()[0], rows);
+        let product = |(head, weight): (usize, &Tensor)| {
+            let inputs = weight.dims()[1];
+            x.narrow(1, head * inputs, inputs)?.contiguous()?.matmul(&weight.t()?)
+        };
+        let heads: CandleResult<Vec<Tensor>> = weights.iter().enumerate().map(product).collect();
+        replace(out, heads.and_then(|heads| Tensor::cat(&heads, 1)))
+    }
+
     fn rope_and_store(
         &mut self,
         inputs: &Inputs,
@@ -313,11 +369,12 @@ impl Backend for ReferenceBackend {
         &mut self,
         rows: usize,
         experts: &Experts,
+        choice_bias: Option<&Tensor>,
         logits: &Tensor,
         routing: &mut Routing,
     ) -> Result<(), ModelError> {
         assert_eq!(logits.dims(), [rows, experts.num_experts]);
-        route(experts, logits, routing).map_err(failed)
+        route(experts, choice_bias, logits, routing).map_err(failed)
     }
 
     fn expert_matmul(
@@ -356,6 +413,74 @@ impl Backend for ReferenceBackend {
         replace(out, weighted.and_then(|x| x.sum(1)))
     }
 
+    fn allocate_slots(&mut self, num_slots: usize, width: usize) -> Result<Tensor, ModelError> {
+        let zeros = num_slots.checked_mul(width).map(bytemuck::allocation::try_zeroed_vec::<f32>);
+        let zeros = zeros.and_then(Result::ok);
+        let zeros =
+            zeros.ok_or_else(|| failed(Error::Msg(format!("no memory for {num_slots} x {width}"))))?;
+        Tensor::from_vec(zeros, (num_slots, width), &self.device).map_err(failed)
+    }
+
+    fn store_slots(
+        &mut self,
+        inputs: &Inputs,
+        rows: Rows,
+        width: usize,
+        x: &Tensor,
+        store: &mut Tensor,
+    ) -> Result<(), ModelError> {
+        let pass = inputs.pass();
+        let slots = match rows {
+            Rows::All => &pass.slot_mapping,
+            Rows::Logits => &pass.logits_slots,
+        };
+        assert_eq!(x.dims(), [slots.len(), width]);
+        let store_rows = || -> CandleResult<()> {
+            let x = x.contiguous()?;
+            (slots.iter().enumerate())
+                .try_for_each(|(row, &slot)| store.slice_set(&x.narrow(0, row, 1)?, 0, slot))
+        };
+        store_rows().map_err(failed)
+    }
+
+    fn load_slots_before(
+        &mut self,
+        inputs: &Inputs,
+        _block_size: usize,
+        width: usize,
+        store: &Tensor,
+        out: &mut Tensor,
+    ) -> Result<(), ModelError> {
+        let rows = || -> CandleResult<Tensor> {
+            let mut rows = Vec::new();
+            for sequence in &inputs.pass().sequences {
+                for position in &sequence.positions {
+                    rows.push(match position.checked_sub(1) {
+                        None => Tensor::zeros((1, width), candle_core::DType::F32, store.device())?,
+                        Some(before) => store.index_select(&sequence.slots.narrow(0, before, 1)?, 0)?,
+                    });
+                }
+            }
+            Tensor::cat(&rows, 0)
+        };
+        replace(out, rows())
+    }
+
+    fn put_columns(
+        &mut self,
+        rows: usize,
+        x: &Tensor,
+        columns: Columns,
+        out: &mut Tensor,
+    ) -> Result<(), ModelError> {
+        assert_eq!(x.dims(), [rows, columns.width]);
+        let joined = match columns.first {
+            0 => Ok(x.clone()),
+            first => out.narrow(1, 0, first).and_then(|left| Tensor::cat(&[&left, x], 1)),
+        };
+        replace(out, joined)
+    }
+
     fn pick_logits_rows(&mut self, inputs: &Inputs, width: usize, x: &mut Tensor) -> Result<(), ModelError> {
         assert_eq!(x.dims()[1], width);
         let rows = inputs.pass().logits_rows.as_ref();
@@ -376,6 +501,11 @@ impl Pass {
             slot_mapping: batch.slot_mapping.iter().map(|&slot| slot as usize).collect(),
             sequences: sequences.filter_map(CandleResult::transpose).collect::<CandleResult<_>>()?,
             logits_rows,
+            logits_slots: batch
+                .logits_rows
+                .iter()
+                .map(|&row| batch.slot_mapping[row as usize] as usize)
+                .collect(),
         })
     }
 }
@@ -407,155 +537,6 @@ impl Sequence {
             positions: batch.positions[rows].iter().map(|&position| position as usize).collect(),
         }))
     }
-}
-
-fn normalise(x: &Tensor, norm: Norm<'_, Tensor>) -> CandleResult<Tensor> {
-    match norm.kind {
-        NormKind::Rms => rms_norm(x, norm.weight, norm.eps),
-        NormKind::Layer => {
-            let bias = norm.bias.expect("a layer norm has a bias: this is a bug");
-            let centred = x.broadcast_sub(&x.mean_keepdim(D::Minus1)?)?;
-            rms_norm(&centred, norm.weight, norm.eps)?.broadcast_add(bias)
-        }
-    }
-}
-
-fn rms_norm(x: &Tensor, weight: &Tensor, eps: f32) -> CandleResult<Tensor> {
-    let mean_square = x.sqr()?.mean_keepdim(D::Minus1)?;
-    let root = (mean_square + f64::from(eps))?.sqrt()?;
-    x.broadcast_div(&root)?.broadcast_mul(weight)
-}
-
-fn soft_cap(x: &Tensor, cap: f32) -> CandleResult<Tensor> {
-    let cap = f64::from(cap);
-    x.affine(1.0 / cap, 0.0)?.tanh()?.affine(cap, 0.0)
-}
-
-fn norm_queries_and_keys(
-    qkv: &Tensor,
-    heads: Heads,
-    norm: QkNormWeights<'_, Tensor>,
-) -> CandleResult<Tensor> {
-    let (num_tokens, (q, kv)) = (qkv.dims()[0], (heads.q_width(), heads.kv_width()));
-    let part = |start: usize, width: usize, weight: &Tensor| {
-        let parts = qkv.narrow(1, start, width)?.reshape((num_tokens, (), weight.elem_count()))?;
-        rms_norm(&parts, weight, norm.eps)?.reshape((num_tokens, width))
-    };
-    Tensor::cat(&[part(0, q, norm.q)?, part(q, kv, norm.k)?, qkv.narrow(1, q + kv, kv)?], 1)
-}
-
-/// Sorting on the host: the device's own sort has no rule for ties.
-fn route(experts: &Experts, logits: &Tensor, routing: &mut Routing) -> CandleResult<()> {
-    routing.picks.clear();
-    let mut weights = Vec::new();
-    for logits in logits.to_vec2::<f32>()? {
-        let mut order: Vec<usize> = (0..logits.len()).collect();
-        order.sort_by(|&a, &b| logits[b].total_cmp(&logits[a]));
-        let max = logits[order[0]];
-        let weight = |&expert: &usize| (logits[expert] - max).exp();
-        let all: f32 = order.iter().map(weight).sum();
-        order.truncate(experts.num_experts_per_token);
-        let chosen: f32 = order.iter().map(weight).sum();
-        let sum = if experts.renormalise { chosen } else { all };
-        weights.extend(order.iter().map(|expert| weight(expert) / sum));
-        routing.picks.extend(order);
-    }
-    routing.weights = Tensor::from_vec(weights, (routing.picks.len(), 1), logits.device())?;
-    Ok(())
-}
-
-/// Stores keys and values; returns the rotated queries, `[num_tokens, q_width]`.
-fn rotate_and_store(
-    pass: &Pass,
-    heads: Heads,
-    rope: Option<&RopeTensors>,
-    qkv: &Tensor,
-    kv: &mut KvTensors,
-) -> CandleResult<Tensor> {
-    let (q_width, kv_width) = (heads.q_width(), heads.kv_width());
-    let rotate = |start: usize, width: usize| {
-        let part = qkv.narrow(1, start, width)?.contiguous()?;
-        let Some(rope) = rope else { return Ok(part) };
-        let cos = rope.cos.index_select(&pass.positions, 0)?;
-        let sin = rope.sin.index_select(&pass.positions, 0)?;
-        rotate(&part, heads.head_dim, &cos, &sin)
-    };
-    let queries = rotate(0, q_width)?;
-    let keys = rotate(q_width, kv_width)?;
-    let values = qkv.narrow(1, q_width + kv_width, kv_width)?.contiguous()?;
-    for (row, &slot) in pass.slot_mapping.iter().enumerate() {
-        kv.keys.slice_set(&keys.narrow(0, row, 1)?, 0, slot)?;
-        kv.values.slice_set(&values.narrow(0, row, 1)?, 0, slot)?;
-    }
-    Ok(queries)
-}
-
-/// `x` is `[num_tokens, _ * head_dim]`; channel `i` of a head turns with channel `i + head_dim / 2`.
-fn rotate(x: &Tensor, head_dim: usize, cos: &Tensor, sin: &Tensor) -> CandleResult<Tensor> {
-    let (num_tokens, width) = x.dims2()?;
-    let half = head_dim / 2;
-    let x = x.reshape((num_tokens, width / head_dim, head_dim))?;
-    let (first, second) = (x.narrow(2, 0, half)?, x.narrow(2, half, half)?);
-    let (cos, sin) = (cos.unsqueeze(1)?, sin.unsqueeze(1)?);
-    let rotated_first = (first.broadcast_mul(&cos)? - second.broadcast_mul(&sin)?)?;
-    let rotated_second = (second.broadcast_mul(&cos)? + first.broadcast_mul(&sin)?)?;
-    Tensor::cat(&[rotated_first, rotated_second], 2)?.reshape((num_tokens, width))
-}
-
-/// `[num_rows, context_len]`: 0 where a row may look, -inf where it may not.
-fn mask(sequence: &Sequence, window: Option<usize>) -> CandleResult<Tensor> {
-    let context_len = sequence.slots.dims1()?;
-    let visible = |row: usize, key: usize| key <= row && window.is_none_or(|window| key + window > row);
-    let mask: Vec<f32> = sequence
-        .positions
-        .iter()
-        .flat_map(|&row| (0..context_len).map(move |key| (row, key)))
-        .map(|(row, key)| if visible(row, key) { 0.0 } else { f32::NEG_INFINITY })
-        .collect();
-    Tensor::from_vec(mask, (sequence.num_rows, context_len), sequence.slots.device())
-}
-
-/// Attention of one sequence's rows: `[num_rows, q_width]`.
-fn attend(
-    sequence: &Sequence,
-    heads: Heads,
-    attention: &Attention<'_, Tensor>,
-    queries: &Tensor,
-    kv: &KvTensors,
-) -> CandleResult<Tensor> {
-    let Heads { num_heads, num_kv_heads, head_dim } = heads;
-    let group = num_heads / num_kv_heads;
-    let context_len = sequence.slots.dims1()?;
-    // [num_heads, context_len, head_dim]: each key/value head serves `group` query heads.
-    let context = |cache: &Tensor| {
-        cache
-            .index_select(&sequence.slots, 0)?
-            .reshape((context_len, num_kv_heads, 1, head_dim))?
-            .broadcast_as((context_len, num_kv_heads, group, head_dim))?
-            .reshape((context_len, num_heads, head_dim))?
-            .transpose(0, 1)?
-            .contiguous()
-    };
-    let queries = queries
-        .narrow(0, sequence.first_row, sequence.num_rows)?
-        .reshape((sequence.num_rows, num_heads, head_dim))?
-        .transpose(0, 1)?
-        .contiguous()?;
-    let mut scores = queries.matmul(&context(&kv.keys)?.t()?)?.affine(f64::from(attention.scale), 0.0)?;
-    if let Some(cap) = attention.soft_cap {
-        scores = soft_cap(&scores, cap)?;
-    }
-    scores = scores.broadcast_add(&mask(sequence, attention.window)?)?;
-    // A sink is one more column, left out again after the softmax.
-    if let Some(sinks) = attention.sinks {
-        let column = sinks.reshape((num_heads, 1, 1))?.broadcast_as((num_heads, sequence.num_rows, 1))?;
-        scores = Tensor::cat(&[scores, column.contiguous()?], 2)?;
-    }
-    let weights = scores.broadcast_sub(&scores.max_keepdim(D::Minus1)?)?.exp()?;
-    let weights = weights.broadcast_div(&weights.sum_keepdim(D::Minus1)?)?;
-    let weights = weights.narrow(2, 0, context_len)?.contiguous()?;
-    let mixed = weights.matmul(&context(&kv.values)?)?;
-    mixed.transpose(0, 1)?.reshape((sequence.num_rows, num_heads * head_dim))
 }
 
 fn replace(out: &mut Tensor, result: CandleResult<Tensor>) -> Result<(), ModelError> {

@@ -9,7 +9,8 @@ use tandem_kernels::kv::KvType;
 
 use super::tensors::Part;
 use super::weights::{
-    ExpertProjection, FeedForward, LayerWeights, NormWeights, Projection, QkNormVectors, Weights,
+    AttentionWeights, Dense, ExpertProjection, FeedForward, LayerWeights, NormWeights, Projection,
+    QkNormVectors, Weights,
 };
 use super::{Decoder, Pass};
 use crate::backend::{Backend, BackendKind, CpuBackend, Heads, ReferenceBackend};
@@ -21,6 +22,8 @@ use crate::model::{Model, WeightMemory};
 use crate::rope::row_order;
 use crate::weights::Dtype;
 use crate::weights::gguf::Place;
+
+mod latent;
 
 /// Loads the weights of `checkpoint` onto a backend of the given kind, with keys and values in f32.
 /// `pool` serves the CPU backend; models that never run at the same time may share it.
@@ -62,14 +65,12 @@ impl<B: Backend> Decoder<B> {
     /// cannot hold it.
     pub fn load(checkpoint: &Checkpoint, backend: B) -> Result<Self, ModelError> {
         let config = checkpoint.config.clone();
-        let heads = Heads {
-            num_heads: config.num_heads,
-            num_kv_heads: config.num_kv_heads,
-            head_dim: config.head_dim,
-        };
-        let row_order = row_order(&config.rope, config.head_dim);
+        let heads = Heads::of(&config);
+        let row_order = row_order(&config.rope, config.rotary_width());
         let memory = WeightMemory::default();
-        let mut loader = Loader { checkpoint, config: &config, heads, row_order, memory, backend };
+        let attn_width = config.hidden_size;
+        let mut loader =
+            Loader { checkpoint, config: &config, heads, attn_width, row_order, memory, backend };
         let weights = loader.weights()?;
         let Loader { backend, memory, .. } = loader;
         Ok(Decoder {
@@ -78,6 +79,8 @@ impl<B: Backend> Decoder<B> {
             weights,
             memory,
             short_head: None,
+            start: None,
+            drafter: None,
             cache: None,
             workspace: None,
             pass: Pass::default(),
@@ -87,14 +90,16 @@ impl<B: Backend> Decoder<B> {
     }
 }
 
-struct Loader<'a, B> {
-    checkpoint: &'a Checkpoint,
-    config: &'a DecoderConfig,
-    heads: Heads,
-    /// Of the rows of each query and key head; see [`row_order`].
-    row_order: Option<Vec<usize>>,
-    memory: WeightMemory,
-    backend: B,
+pub(super) struct Loader<'a, B> {
+    pub(super) checkpoint: &'a Checkpoint,
+    pub(super) config: &'a DecoderConfig,
+    pub(super) heads: Heads,
+    /// Width of what the query, key and value projections read.
+    pub(super) attn_width: usize,
+    /// Of the rows of each query and key head, or of the part of it that turns; see [`row_order`].
+    pub(super) row_order: Option<Vec<usize>>,
+    pub(super) memory: WeightMemory,
+    pub(super) backend: B,
 }
 
 impl<'a, B: Backend> Loader<'a, B> {
@@ -119,7 +124,7 @@ impl<'a, B: Backend> Loader<'a, B> {
         Ok(Weights { embed, layers, final_norm, lm_head })
     }
 
-    fn layer(&mut self, index: usize) -> Result<LayerWeights<B>, ModelError> {
+    pub(super) fn layer(&mut self, index: usize) -> Result<LayerWeights<B>, ModelError> {
         let (config, names) = (self.config, &self.checkpoint.names);
         let placement: NormPlacement = config.norm_placement;
         let name = |role: Role| names.layer(role, index);
@@ -127,9 +132,13 @@ impl<'a, B: Backend> Loader<'a, B> {
         let experts = config.experts.filter(|_| !is_dense);
         // In the order of the pass, so that the first tensor missing is the first one needed.
         Ok(LayerWeights {
-            attn_norm: self.norm_if(placement.has_pre(), || name(Role::AttnNorm))?,
-            qkv: self.qkv(index)?,
-            qk_norm: self.qk_norm(index)?,
+            // A drafting head may have it on the halves of what its attention reads.
+            attn_norm: self
+                .norm_if(placement.has_pre() && names.has(Role::AttnNorm), || name(Role::AttnNorm))?,
+            attention: match &config.latent {
+                None => AttentionWeights::Heads { qkv: self.qkv(index)?, qk_norm: self.qk_norm(index)? },
+                Some(latent) => AttentionWeights::Latent(self.latent(index, latent)?),
+            },
             sinks: match config.attn_sinks {
                 false => None,
                 true => {
@@ -138,14 +147,19 @@ impl<'a, B: Backend> Loader<'a, B> {
                 }
             },
             o: {
-                let part = self.rows((Role::O, index), config.hidden_size, self.heads.q_width())?;
+                let width = config.latent.map_or(self.heads.head_dim, |latent| latent.value_dim);
+                let width = self.heads.num_heads * width;
+                let part = self.rows((Role::O, index), config.hidden_size, width)?;
                 let bias = self.bias_if(config.o_bias, &name(Role::O), config.hidden_size)?;
-                self.projection(vec![part], bias, self.heads.q_width())?
+                self.projection(vec![part], bias, width)?
             },
             attn_post_norm: self.norm_if(placement.has_post(), || name(Role::AttnPostNorm))?,
             ffn_norm: self.norm_if(placement.has_pre(), || name(Role::FfnNorm))?,
             ffn: match experts {
-                None => self.dense(index)?,
+                None => {
+                    const ROLES: [Role; 3] = [Role::Gate, Role::Up, Role::Down];
+                    FeedForward::Dense(self.dense(index, ROLES, config.intermediate_size)?)
+                }
                 Some(experts) => self.experts(index, &experts)?,
             },
             ffn_post_norm: self.norm_if(placement.has_post(), || name(Role::FfnPostNorm))?,
@@ -154,7 +168,7 @@ impl<'a, B: Backend> Loader<'a, B> {
 
     /// Query, key and value projections as one, rows of queries and keys in the rotation's order.
     fn qkv(&mut self, layer: usize) -> Result<Projection<B>, ModelError> {
-        let (hidden, names) = (self.config.hidden_size, &self.checkpoint.names);
+        let (hidden, names) = (self.attn_width, &self.checkpoint.names);
         let (q, kv) = (self.heads.q_width(), self.heads.kv_width());
         let sizes = [q, kv, kv];
         let (mut parts, mut biases) = (Vec::new(), Vec::new());
@@ -199,14 +213,20 @@ impl<'a, B: Backend> Loader<'a, B> {
         Ok(Some(QkNormVectors { q: load(Role::QNorm, q)?, k: load(Role::KNorm, k)? }))
     }
 
-    fn dense(&mut self, layer: usize) -> Result<FeedForward<B>, ModelError> {
+    /// A feed-forward layer of `ffn` channels whose gate, up and down projections are those of `roles`.
+    fn dense(
+        &mut self,
+        layer: usize,
+        [gate, up, down]: [Role; 3],
+        ffn: usize,
+    ) -> Result<Dense<B>, ModelError> {
         let (config, names) = (self.config, &self.checkpoint.names);
-        let (hidden, ffn, bias) = (config.hidden_size, config.intermediate_size, config.mlp_bias);
+        let (hidden, bias) = (config.hidden_size, config.mlp_bias);
         let (mut parts, mut biases) = (Vec::new(), Vec::new());
         let roles: &[(Role, usize)] = match config.gated {
-            true if names.has(Role::GateUp) => &[(Role::GateUp, 2 * ffn)],
-            true => &[(Role::Gate, ffn), (Role::Up, ffn)],
-            false => &[(Role::Up, ffn)],
+            true if gate == Role::Gate && names.has(Role::GateUp) => &[(Role::GateUp, 2 * ffn)],
+            true => &[(gate, ffn), (up, ffn)],
+            false => &[(up, ffn)],
         };
         for &(role, size) in roles {
             let name = names.layer(role, layer);
@@ -215,10 +235,10 @@ impl<'a, B: Backend> Loader<'a, B> {
         }
         let up = self.matrix(&parts, hidden)?;
         let up_bias = if biases.is_empty() { None } else { Some(self.vector(&biases)?) };
-        let name = names.layer(Role::Down, layer);
-        let down = self.rows((Role::Down, layer), hidden, ffn)?;
+        let name = names.layer(down, layer);
+        let down = self.rows((down, layer), hidden, ffn)?;
         let down_bias = self.bias_if(bias, &name, hidden)?;
-        Ok(FeedForward::Dense {
+        Ok(Dense {
             up: Projection { weight: up, bias: up_bias },
             down: self.projection(vec![down], down_bias, ffn)?,
         })
@@ -235,8 +255,22 @@ impl<'a, B: Backend> Loader<'a, B> {
             true => &[(Role::ExpertGateUp, 2 * ffn)],
             false => &[(Role::ExpertGate, ffn), (Role::ExpertUp, ffn)],
         };
+        let choice_bias = match experts.choice_bias {
+            false => None,
+            true => {
+                let bias = self.part(&names.layer(Role::RouterChoiceBias, layer), &[experts.num_experts])?;
+                Some(self.vector(&[bias])?)
+            }
+        };
+        const SHARED: [Role; 3] = [Role::SharedGate, Role::SharedUp, Role::SharedDown];
+        let shared = match experts.shared_intermediate_size {
+            0 => None,
+            width => Some(self.dense(layer, SHARED, width)?),
+        };
         Ok(FeedForward::Experts {
             router,
+            choice_bias,
+            shared,
             up: self.expert_projection(layer, experts, up_roles, hidden)?,
             down: self.expert_projection(layer, experts, &[(Role::ExpertDown, hidden)], ffn)?,
         })
@@ -336,7 +370,7 @@ impl<'a, B: Backend> Loader<'a, B> {
         Ok(Projection { weight, bias })
     }
 
-    fn matrix(&mut self, parts: &[Part<'_>], in_features: usize) -> Result<B::Matrix, ModelError> {
+    pub(super) fn matrix(&mut self, parts: &[Part<'_>], in_features: usize) -> Result<B::Matrix, ModelError> {
         let views: Vec<_> = parts.iter().map(Part::view).collect();
         for view in &views {
             self.memory.add(view);
@@ -360,7 +394,7 @@ impl<'a, B: Backend> Loader<'a, B> {
         if wanted { self.norm(&name()).map(Some) } else { Ok(None) }
     }
 
-    fn norm(&mut self, name: &str) -> Result<NormWeights<B>, ModelError> {
+    pub(super) fn norm(&mut self, name: &str) -> Result<NormWeights<B>, ModelError> {
         let width = self.config.hidden_size;
         let mut weight = self.part(name, &[width])?;
         weight.add(self.config.norm_weight_offset);
@@ -372,7 +406,7 @@ impl<'a, B: Backend> Loader<'a, B> {
     }
 
     /// A matrix of `[rows, in_features]`, in the type that it is kept in.
-    fn rows(
+    pub(super) fn rows(
         &self,
         (role, layer): (Role, usize),
         rows: usize,
@@ -403,7 +437,7 @@ impl<'a, B: Backend> Loader<'a, B> {
         if wanted { self.part(&WeightNames::bias(name), &[size]).map(Some) } else { Ok(None) }
     }
 
-    fn part(&self, name: &str, wanted: &[usize]) -> Result<Part<'a>, ModelError> {
+    pub(super) fn part(&self, name: &str, wanted: &[usize]) -> Result<Part<'a>, ModelError> {
         let checkpoint: &'a Checkpoint = self.checkpoint;
         let tensor = checkpoint.weights.read(name)?;
         if tensor.shape != wanted {

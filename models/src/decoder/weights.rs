@@ -1,6 +1,6 @@
 //! A decoder's weights as a backend holds them. What a family does not have is `None`.
 
-use crate::backend::{Backend, ExpertLinear, Linear, Norm, QkNormWeights};
+use crate::backend::{Backend, ExpertLinear, GatedFeedForward, Linear, Norm, QkNormWeights};
 use crate::config::DecoderConfig;
 
 pub(super) struct Weights<B: Backend> {
@@ -19,8 +19,7 @@ impl<B: Backend> Weights<B> {
 
 pub(super) struct LayerWeights<B: Backend> {
     pub(super) attn_norm: Option<NormWeights<B>>,
-    pub(super) qkv: Projection<B>,
-    pub(super) qk_norm: Option<QkNormVectors<B>>,
+    pub(super) attention: AttentionWeights<B>,
     pub(super) sinks: Option<B::Vector>,
     pub(super) o: Projection<B>,
     pub(super) attn_post_norm: Option<NormWeights<B>>,
@@ -29,17 +28,45 @@ pub(super) struct LayerWeights<B: Backend> {
     pub(super) ffn_post_norm: Option<NormWeights<B>>,
 }
 
+/// What makes queries, keys and values.
+pub(super) enum AttentionWeights<B: Backend> {
+    Heads { qkv: Projection<B>, qk_norm: Option<QkNormVectors<B>> },
+    Latent(LatentWeights<B>),
+}
+
+/// Those of [`crate::config::LatentAttention`].
+pub(super) struct LatentWeights<B: Backend> {
+    /// Makes the latents of queries, and normalises them.
+    pub(super) q_down: Option<(Projection<B>, B::Vector)>,
+    /// `[num_heads * (content_dim + rope.dim), _]`
+    pub(super) q: Projection<B>,
+    /// `[kv_rank + rope.dim, hidden_size]`: the latent, and the key that turns.
+    pub(super) kv_down: Projection<B>,
+    /// `[kv_rank]`
+    pub(super) kv_norm: B::Vector,
+    /// `[num_heads]` of `[kv_rank, content_dim]`: from a query to what it is for the latent.
+    pub(super) k_up: Vec<B::Matrix>,
+    /// `[num_heads]` of `[value_dim, kv_rank]`: from a latent to the value.
+    pub(super) v_up: Vec<B::Matrix>,
+}
+
 pub(super) enum FeedForward<B: Backend> {
-    /// `up` is gate and up, one after the other, if there is a gate.
-    Dense {
-        up: Projection<B>,
-        down: Projection<B>,
-    },
+    Dense(Dense<B>),
     Experts {
         router: Projection<B>,
+        /// `[num_experts]`
+        choice_bias: Option<B::Vector>,
         up: ExpertProjection<B>,
         down: ExpertProjection<B>,
+        /// The expert that computes every token.
+        shared: Option<Dense<B>>,
     },
+}
+
+pub(super) struct Dense<B: Backend> {
+    /// Gate and up, one after the other, if there is a gate.
+    pub(super) up: Projection<B>,
+    pub(super) down: Projection<B>,
 }
 
 pub(super) struct Projection<B: Backend> {
@@ -69,6 +96,13 @@ impl<B: Backend> Projection<B> {
     }
 }
 
+impl<B: Backend> Dense<B> {
+    pub(super) fn gated(&self, config: &DecoderConfig) -> GatedFeedForward<'_, B::Matrix, B::Vector> {
+        let activation = config.activation;
+        GatedFeedForward { up: self.up.linear(), activation, down: self.down.linear() }
+    }
+}
+
 impl<B: Backend> ExpertProjection<B> {
     pub(super) fn linear(&self) -> ExpertLinear<'_, B::Matrix, B::Vector> {
         ExpertLinear { weights: &self.weights, biases: self.biases.as_deref() }
@@ -81,9 +115,8 @@ impl<B: Backend> NormWeights<B> {
     }
 }
 
-impl<B: Backend> LayerWeights<B> {
-    pub(super) fn qk_norm(&self, config: &DecoderConfig) -> Option<QkNormWeights<'_, B::Vector>> {
-        let QkNormVectors { q, k } = self.qk_norm.as_ref()?;
-        Some(QkNormWeights { q, k, eps: config.norm_eps })
+impl<B: Backend> QkNormVectors<B> {
+    pub(super) fn of(&self, config: &DecoderConfig) -> QkNormWeights<'_, B::Vector> {
+        QkNormWeights { q: &self.q, k: &self.k, eps: config.norm_eps }
     }
 }

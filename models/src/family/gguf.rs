@@ -5,7 +5,7 @@
 use serde_json::{Map, Value as Json, json};
 
 use super::options::list_of_keys;
-use super::{ModelDescription, NameTable, Role, WeightNames, read_options};
+use super::{ModelDescription, NameTable, Role, RopeOverride, WeightNames, read_with};
 use crate::weights::WeightStore;
 use crate::weights::gguf::{GgufFile, Value, ValueType};
 use crate::{DecoderConfig, ModelError, RopeScaling};
@@ -145,7 +145,54 @@ pub(super) const ARCHITECTURES: &[Architecture] = &[
         ],
         ..PLAIN
     },
+    Architecture {
+        name: DEEPSEEK,
+        model_type: "deepseek_v2",
+        keys: &[
+            ("attention.q_lora_rank", "q_lora_rank"),
+            ("attention.kv_lora_rank", "kv_lora_rank"),
+            ("leading_dense_block_count", "first_k_dense_replace"),
+            ("expert_count", "n_routed_experts"),
+            ("expert_used_count", "num_experts_per_tok"),
+            ("expert_shared_count", "n_shared_experts"),
+            ("expert_feed_forward_length", "moe_intermediate_size"),
+            ("expert_weights_scale", "routed_scaling_factor"),
+            ("expert_group_count", "n_group"),
+            ("expert_group_used_count", "topk_group"),
+        ],
+        implied: deepseek,
+        flags: &[("blk.0.attn_kv_a_mqa.bias", "attention_bias"), MLP_BIAS],
+        ..PLAIN
+    },
 ];
+
+const DEEPSEEK: &str = "deepseek2";
+/// What `expert_gating_func` says.
+pub(super) const SOFTMAX: u64 = 1;
+pub(super) const SIGMOID: u64 = 2;
+
+/// What files of DeepSeek-V2 and V3 say in other words than their config.json.
+fn deepseek(file: &GgufFile) -> Json {
+    let size = |key: &str| file.u64(&format!("{DEEPSEEK}.{key}")).ok().flatten();
+    let turning = size("rope.dimension_count").unwrap_or(0);
+    // Older files, in which keys and values are made whole, have the widths of these.
+    let key = size("attention.key_length_mla").or_else(|| size("attention.key_length"));
+    let value = size("attention.value_length_mla").or_else(|| size("attention.value_length"));
+    let flag = |key: &str| file.get(&format!("{DEEPSEEK}.{key}")) == Some(Value::Bool(true));
+    let (scoring, method) = match size("expert_gating_func") {
+        Some(SIGMOID) => ("sigmoid", "noaux_tc"),
+        _ if size("expert_group_count").unwrap_or(1) > 1 => ("softmax", "group_limited_greedy"),
+        _ => ("softmax", "greedy"),
+    };
+    json!({
+        "qk_rope_head_dim": turning,
+        "qk_nope_head_dim": key.unwrap_or(0).saturating_sub(turning),
+        "v_head_dim": value,
+        "norm_topk_prob": flag("expert_weights_norm"),
+        "scoring_func": scoring,
+        "topk_method": method,
+    })
+}
 
 /// Norms after the sublayers.
 const SANDWICH: NameTable = &[
@@ -170,6 +217,18 @@ pub(super) const NAMES: NameTable = &[
     (Role::Up, "blk.{layer}.ffn_up.weight"),
     (Role::Down, "blk.{layer}.ffn_down.weight"),
     (Role::Router, "blk.{layer}.ffn_gate_inp.weight"),
+    (Role::QDown, "blk.{layer}.attn_q_a.weight"),
+    (Role::QDownNorm, "blk.{layer}.attn_q_a_norm.weight"),
+    (Role::QUp, "blk.{layer}.attn_q_b.weight"),
+    (Role::KvDown, "blk.{layer}.attn_kv_a_mqa.weight"),
+    (Role::KvDownNorm, "blk.{layer}.attn_kv_a_norm.weight"),
+    (Role::KvUp, "blk.{layer}.attn_kv_b.weight"),
+    (Role::KUp, "blk.{layer}.attn_k_b.weight"),
+    (Role::VUp, "blk.{layer}.attn_v_b.weight"),
+    (Role::RouterChoiceBias, "blk.{layer}.exp_probs_b.bias"),
+    (Role::SharedGate, "blk.{layer}.ffn_gate_shexp.weight"),
+    (Role::SharedUp, "blk.{layer}.ffn_up_shexp.weight"),
+    (Role::SharedDown, "blk.{layer}.ffn_down_shexp.weight"),
     (Role::ExpertGate, "blk.{layer}.ffn_gate_exps.weight"),
     (Role::ExpertUp, "blk.{layer}.ffn_up_exps.weight"),
     (Role::ExpertDown, "blk.{layer}.ffn_down_exps.weight"),
@@ -201,11 +260,16 @@ pub(crate) fn tensor_name(role: Role, layer: usize) -> String {
     names.layer(role, layer)
 }
 
-/// What `file` says of itself, with the tensors of all its parts in `weights`.
+/// What `file` says of itself, with the tensors of all its parts in `weights`, and with another rotary scaling
+/// if there is one.
 ///
 /// # Errors
 /// If its architecture is not known, or its metadata are not what the family wants.
-pub(crate) fn read(file: &GgufFile, weights: &dyn WeightStore) -> Result<ModelDescription, ModelError> {
+pub(crate) fn read(
+    file: &GgufFile,
+    weights: &dyn WeightStore,
+    rope: Option<&RopeOverride>,
+) -> Result<ModelDescription, ModelError> {
     let name = file.string(ARCHITECTURE)?;
     let architecture =
         ARCHITECTURES.iter().find(|architecture| Some(architecture.name) == name).ok_or_else(|| {
@@ -214,8 +278,17 @@ pub(crate) fn read(file: &GgufFile, weights: &dyn WeightStore) -> Result<ModelDe
             file.wrong(ARCHITECTURE, &format!("one of the supported: {}{unknown}", known.join(", ")))
         })?;
     let json = translate(file, architecture, weights)?;
-    let (config, _) = read_options(file.path(), &json)?;
-    let config = as_converted(config, file, architecture, weights)?;
+    let (config, _) = read_with(file.path(), &json, rope)?;
+    let has_factors = weights.contains(ROPE_FACTORS);
+    let config = match rope {
+        // Their divisors do not say what they were made of.
+        Some(rope) if has_factors && !rope.names_original() => {
+            return Err(rope.fault(rope.unknown_original(file.path())));
+        }
+        Some(_) => as_converted(config, architecture),
+        None if has_factors => with_factors(as_converted(config, architecture), file, weights)?,
+        None => as_converted(config, architecture),
+    };
     let names = WeightNames::of(NAMES).with(architecture.names);
     Ok(ModelDescription { config, names, packing: None, json })
 }
@@ -335,6 +408,7 @@ fn rotary(
     if let Some(dim) = file.u64(&key("dimension_count"))?
         && let Some(head_dim) = head_dim
         && (dim != head_dim || architecture == "glm4")
+        && architecture != DEEPSEEK
     {
         json.insert("partial_rotary_factor".to_owned(), (dim as f64 / head_dim as f64).into());
     }
@@ -366,6 +440,15 @@ fn rotary(
             scaling.insert(option.to_owned(), number(file, &key(name))?);
         }
     }
+    if architecture == DEEPSEEK
+        && let Some(Value::Float(product)) = file.get(&key("scaling.yarn_log_multiplier"))
+    {
+        // As the converter writes it, in f32; for both gains, which are one number of three digits in the
+        // published models.
+        let gain = (product * 1e7).round() / 1e6;
+        scaling.insert("mscale".to_owned(), gain.into());
+        scaling.insert("mscale_all_dim".to_owned(), gain.into());
+    }
     // gpt-oss was trained so; its files do not say it.
     if architecture == "gpt-oss" && kind == Some("yarn") {
         scaling.insert("truncate".to_owned(), false.into());
@@ -375,32 +458,34 @@ fn rotary(
 }
 
 /// The configuration for tensors as the converter leaves them.
-fn as_converted(
-    config: DecoderConfig,
-    file: &GgufFile,
-    architecture: &Architecture,
-    weights: &dyn WeightStore,
-) -> Result<DecoderConfig, ModelError> {
+fn as_converted(config: DecoderConfig, architecture: &Architecture) -> DecoderConfig {
     let mut config = config;
     // Gemma's norms are stored with their one.
     config.norm_weight_offset = 0.0;
     config.rope.interleaved |= architecture.permuted;
-    if weights.contains(ROPE_FACTORS) {
-        let factors = weights.tensor(ROPE_FACTORS)?.to_f32();
-        let good = factors.iter().all(|factor| factor.is_finite() && *factor > 0.0);
-        if factors.len() != config.rope.dim / 2 || !good {
-            return Err(ModelError::weights(
-                file.path(),
-                format!(
-                    "tensor `{ROPE_FACTORS}` has {} numbers; wanted {} positive ones, one for each pair of \
-                     rotary channels",
-                    factors.len(),
-                    config.rope.dim / 2
-                ),
-            ));
-        }
-        config.rope.scaling = RopeScaling::LongRope { factors, attention_factor: 1.0 };
+    config
+}
+
+/// The same with the frequencies' divisors that `file` has as a tensor.
+fn with_factors(
+    mut config: DecoderConfig,
+    file: &GgufFile,
+    weights: &dyn WeightStore,
+) -> Result<DecoderConfig, ModelError> {
+    let factors = weights.tensor(ROPE_FACTORS)?.to_f32();
+    let good = factors.iter().all(|factor| factor.is_finite() && *factor > 0.0);
+    if factors.len() != config.rope.dim / 2 || !good {
+        return Err(ModelError::weights(
+            file.path(),
+            format!(
+                "tensor `{ROPE_FACTORS}` has {} numbers; wanted {} positive ones, one for each pair of \
+                 rotary channels",
+                factors.len(),
+                config.rope.dim / 2
+            ),
+        ));
     }
+    config.rope.scaling = RopeScaling::LongRope { factors, attention_factor: 1.0 };
     Ok(config)
 }
 

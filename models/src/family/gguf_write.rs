@@ -3,16 +3,18 @@
 //! that computes something else.
 
 use serde_json::{Map, Value as Json};
+use tandem_kernels::experts::Scoring;
 
 use super::WeightNames;
-use super::gguf::{ARCHITECTURES, Architecture, KEYS, NAMES};
-use crate::config::{NormKind, RopeScaling};
+use super::gguf::{ARCHITECTURES, Architecture, KEYS, NAMES, SIGMOID, SOFTMAX};
+use crate::config::{LatentAttention, NormKind, RopeScaling};
 use crate::rope::{frequencies, yarn_attention_factor};
 use crate::weights::gguf::GgufBuilder;
 use crate::{DecoderConfig, Rope};
 
 /// Model types that are written as another architecture.
-const ALIASES: [(&str, &str); 3] = [("mistral", "llama"), ("mistral3", "llama"), ("gemma3", "gemma3_text")];
+const ALIASES: [(&str, &str); 4] =
+    [("mistral", "llama"), ("mistral3", "llama"), ("gemma3", "gemma3_text"), ("deepseek_v3", "deepseek_v2")];
 
 /// How the files of a family are written.
 pub(crate) struct Written {
@@ -61,7 +63,7 @@ impl Written {
             ("attention.head_count", config.num_heads),
             ("attention.head_count_kv", config.num_kv_heads),
             ("attention.key_length", config.head_dim),
-            ("attention.value_length", config.head_dim),
+            ("attention.value_length", config.values().width(config.head_dim)),
             ("rope.dimension_count", config.rope.dim),
             ("vocab_size", config.vocab_size),
         ] {
@@ -75,6 +77,9 @@ impl Written {
             file.u32(&key("expert_count"), experts.num_experts as u32)
                 .u32(&key("expert_used_count"), experts.num_experts_per_token as u32)
                 .u32(&key("expert_feed_forward_length"), experts.intermediate_size as u32);
+        }
+        if let Some(latent) = &config.latent {
+            self.describe_latent(config, latent, json, file);
         }
         if let Some(local) = &config.local_rope {
             file.f32(&key("rope.freq_base_swa"), local.theta);
@@ -96,6 +101,29 @@ impl Written {
             }
         }
         rotary(&key, &config.rope, json, file)
+    }
+
+    /// What DeepSeek's files say in words of their own.
+    fn describe_latent(
+        &self,
+        config: &DecoderConfig,
+        latent: &LatentAttention,
+        json: &Map<String, Json>,
+        file: &mut GgufBuilder,
+    ) {
+        let key = |key: &str| format!("{}.{key}", self.architecture.name);
+        file.u32(&key("attention.key_length_mla"), (latent.content_dim + config.rope.dim) as u32)
+            .u32(&key("attention.value_length_mla"), latent.value_dim as u32);
+        if let Some(experts) = &config.experts {
+            let function = if experts.scoring == Scoring::Sigmoid { SIGMOID } else { SOFTMAX };
+            file.u32(&key("expert_gating_func"), function as u32)
+                .bool(&key("expert_weights_norm"), experts.renormalise);
+        }
+        let object = ["rope_scaling", "rope_parameters"].iter().find_map(|key| json.get(*key)?.as_object());
+        let gain = object.and_then(|object| object.get("mscale_all_dim")?.as_f64());
+        if let Some(gain) = gain {
+            file.f32(&key("rope.scaling.yarn_log_multiplier"), (0.1 * gain) as f32);
+        }
     }
 }
 

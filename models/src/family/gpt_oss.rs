@@ -41,6 +41,7 @@ fn config(options: &Options<'_>) -> Result<DecoderConfig, ModelError> {
             intermediate_size: base.intermediate_size,
             renormalise: true,
             bias: true,
+            ..Experts::default()
         }),
         layers: options.windows(base.num_layers, |layer| layer % 2 == 0)?,
         ..base

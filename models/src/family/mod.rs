@@ -1,6 +1,7 @@
 //! Model families: how each writes its `config.json` and names its tensors. A family is a short file
 //! and a line in `FAMILIES`; the maths is `decoder.rs`, once, for all of them.
 
+mod deepseek;
 mod gemma;
 pub(crate) mod gguf;
 pub(crate) mod gguf_write;
@@ -16,6 +17,7 @@ mod phi3;
 mod quantization;
 mod qwen;
 mod rope;
+pub mod rope_override;
 mod smollm3;
 mod starcoder2;
 
@@ -29,6 +31,7 @@ use crate::{DecoderConfig, ModelError};
 pub use names::{ExpertLayout, NameTable, Role, WeightNames};
 pub(crate) use options::describe;
 use options::{Options, list_of_keys};
+pub use rope_override::RopeOverride;
 
 /// The file that describes a checkpoint.
 pub(crate) const CONFIG_FILE: &str = "config.json";
@@ -52,6 +55,7 @@ const FAMILIES: &[Family] = &[
     qwen::QWEN2,
     qwen::QWEN3,
     qwen::QWEN3_MOE,
+    qwen::MIMO,
     mistral::MISTRAL,
     mistral::MISTRAL3,
     starcoder2::FAMILY,
@@ -64,6 +68,8 @@ const FAMILIES: &[Family] = &[
     smollm3::FAMILY,
     glm4::FAMILY,
     gpt_oss::FAMILY,
+    deepseek::V2,
+    deepseek::V3,
 ];
 
 /// What `config.json` says.
@@ -76,17 +82,40 @@ pub(crate) struct ModelDescription {
     pub(crate) json: Map<String, Value>,
 }
 
-/// Reads `config.json` of the checkpoint folder `dir`.
-pub(crate) fn read_config(dir: &Path) -> Result<ModelDescription, ModelError> {
+/// Reads `config.json` of the checkpoint folder `dir`, with another rotary scaling if there is one.
+pub(crate) fn read_config(dir: &Path, rope: Option<&RopeOverride>) -> Result<ModelDescription, ModelError> {
     let path = dir.join(CONFIG_FILE);
     let json: Map<String, Value> = read_json(&path, MAX_CONFIG_BYTES)?;
-    let (config, mut names) = read_options(&path, &json)?;
+    let (config, mut names) = read_with(&path, &json, rope)?;
     let packing = quantization::read(&path, &json)?;
     if packing == Some(Packing::Mxfp4) {
         // Packed, the experts' matrices are not transposed.
         names.expert_layout = ExpertLayout::PairedRows;
     }
     Ok(ModelDescription { config, names, packing, json })
+}
+
+/// As [`read_options`], with another rotary scaling if there is one.
+pub(crate) fn read_with(
+    path: &Path,
+    json: &Map<String, Value>,
+    rope: Option<&RopeOverride>,
+) -> Result<(DecoderConfig, WeightNames), ModelError> {
+    let own = read_options(path, json)?;
+    let Some(rope) = rope else { return Ok(own) };
+    let mut json = json.clone();
+    // The text model's options stand in an object of their own where its family has that.
+    let text = find_family(&Options::new(path, &json))?.text_config.map(|_| text_options(&json));
+    let changed = match text {
+        None => rope.apply(path, &mut json),
+        Some(mut text) => {
+            let changed = rope.apply(path, &mut text);
+            text.remove("model_type");
+            json.insert("text_config".to_owned(), text.into());
+            changed
+        }
+    };
+    changed.and_then(|()| read_options(path, &json)).map_err(|error| rope.fault(error))
 }
 
 /// The decoder that `json`, in the words of a `config.json`, describes, and what Hugging Face

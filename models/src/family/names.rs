@@ -23,6 +23,23 @@ pub enum Role {
     V,
     /// Query, key and value projections in one tensor, in this order; wins over the three.
     Qkv,
+    /// `[q_rank, hidden_size]`: makes the latents of queries; see [`crate::config::LatentAttention`].
+    QDown,
+    /// `[q_rank]`: norm of the latents of queries.
+    QDownNorm,
+    /// `[_, q_rank]`: makes queries of their latents.
+    QUp,
+    /// `[kv_rank + rope.dim, hidden_size]`: makes the latents of keys and values, and the key that turns.
+    KvDown,
+    /// `[kv_rank]`: norm of the latents of keys and values.
+    KvDownNorm,
+    /// `[num_heads * (content_dim + value_dim), kv_rank]`: makes keys and values of their latents; wins over
+    /// the next two.
+    KvUp,
+    /// `[num_heads, kv_rank, content_dim]`: makes keys of their latents, transposed.
+    KUp,
+    /// `[num_heads, value_dim, kv_rank]`: makes values of their latents.
+    VUp,
     /// Norm of the queries.
     QNorm,
     /// Norm of the keys.
@@ -45,6 +62,14 @@ pub enum Role {
     Down,
     /// `[num_experts, hidden_size]`: the router.
     Router,
+    /// `[num_experts]`: the bias by which experts are chosen.
+    RouterChoiceBias,
+    /// The gate projection of the expert that computes every token.
+    SharedGate,
+    /// The up projection of the expert that computes every token.
+    SharedUp,
+    /// The down projection of the expert that computes every token.
+    SharedDown,
     /// The gate projection of an expert.
     ExpertGate,
     /// The up projection of an expert.
@@ -53,6 +78,15 @@ pub enum Role {
     ExpertGateUp,
     /// The down projection of an expert.
     ExpertDown,
+    /// `[hidden_size]`: of a drafting head, the norm of a token's embedding.
+    DraftTokenNorm,
+    /// `[hidden_size]`: of a drafting head, the norm of the hidden state beside it.
+    DraftHiddenNorm,
+    /// `[hidden_size, 2 * hidden_size]`: of a drafting head, what makes one of the two.
+    DraftInput,
+    /// `[hidden_size, layers * target's hidden_size]`: of a drafting head, what makes one of the hidden states of
+    /// several layers.
+    DraftFeatures,
 }
 
 /// Patterns of names: `{layer}` stands for the number of a layer, `{expert}` for that of an expert. An

@@ -1,4 +1,4 @@
-//! Qwen2, Qwen2.5 and Qwen2.5-Coder: Llama with a bias on query, key and value. Qwen3: norms on queries
+//! Qwen2, Qwen2.5, Qwen2.5-Coder and MiMo: Llama with a bias on query, key and value. Qwen3: norms on queries
 //! and keys instead. Qwen3-MoE (Qwen3-Coder-30B-A3B): experts besides.
 //! Source: transformers, `configuration_qwen{2,3,3_moe}.py` and their `modeling_*.py`.
 
@@ -16,6 +16,10 @@ pub(super) const QWEN2: Family = Family {
 
 pub(super) const QWEN3: Family =
     Family { model_type: "qwen3", architecture: "Qwen3ForCausalLM", config: qwen3, ..QWEN2 };
+
+/// MiMo: Qwen2 with a layer for multi-token prediction, which [`crate::Head`] reads.
+pub(super) const MIMO: Family =
+    Family { model_type: "mimo", architecture: "MiMoForCausalLM", config: mimo, ..QWEN2 };
 
 pub(super) const QWEN3_MOE: Family = Family {
     model_type: "qwen3_moe",
@@ -39,6 +43,11 @@ fn qwen2(options: &Options<'_>) -> Result<DecoderConfig, ModelError> {
     Ok(DecoderConfig { qkv_bias: true, ..common(options)? })
 }
 
+fn mimo(options: &Options<'_>) -> Result<DecoderConfig, ModelError> {
+    options.ignore(&["num_nextn_predict_layers"]);
+    qwen2(options)
+}
+
 fn qwen3(options: &Options<'_>) -> Result<DecoderConfig, ModelError> {
     let attention_bias = options.bool("attention_bias", false)?;
     let base = common(options)?;
@@ -56,7 +65,7 @@ fn qwen3_moe(options: &Options<'_>) -> Result<DecoderConfig, ModelError> {
         num_experts_per_token: options.size("num_experts_per_tok", None, num_experts)?,
         intermediate_size: options.size("moe_intermediate_size", None, MAX_INTERMEDIATE)?,
         renormalise: options.bool("norm_topk_prob", false)?,
-        bias: false,
+        ..Experts::default()
     };
     let step = options.size("decoder_sparse_step", Some(1), usize::MAX)?;
     let plain = options.indices("mlp_only_layers", base.num_layers)?;

@@ -136,6 +136,7 @@ impl<'a> Options<'a> {
     }
 }
 
-fn stretched(original: usize, factor: f32) -> usize {
+/// The context of `factor` times `original` tokens.
+pub(super) fn stretched(original: usize, factor: f32) -> usize {
     ((original as f64 * f64::from(factor)) as usize).clamp(1, MAX_POSITIONS)
 }

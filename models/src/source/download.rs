@@ -14,6 +14,7 @@ use hf_hub::{Cache, Repo, RepoType};
 use indicatif::ProgressBar;
 
 use super::{CachedModel, HubId, HubOptions};
+use crate::Head;
 use crate::family::CONFIG_FILE;
 use crate::generation::GENERATION_FILE;
 use crate::text::{CHAT_TEMPLATE_FILES, TOKENIZER_CONFIG_FILE, TOKENIZER_FILE};
@@ -47,7 +48,10 @@ pub(super) fn download(id: &HubId, options: &HubOptions, cached: &CachedModel) -
         blobs: cached.dir.join("blobs"),
     };
     for file in small_files(&info) {
-        download.fetch(&file)?;
+        // A drafting head, which its configuration tells, has the tokens of its target.
+        if file != TOKENIZER_FILE || has(&info, &file) || !Head::is_in(&download.snapshot) {
+            download.fetch(&file)?;
+        }
     }
     for file in weight_files(&info, &download)? {
         download.fetch(&file)?;

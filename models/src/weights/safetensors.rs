@@ -116,6 +116,26 @@ impl SafetensorsStore {
         Some(Raw { dtype: entry.stored, shape: &entry.shape, data })
     }
 
+    /// The elements of tensor `name`, if there is one.
+    ///
+    /// # Errors
+    /// If they are not 32-bit or 64-bit integers.
+    pub(crate) fn integers(&self, name: &str) -> Result<Option<Vec<i64>>, ModelError> {
+        let Some(Raw { dtype, data, .. }) = self.raw(name) else { return Ok(None) };
+        match dtype {
+            safetensors::Dtype::I64 => {
+                Ok(Some(data.as_chunks().0.iter().map(|&bytes| i64::from_le_bytes(bytes)).collect()))
+            }
+            safetensors::Dtype::I32 => {
+                Ok(Some(data.as_chunks().0.iter().map(|&bytes| i32::from_le_bytes(bytes).into()).collect()))
+            }
+            other => {
+                let reason = format!("tensor `{name}` has element type {other}; wanted I64 or I32");
+                Err(ModelError::weights(&self.path, reason))
+            }
+        }
+    }
+
     fn open_sharded(dir: &Path, index: PathBuf) -> Result<Self, ModelError> {
         let weight_map = read_index(&index)?;
         let files: BTreeSet<&String> = weight_map.values().collect();

@@ -16,6 +16,10 @@ from pathlib import Path
 import torch
 from safetensors.torch import save_file
 from transformers import (
+    DeepseekV2Config,
+    DeepseekV2ForCausalLM,
+    DeepseekV3Config,
+    DeepseekV3ForCausalLM,
     Gemma2Config,
     Gemma2ForCausalLM,
     Gemma3ForCausalLM,
@@ -83,6 +87,20 @@ LONGROPE = dict(
     long_factor=[1.0, 2.5, 4.0, 7.5],
     original_max_position_embeddings=8,
 )
+# Latent attention, and experts behind a first dense layer.
+DEEPSEEK = SHAPE | dict(
+    num_hidden_layers=3,
+    num_key_value_heads=4,
+    kv_lora_rank=20,
+    qk_rope_head_dim=8,
+    qk_nope_head_dim=12,
+    v_head_dim=10,
+    moe_intermediate_size=12,
+    first_k_dense_replace=1,
+    n_routed_experts=8,
+    num_experts_per_tok=3,
+)
+DEEPSEEK_YARN = YARN | dict(mscale=0.9, mscale_all_dim=0.4)
 # Shorter than the prompt, and than any window that would hide a mistake by one.
 WINDOW = 5
 
@@ -257,6 +275,56 @@ CASES = {
         ),
         torch.bfloat16,
     ),
+    # The shape of DeepSeek-Coder-V2-Lite: queries without a latent.
+    "deepseek_v2_lite": (
+        DeepseekV2ForCausalLM,
+        DeepseekV2Config(**DEEPSEEK, q_lora_rank=None, n_shared_experts=2, rope_parameters=DEEPSEEK_YARN),
+        torch.bfloat16,
+    ),
+    "deepseek_v2": (
+        DeepseekV2ForCausalLM,
+        DeepseekV2Config(
+            **DEEPSEEK,
+            q_lora_rank=14,
+            n_shared_experts=1,
+            topk_method="group_limited_greedy",
+            n_group=4,
+            topk_group=2,
+            routed_scaling_factor=2.5,
+            attention_bias=True,
+            mlp_bias=True,
+            rms_norm_eps=1e-3,
+        ),
+        torch.bfloat16,
+    ),
+    "deepseek_v3": (
+        DeepseekV3ForCausalLM,
+        DeepseekV3Config(
+            **DEEPSEEK,
+            q_lora_rank=14,
+            n_shared_experts=1,
+            n_group=4,
+            topk_group=2,
+            norm_topk_prob=True,
+            routed_scaling_factor=2.5,
+            attention_bias=True,
+            rope_parameters=DEEPSEEK_YARN,
+        ),
+        torch.bfloat16,
+    ),
+    "deepseek_v3_half_split": (
+        DeepseekV3ForCausalLM,
+        DeepseekV3Config(
+            **DEEPSEEK | dict(num_hidden_layers=2),
+            q_lora_rank=None,
+            n_shared_experts=1,
+            n_group=1,
+            topk_group=1,
+            norm_topk_prob=False,
+            rope_interleave=False,
+        ),
+        torch.bfloat16,
+    ),
 }
 
 
@@ -277,6 +345,13 @@ def randomise(model):
             parameter.normal_(0.0, 0.7)
         else:
             parameter.normal_(0.0, 1.5 / parameter.shape[1] ** 0.5)
+
+
+def randomise_buffers(model):
+    """DeepSeek-V3 keeps the bias by which experts are chosen out of the parameters."""
+    for name, buffer in model.named_buffers():
+        if name.endswith("e_score_correction_bias"):
+            buffer.normal_(0.0, 0.2)
 
 
 def fix_dynamic_scaling(model):
@@ -300,6 +375,7 @@ def write(name, model_class, config, dtype):
     config.pad_token_id, config.bos_token_id, config.eos_token_id = 0, 1, 2
     model = model_class(config)
     randomise(model)
+    randomise_buffers(model)
     model.to(dtype).save_pretrained(folder)
     # Loaded afresh: `model.to(torch.float32)` would keep the rotary frequencies rounded to `dtype`.
     model = model_class.from_pretrained(folder, dtype=torch.float32, attn_implementation="eager").eval()

@@ -17,6 +17,7 @@ from pathlib import Path
 import torch
 from compressed_tensors.compressors.naive_quantized.base import NaiveQuantizationCompressor
 from compressed_tensors.compressors.pack_quantized.base import PackedQuantizationCompressor
+from compressed_tensors.compressors.pack_quantized.helpers import pack_to_int32, unpack_from_int32
 from compressed_tensors.quantization import QuantizationArgs, QuantizationScheme
 from safetensors.torch import save_file
 from transformers import GptOssConfig, GptOssForCausalLM, Qwen3Config, Qwen3ForCausalLM
@@ -102,10 +103,10 @@ def awq(group):
     return pack, dict(quant_method="awq", bits=4, group_size=group, zero_point=True, version="gemm")
 
 
-def fp8(block):
+def fp8(block, by_row=False):
     def pack(name, weight):
         rows, columns = weight.shape
-        of = block or (rows, columns)
+        of = (1, columns) if by_row else block or (rows, columns)
         grid = (-(-rows // of[0]), -(-columns // of[1]))
         scale = torch.empty(grid)
         wide = torch.empty_like(weight)
@@ -121,7 +122,7 @@ def fp8(block):
         else:
             # transformers has no blocks that are cut at the edge; the models' own kernels do.
             value = (codes.float() * wide).to(torch.bfloat16)
-        if not block:
+        if not block and not by_row:
             scale = scale.reshape(())
         return {"weight": codes, "weight_scale_inv": scale}, value.float()
 
@@ -129,13 +130,18 @@ def fp8(block):
     return pack, config | (dict(weight_block_size=list(block)) if block else {})
 
 
-def compressed(form, args):
+def compressed(form, args, act_order=False):
     args = QuantizationArgs(**args)
     scheme = QuantizationScheme(targets=["Linear"], weights=args)
     compressor = PackedQuantizationCompressor if form == "pack-quantized" else NaiveQuantizationCompressor
 
     def pack(name, weight):
-        group = args.group_size or weight.shape[1]
+        group, inp = args.group_size or weight.shape[1], weight.shape[1]
+        order = torch.randperm(inp) if act_order else torch.arange(inp)
+        weight = weight[:, order]
+        if args.num_bits == 8 and not args.symmetric:
+            # Off centre, so that codes less their zero points take nine bits.
+            weight = weight + weight.std()
         parts = groups_of(weight, group)
         top = 448 if args.type == "float" else 2 ** (args.num_bits - 1) - 1
         if args.symmetric:
@@ -152,7 +158,16 @@ def compressed(form, args):
         # In f32, so that nothing but the scales is rounded; floats are rounded to bf16 as elsewhere.
         exact["weight_scale"] = exact["weight_scale"].float()
         value = compressor.decompress(exact, scheme)["weight"]
-        return state, (value.bfloat16() if args.type == "float" else value).float()
+        if act_order:
+            # Codes stand in the order of the inputs, and each input names its group.
+            back = torch.argsort(order)
+            codes = unpack_from_int32(state["weight_packed"], args.num_bits, weight.shape)[:, back]
+            state["weight_packed"] = pack_to_int32(codes.contiguous(), args.num_bits)
+            state["weight_g_idx"] = (torch.arange(inp) // group)[back].to(torch.int32)
+            value = value[:, back]
+        # What no block format holds is rounded to bf16: floats, groups that lie apart, codes of nine bits.
+        rounded = args.type == "float" or act_order or (args.num_bits == 8 and not args.symmetric)
+        return state, (value.bfloat16() if rounded else value).float()
 
     config = dict(
         quant_method="compressed-tensors",
@@ -181,6 +196,13 @@ CASES = {
     ),
     "ct_int8": compressed("int-quantized", dict(num_bits=8, strategy="channel")),
     "ct_fp8": compressed("float-quantized", dict(num_bits=8, type="float", strategy="channel")),
+    "ct_pack8": compressed("pack-quantized", dict(num_bits=8, strategy="channel")),
+    "ct_int8_asym": compressed("int-quantized", dict(num_bits=8, strategy="channel", symmetric=False)),
+    # Written by older versions of compressed-tensors, with "actorder": "group".
+    "ct_int4_act_order": compressed(
+        "pack-quantized", dict(num_bits=4, strategy="group", group_size=32), act_order=True
+    ),
+    "fp8_row": fp8(None, by_row=True),
 }
 
 CONFIG = dict(

@@ -183,7 +183,7 @@ pub struct CacheSalt(pub u128);
 /// Who proposes draft tokens.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub enum DraftSource {
-    /// The draft model.
+    /// The draft model, or the head that drafts in its place.
     Draft,
     /// A continuation found in the sequence's own text or its session's.
     Ngram,

@@ -27,6 +27,9 @@ pub(crate) struct PassLimits {
     pub(crate) max_deep_prefill_tokens: [usize; 2],
     /// Prompt tokens a sequence with `prompt_logprobs` computes in one pass: each takes a row of logits.
     pub(crate) max_logits_rows: usize,
+    /// Tokens that what drafts for a decoding sequence may lack beside the last: one, after a verification in
+    /// which all stood, or all of a step, of which a head had only guesses of its own.
+    pub(crate) draft_catch_up: usize,
     /// The draft's passes that only propose take its short head.
     pub(crate) short_head: bool,
 }
@@ -110,11 +113,12 @@ struct Want {
 }
 
 impl Want {
-    fn of(sequence: &Sequence, role: ModelRole) -> Self {
+    fn of(sequence: &Sequence, role: ModelRole, limits: &PassLimits) -> Self {
         let computed = sequence.num_computed(role);
-        // The last committed token and the draft tokens after it make a decode; the draft may also be
-        // one token behind, after a verification in which all its tokens stood.
-        let catch_up = usize::from(role == ModelRole::Draft && sequence.lane == Lane::Deep);
+        // The last committed token and the draft tokens after it make a decode; the draft may also be a
+        // little behind.
+        let proposes = role == ModelRole::Draft && sequence.lane == Lane::Deep;
+        let catch_up = if proposes { limits.draft_catch_up } else { 0 };
         Want {
             computed,
             uncomputed: sequence.tokens().len() - computed,
@@ -151,7 +155,7 @@ impl ScheduledBatch {
         seats.sort_unstable_by_key(|&seat| scheduler.seats[seat].as_ref().map(|s| s.urgency(now)));
         seats.retain(|&seat| {
             let Some(sequence) = &scheduler.seats[seat] else { return false };
-            let want = Want::of(sequence, role);
+            let want = Want::of(sequence, role, limits);
             scheduler.grow(seat, want.computed + want.uncomputed.min(limits.most(&want, sequence, role)), now)
         });
         self.fill(role, &seats, scheduler, limits);
@@ -177,7 +181,7 @@ impl ScheduledBatch {
             for &seat in seats {
                 // Somebody more urgent may have preempted it for its blocks.
                 let Some(sequence) = &scheduler.seats[seat] else { continue };
-                let want = Want::of(sequence, role);
+                let want = Want::of(sequence, role, limits);
                 if want.is_prefill != prefill || want.uncomputed == 0 {
                     continue;
                 }

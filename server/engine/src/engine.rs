@@ -75,18 +75,25 @@ const MAX_PROMPT_LOGITS_ROWS: usize = 64;
 
 /// The pair. At least one is there.
 pub struct Models {
-    /// Answers the deep lane.
+    /// Answers the deep lane. Its [`Model::drafting_head`], if it has one, proposes where there is no draft.
     pub target: Option<Box<dyn Model>>,
     /// Answers the fast lane and proposes for the deep one.
     pub draft: Option<Box<dyn Model>>,
 }
 
 impl Models {
-    pub(crate) fn get(&mut self, role: ModelRole) -> &mut Option<Box<dyn Model>> {
-        match role {
-            ModelRole::Target => &mut self.target,
-            ModelRole::Draft => &mut self.draft,
+    pub(crate) fn get(&mut self, role: ModelRole) -> Option<&mut dyn Model> {
+        match (role, &mut self.draft, &mut self.target) {
+            (ModelRole::Target, _, Some(target)) => Some(&mut **target),
+            (ModelRole::Draft, Some(draft), _) => Some(&mut **draft),
+            (ModelRole::Draft, None, Some(target)) => target.drafting_head(),
+            _ => None,
         }
+    }
+
+    /// True if what proposes is a head: it goes along with the target's passes, and answers no lane.
+    fn drafts_by_head(&mut self) -> bool {
+        self.draft.is_none() && self.get(ModelRole::Draft).is_some()
     }
 
     pub(crate) fn has(&self, lane: Lane) -> bool {
@@ -121,6 +128,8 @@ pub struct Engine {
     /// By [`Lane`].
     pub(crate) num_token_ids: [usize; 2],
     pub(crate) vocab_map: Option<Arc<VocabMap>>,
+    /// What proposes is a head of the target: see [`Model::drafting_head`].
+    pub(crate) has_head: bool,
     /// A row of the draft's logits in the target's vocabulary.
     pub(crate) translated: Vec<f32>,
     pub(crate) lane_isolation: bool,
@@ -150,10 +159,12 @@ impl Engine {
         }
         let max_num_batched_tokens =
             config.max_num_batched_tokens.max(2 * config.max_num_seqs * MAX_TOKENS_PER_STEP);
+        let has_head = models.drafts_by_head();
         let limits = PassLimits {
             max_num_batched_tokens,
             max_deep_prefill_tokens: [config.max_num_batched_tokens.max(1); 2],
             max_logits_rows: MAX_PROMPT_LOGITS_ROWS,
+            draft_catch_up: if has_head { MAX_TOKENS_PER_STEP } else { 1 },
             short_head: false,
         };
         let hashing = HashSettings { key: config.hash_key, bits: config.hash_bits.clamp(1, u64::BITS) };
@@ -174,6 +185,7 @@ impl Engine {
             phase: Phase::default(),
             draft_batch: ScheduledBatch::of_draft(config.vocab_map.clone()),
             vocab_map: config.vocab_map.clone(),
+            has_head,
             translated: Vec::new(),
             target_batch: ScheduledBatch::default(),
             logits: Vec::new(),

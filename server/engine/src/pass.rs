@@ -50,13 +50,13 @@ impl Engine {
             ModelRole::Target => &self.target_batch,
             ModelRole::Draft => &self.draft_batch,
         };
-        let model = self.models.get(role).as_mut().expect("a lane has its model: this is a bug");
+        let model = self.models.get(role).expect("a lane has its model: this is a bug");
         guard(|| model.begin(&batch.inputs).map_err(forward_error)).is_ok()
     }
 
     /// Computes a layer. True if that was not the last; `None` if it failed.
     pub(crate) fn advance_pass(&mut self, role: ModelRole) -> Option<bool> {
-        let model = self.models.get(role).as_mut().expect("a lane has its model: this is a bug");
+        let model = self.models.get(role).expect("a lane has its model: this is a bug");
         guard(|| model.advance().map_err(forward_error)).ok()
     }
 
@@ -74,8 +74,8 @@ impl Engine {
             ModelRole::Target => &self.target_batch,
             ModelRole::Draft => &self.draft_batch,
         };
-        let model = self.models.get(role).as_mut().expect("a lane has its model: this is a bug");
-        let drawing = if is_whole && rows.take(model.as_mut(), &batch.inputs).is_ok() {
+        let model = self.models.get(role).expect("a lane has its model: this is a bug");
+        let drawing = if is_whole && rows.take(model, &batch.inputs).is_ok() {
             let now = clock();
             let mut rest = rows.all();
             let sequences = std::mem::take(&mut self.batch_of(role).sequences);
@@ -134,13 +134,13 @@ impl Engine {
             ModelRole::Draft => &mut self.draft_batch,
         };
         batch.retain_only(scheduled, role, &self.scheduler);
-        let model = self.models.get(role).as_mut().expect("a lane has its model: this is a bug");
+        let model = self.models.get(role).expect("a lane has its model: this is a bug");
         guard(|| {
             model.begin(&batch.inputs).map_err(forward_error)?;
             while model.advance().map_err(forward_error)? {}
             Ok(())
         })?;
-        rows.take(model.as_mut(), &batch.inputs)
+        rows.take(model, &batch.inputs)
     }
 
     /// The sequence's part of the target's pass after its draft tokens are forgotten; `None` if it has
@@ -182,7 +182,7 @@ impl Engine {
         all: Rows<'a>,
         now: Duration,
     ) -> Rows<'a> {
-        let model = self.models.get(role).as_ref().expect("a lane has its model: this is a bug");
+        let model = self.models.get(role).expect("a lane has its model: this is a bug");
         let hidden_size = model.config().hidden_size;
         let row_width = match self.draft_head.current() {
             Some((length, _)) if role == ModelRole::Draft && self.draft_batch.inputs.short_head => length,
@@ -208,6 +208,7 @@ impl Engine {
             row_width,
             num_token_ids: self.num_token_ids[sequence_lane as usize].min(row_width),
             vocab_map: self.vocab_map.as_deref(),
+            has_head: self.has_head,
             translated: &mut self.translated,
             now,
         };
@@ -278,6 +279,8 @@ struct SequencePass<'a> {
     row_width: usize,
     num_token_ids: usize,
     vocab_map: Option<&'a VocabMap>,
+    /// See [`Engine`].
+    has_head: bool,
     translated: &'a mut Vec<f32>,
     now: Duration,
 }
@@ -286,6 +289,9 @@ impl SequencePass<'_> {
     fn apply(&mut self, role: ModelRole, num_tokens: usize, rows: &[f32]) -> Result<(), EngineError> {
         let sequence = &mut *self.sequence;
         let start = sequence.num_computed(role);
+        if self.has_head && role == ModelRole::Target {
+            sequence.forget_guesses();
+        }
         sequence.advance(role, num_tokens);
         let end = start + num_tokens;
         if role != sequence.lane.answered_by() {

@@ -90,7 +90,8 @@ impl Engine {
 
     /// What a sequence can draft from now, after its proposers have seen what was committed.
     fn candidate(&mut self, seat: usize) -> Option<Candidate> {
-        let has_draft = self.models.draft.is_some();
+        let has_draft = self.models.get(ModelRole::Draft).is_some();
+        let has_head = self.has_head;
         let sequence = self.scheduler.seats[seat].as_mut()?;
         let mut offers = [Offer::default(); 3];
         if let Some(mut proposers) = sequence.proposers.take() {
@@ -98,7 +99,8 @@ impl Engine {
             offers = DraftSource::ALL.map(|source| proposers.offer(source));
             sequence.proposers = Some(proposers);
         }
-        if has_draft && sequence.speculation.sources.contains(DraftSource::Draft) {
+        let can_draft = has_draft && (!has_head || sequence.has_hidden_states());
+        if can_draft && sequence.speculation.sources.contains(DraftSource::Draft) {
             offers[DraftSource::Draft as usize].num_tokens = MAX_MODEL_DRAFT_TOKENS;
         }
         Some(Candidate {

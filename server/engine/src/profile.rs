@@ -46,7 +46,7 @@ impl Engine {
         for role in [ModelRole::Target, ModelRole::Draft] {
             costs[role as usize] = self.time_passes(role, &PROFILED_ROWS, false, clock)?;
         }
-        if self.lane_isolation && self.models.draft.is_some() {
+        if self.lane_isolation && self.models.has(Lane::Fast) {
             for (role, costs) in costs.iter().enumerate() {
                 // The draft's passes are not suspended.
                 let num_slices =
@@ -118,7 +118,7 @@ impl Engine {
     }
 
     fn set_short_head(&mut self, length: usize) -> Result<bool, EngineError> {
-        let Some(draft) = &mut self.models.draft else { return Ok(false) };
+        let Some(draft) = self.models.get(ModelRole::Draft) else { return Ok(false) };
         draft.set_short_head(length).map_err(|error| EngineError::Forward(error.to_string()))
     }
 

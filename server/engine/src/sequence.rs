@@ -288,6 +288,22 @@ impl Sequence {
         self.num_computed[role as usize] += num_tokens;
     }
 
+    /// Before the target computes more: what a head computed from its own guesses of the target's hidden states
+    /// counts as not computed, because it is about to have the target's own. So its cache is what it would be
+    /// had nothing ever been rejected, and a function of the text alone.
+    pub(crate) fn forget_guesses(&mut self) {
+        // Its row of a token is made of the hidden state at the token before.
+        let known = self.num_computed(ModelRole::Target) + 1;
+        let computed = &mut self.num_computed[ModelRole::Draft as usize];
+        *computed = known.min(*computed);
+    }
+
+    /// True if a head has what it drafts from: the target's hidden states of all tokens but the last.
+    pub(crate) fn has_hidden_states(&self) -> bool {
+        let known = self.num_computed(ModelRole::Target);
+        known > 0 && self.num_tokens == known + 1
+    }
+
     /// True while the answering model has not seen the whole prompt.
     pub(crate) fn is_prefilling(&self) -> bool {
         self.num_tokens > self.num_computed(self.lane.answered_by()) + 1 + self.num_jumped_tokens

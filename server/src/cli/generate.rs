@@ -121,7 +121,7 @@ pub(super) fn run(args: &GenerateArgs) -> anyhow::Result<ExitCode> {
     };
     let Some(served) = state.served(lane) else {
         match lane {
-            Lane::Fast => bail!("there is no fast lane without a draft; name one with --draft"),
+            Lane::Fast => bail!("there is no fast lane without a draft model; name one with --draft"),
             Lane::Deep => bail!("there is no deep lane without a target; name one with --target"),
         }
     };

@@ -11,24 +11,28 @@ use tandem_engine::{
     SpeculationParams, SubmitRequest,
 };
 use tandem_models::pair::Comparison;
-use tandem_models::{Checkpoint, HubOptions, Tokenizer, check_pair};
+use tandem_models::{Checkpoint, Head, HubOptions, Tokenizer, check_pair};
 
 use super::passes::Passes;
 use super::terminal;
 use crate::config::Config;
-use crate::runtime::{self, Runtime};
+use crate::drafter::{Drafter, HeadPlace};
+use crate::runtime::{self, Described, Runtime};
 
 const LONG_ABOUT: &str = "\
 Say whether a target and a draft work as a pair, and what the pair would gain on this machine.
 
 Compares their vocabularies, times passes of both models, drafts for a few prompts to see how often draft \
 tokens stand, and estimates from that the speed of the deep lane against plain decoding. A draft of another \
-vocabulary works too, through the tokens that both have. The exit status is 1 if the two are no pair.";
+vocabulary works too, through the tokens that both have; so does a head that drafts for the target. The exit \
+status is 1 if the two are no pair.";
 
 const EXAMPLES: &str = "\
 Examples:
   tandem pair ./big ./small
   tandem pair Qwen/Qwen2.5-Coder-7B-Instruct Qwen/Qwen2.5-Coder-0.5B-Instruct
+  tandem pair ./big ./big-eagle3
+  tandem pair ./mimo-7b mtp
   tandem pair target.gguf draft.gguf --threads 8";
 
 /// Tokens drafted to see how often they stand.
@@ -56,7 +60,7 @@ pub(super) struct PairArgs {
     #[arg(value_name = "TARGET")]
     target: String,
 
-    /// The small model
+    /// The small model, or the folder of an EAGLE-3 head, or `mtp` for the target's own layer
     #[arg(value_name = "DRAFT")]
     draft: String,
 
@@ -72,21 +76,30 @@ pub(super) struct PairArgs {
 pub(super) fn run(args: &PairArgs) -> anyhow::Result<ExitCode> {
     terminal::init_logging(None, "error");
     let options = HubOptions::from_env();
-    let dirs = [&args.target, &args.draft].map(|spec| tandem_models::resolve(spec, &options));
-    let [target, draft] = dirs;
-    let (target, draft) = (target?, draft?);
-    if !explain_vocabularies(&target, &draft)? {
-        return Ok(ExitCode::FAILURE);
-    }
+    let target = tandem_models::resolve(&args.target, &options)?;
+    let drafter = Drafter::find(&args.draft, &options)?;
     let threads = args.threads.map_or_else(runtime::default_threads, usize::from);
-    let costs = Costs::measure(&target, &draft, threads)?;
+    let costs = match &drafter {
+        Drafter::Model(draft) if explain_vocabularies(&target, draft)? => {
+            Costs::measure(&target, draft, threads)?
+        }
+        Drafter::Model(_) => return Ok(ExitCode::FAILURE),
+        Drafter::Head(place) => {
+            let checkpoint = Checkpoint::open(&target)?;
+            let Some(head) = explain_head(&checkpoint, place)? else { return Ok(ExitCode::FAILURE) };
+            Costs::measure_head(&checkpoint, &head, threads)?
+        }
+    };
     costs.print();
-    let path = |dir: PathBuf| -> anyhow::Result<Option<String>> {
-        Ok(Some(dir.into_os_string().into_string().ok().context("a model's path is no Unicode text")?))
+    let path = |dir: PathBuf| -> anyhow::Result<String> {
+        dir.into_os_string().into_string().ok().context("a model's path is no Unicode text")
     };
     let config = Config {
-        target: path(target)?,
-        draft: path(draft)?,
+        target: Some(path(target)?),
+        draft: Some(match drafter {
+            Drafter::Model(dir) | Drafter::Head(HeadPlace::Folder(dir)) => path(dir)?,
+            Drafter::Head(HeadPlace::Target) => args.draft.clone(),
+        }),
         threads: Some(threads),
         max_num_seqs: 1,
         prefix_cache: false,
@@ -164,9 +177,37 @@ fn explain_vocabularies(target: &Path, draft: &Path) -> anyhow::Result<bool> {
     Ok(true)
 }
 
+/// Prints what the head is and reads. `None` if it is not the target's.
+fn explain_head(target: &Checkpoint, place: &HeadPlace) -> anyhow::Result<Option<Head>> {
+    let config = &target.config;
+    println!(
+        "target     {}: {} layers, {} wide, {} rows of embedding",
+        target.name, config.num_layers, config.hidden_size, config.vocab_size
+    );
+    let head = match place.open(target, None) {
+        Ok(head) => head,
+        Err(error) => {
+            println!("no pair    {error}");
+            return Ok(None);
+        }
+    };
+    println!("head       {}: {} that reads {}", head.checkpoint.name, head.kind.name(), head.features);
+    match head.num_outputs() {
+        all if all == config.vocab_size => println!("vocabulary the target's"),
+        some => println!(
+            "vocabulary {some} of the target's {} tokens: the others it cannot propose",
+            config.vocab_size
+        ),
+    }
+    println!("lanes      deep only: a head answers nobody by itself");
+    Ok(Some(head))
+}
+
 fn print_sizes(runtime: &Runtime) {
-    for (role, model) in [("target", &runtime.target), ("draft", &runtime.draft)] {
-        if let Some((info, _)) = model {
+    let of = |model: &Option<Described>| model.as_ref().map(|(info, _)| info.clone());
+    let head = runtime.head.as_ref().map(|head| head.info.clone());
+    for (role, model) in [("target", of(&runtime.target)), ("draft", of(&runtime.draft)), ("head", head)] {
+        if let Some(info) = model {
             println!(
                 "{role:<10} {} parameters, {} of weights, mostly {}",
                 terminal::count(info.num_parameters),
@@ -188,16 +229,23 @@ struct Costs {
 impl Costs {
     fn measure(target: &Path, draft: &Path, threads: usize) -> anyhow::Result<Self> {
         let pool = runtime::thread_pool(threads)?;
-        // The fastest counts: whatever else runs here only ever adds to it.
-        let fastest = |times: Vec<f64>| times.into_iter().fold(f64::INFINITY, f64::min);
         let mut passes = Passes::load(draft, pool.clone(), CONTEXT, LONGEST + 1)?;
-        let draft = fastest(passes.times_ms(1, 1)?);
+        let draft = fastest(&passes.times_ms(1, 1)?);
         drop(passes);
         let mut passes = Passes::load(target, pool, CONTEXT, LONGEST + 1)?;
-        let rows = 1..=LONGEST + 1;
-        let target =
-            rows.map(|rows| anyhow::Ok(fastest(passes.times_ms(rows, rows)?))).collect::<Result<_, _>>()?;
-        Ok(Costs { target, draft })
+        Ok(Costs { target: Self::of_target(&mut passes)?, draft })
+    }
+
+    /// The target's passes with what they leave for the head.
+    fn measure_head(target: &Checkpoint, head: &Head, threads: usize) -> anyhow::Result<Self> {
+        let pool = runtime::thread_pool(threads)?;
+        let mut passes = Passes::load_with_head(target, head, pool, CONTEXT, LONGEST + 1)?;
+        let target = Self::of_target(&mut passes)?;
+        Ok(Costs { target, draft: fastest(&passes.of_head()?.times_ms(1, 1)?) })
+    }
+
+    fn of_target(passes: &mut Passes) -> anyhow::Result<Vec<f64>> {
+        (1..=LONGEST + 1).map(|rows| Ok(fastest(&passes.times_ms(rows, rows)?))).collect()
     }
 
     fn print(&self) {
@@ -220,6 +268,11 @@ impl Costs {
             })
             .fold((0, 1.0), |best, found| if found.1 > best.1 { found } else { best })
     }
+}
+
+/// The one that counts: whatever else runs here only ever adds to it.
+fn fastest(times: &[f64]) -> f64 {
+    times.iter().copied().fold(f64::INFINITY, f64::min)
 }
 
 /// Tokens of a step that drafts `length` tokens, each of which stands with probability `standing` if those

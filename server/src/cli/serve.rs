@@ -21,12 +21,14 @@ use crate::config::{Config, Loaded};
 use crate::runtime::{self, ModelInfo, Runtime};
 
 pub(super) const LONG_ABOUT: &str = "\
-Serve a pair of models over HTTP, as OpenAI's, Anthropic's, llama.cpp's and Mistral's clients speak it.
+Serve a pair of models over HTTP, as OpenAI's, Anthropic's, llama.cpp's, Mistral's, Ollama's and Tabby's clients \
+speak it.
 
 Prints the address, the pair and a request to try, and serves until Ctrl-C, which lets running answers \
 finish. OpenAI: /v1/completions (with `suffix` for fill-in-the-middle), /v1/chat/completions, /v1/responses, \
 /v1/embeddings, /v1/models. Anthropic: /v1/messages. llama.cpp: /infill, /completion, /tokenize, /detokenize, \
-/apply-template, /props, /slots. Mistral: /v1/fim/completions. And /health and /metrics.";
+/apply-template, /props, /slots. Mistral: /v1/fim/completions. Ollama: /api/generate, /api/chat, /api/tags, \
+/api/show. Tabby: /v1/completions with `segments`, /v1/health. And /health and /metrics.";
 
 pub(super) const EXAMPLES: &str = "\
 Examples:
@@ -34,6 +36,7 @@ Examples:
   tandem serve --target ./big --draft ./small --kv-memory 4GiB
   tandem serve --target ./big                                    no fast lane, no speculation
   tandem serve --target big-q4_k_m.gguf --draft small-q8_0.gguf
+  tandem serve --target ./big --draft ./big-eagle3               a head drafts; no fast lane
   TANDEM_API_KEY=KEY1,KEY2 tandem serve --host 0.0.0.0
   tandem serve --keys keys.db --tls-cert chain.pem --tls-key key.pem --host 0.0.0.0
   tandem serve --config tandem.toml
@@ -155,12 +158,16 @@ fn greeting(config: &Config, runtime: &Runtime, address: SocketAddr, ready: Dura
     if let Some(info) = draft {
         line("draft", describe(info));
     }
-    line("lanes", lanes(target, draft, config.draft_tokens));
+    if let Some(head) = &runtime.head {
+        line("head", format!("{}: {}", head.kind.name(), describe(&head.info)));
+    }
+    line("lanes", lanes(target, draft, runtime.head.is_some(), config.draft_tokens));
     line(
         "context",
         format!(
-            "{} tokens a sequence; KV cache {} in {} = {} blocks of {} tokens ({} tokens)",
+            "{} tokens a sequence, {} if it is full; KV cache {} in {} = {} blocks of {} tokens ({} tokens)",
             runtime.max_model_len,
+            terminal::bytes(runtime.kv.bytes_of(runtime.max_model_len)),
             terminal::bytes(runtime.kv.size_bytes),
             runtime.kv.kv_type.name(),
             runtime.kv.num_blocks,
@@ -178,8 +185,10 @@ fn greeting(config: &Config, runtime: &Runtime, address: SocketAddr, ready: Dura
 }
 
 fn describe(info: &ModelInfo) -> String {
+    let scaling =
+        info.rope_scaling.as_ref().map_or_else(String::new, |rope| format!(", rope scaling {rope}"));
     format!(
-        "{}  {} parameters, {}, {}  ({})",
+        "{}  {} parameters, {}, {}{scaling}  ({})",
         info.name,
         terminal::count(info.num_parameters),
         terminal::bytes(info.size_bytes),
@@ -188,15 +197,25 @@ fn describe(info: &ModelInfo) -> String {
     )
 }
 
-fn lanes(target: Option<&ModelInfo>, draft: Option<&ModelInfo>, draft_tokens: DraftTokens) -> String {
-    let speculation = match (draft, draft_tokens) {
-        (None, _) => "no draft, so no speculation".to_owned(),
-        (Some(_), DraftTokens::Fixed(0)) => "speculation off".to_owned(),
-        (Some(_), DraftTokens::Fixed(1)) => "1 draft token a verification".to_owned(),
-        (Some(_), DraftTokens::Fixed(count)) => format!("{count} draft tokens a verification"),
-        (Some(_), DraftTokens::Auto) => "draft tokens chosen as it runs".to_owned(),
+fn lanes(
+    target: Option<&ModelInfo>,
+    draft: Option<&ModelInfo>,
+    has_head: bool,
+    draft_tokens: DraftTokens,
+) -> String {
+    let speculation = match draft_tokens {
+        _ if draft.is_none() && !has_head => "no draft, so no speculation".to_owned(),
+        DraftTokens::Fixed(0) => "speculation off".to_owned(),
+        DraftTokens::Fixed(1) => "1 draft token a verification".to_owned(),
+        DraftTokens::Fixed(count) => format!("{count} draft tokens a verification"),
+        DraftTokens::Auto => "draft tokens chosen as it runs".to_owned(),
     };
     match (target, draft) {
+        (Some(_), None) if has_head => {
+            format!(
+                "deep = target ({speculation}); auto = deep; no fast lane, as a head answers nobody by itself"
+            )
+        }
         (Some(_), Some(_)) => format!("fast = draft; deep = target ({speculation}); auto"),
         (Some(_), None) => format!("deep = target ({speculation}); auto = deep"),
         _ => "fast = draft; auto = fast (no target, so no deep lane)".to_owned(),

@@ -17,7 +17,8 @@ pub(crate) struct ModelSettings {
     target: Option<String>,
 
     /// The small model, best of the same vocabulary: answers the fast lane and drafts for the deep lane.
-    /// With --draft alone there is no deep lane
+    /// With --draft alone there is no deep lane. Or a head that only drafts, so that there is no fast lane: the
+    /// folder or hub id of an EAGLE-3 head, or `mtp` for the target's own multi-token-prediction layer
     #[arg(long, value_name = "MODEL", help_heading = "Models")]
     draft: Option<String>,
 
@@ -32,7 +33,20 @@ pub(crate) struct ModelSettings {
     #[arg(long, value_name = "auto|all|N", help_heading = "Models")]
     draft_head: Option<String>,
 
-    /// Longest prompt and output together, in tokens [default: what the model was made for]
+    /// Scale the rotary embedding of both models, and with it their context, in the place of what their files
+    /// say: KIND:FACTOR with linear, dynamic, yarn or llama3 (yarn:4 makes 128K of Qwen2.5-Coder's 32K), the
+    /// object of a config.json ({"rope_type": "yarn", ...}), none, or file. Changes the output
+    /// [default: file]
+    #[arg(long, value_name = "KIND:FACTOR|JSON", help_heading = "Models")]
+    rope_scaling: Option<String>,
+
+    /// The same for the draft alone, which may have been made for another context [default: as
+    /// --rope-scaling]
+    #[arg(long, value_name = "KIND:FACTOR|JSON", help_heading = "Models")]
+    draft_rope_scaling: Option<String>,
+
+    /// Longest prompt and output together, in tokens [default: what the models were made for, or were scaled
+    /// to]
     #[arg(long, value_name = "TOKENS", help_heading = "Models")]
     max_model_len: Option<String>,
 
@@ -190,6 +204,8 @@ impl ModelSettings {
             ("draft", &self.draft),
             ("draft-tokens", &self.draft_tokens),
             ("draft-head", &self.draft_head),
+            ("rope-scaling", &self.rope_scaling),
+            ("draft-rope-scaling", &self.draft_rope_scaling),
             ("max-model-len", &self.max_model_len),
             ("backend", &self.backend),
             ("threads", &self.threads),

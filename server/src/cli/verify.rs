@@ -5,7 +5,9 @@ use std::sync::Arc;
 
 use clap::Args;
 use tandem_models::verify::{Comparison, compare};
-use tandem_models::{BackendKind, Checkpoint, Dtype, FileType, HubOptions, Tokenizer, WeightMemory};
+use tandem_models::{
+    BackendKind, Checkpoint, Dtype, FileType, HubOptions, RopeOverride, Tokenizer, WeightMemory,
+};
 
 use super::quantize::parse_format;
 use crate::runtime;
@@ -63,6 +65,10 @@ pub(super) struct VerifyArgs {
     #[arg(long, value_name = "FORMAT", value_parser = parse_format)]
     quantize: Option<FileType>,
 
+    /// Scale the rotary embedding first, as `--rope-scaling` of `tandem serve` would: yarn:4, say
+    #[arg(long, value_name = "KIND:FACTOR|JSON")]
+    rope_scaling: Option<RopeOverride>,
+
     /// Threads of the fast backend [default: one a CPU]
     #[arg(long, value_name = "N", value_parser = clap::value_parser!(u16).range(1..=1024))]
     threads: Option<u16>,
@@ -81,7 +87,8 @@ pub(super) fn run(args: &VerifyArgs) -> anyhow::Result<ExitCode> {
         dirs.extend([demo.join("target"), demo.join("draft")]);
     }
     // Opened first, so that a wrong name in the list does not cost the models before it.
-    let mut checkpoints = dirs.iter().map(|dir| Checkpoint::open(dir)).collect::<Result<Vec<_>, _>>()?;
+    let open = |dir| Checkpoint::open_with(dir, args.rope_scaling.as_ref());
+    let mut checkpoints = dirs.iter().map(|dir| open(dir)).collect::<Result<Vec<_>, _>>()?;
     for checkpoint in &mut checkpoints {
         checkpoint.quantize = args.quantize;
     }

@@ -4,7 +4,7 @@ use std::path::PathBuf;
 use std::str::FromStr;
 
 use tandem_engine::{DraftHead, DraftTokens};
-use tandem_models::{BackendKind, FileType, KvType};
+use tandem_models::{BackendKind, FileType, KvType, RopeOverride};
 
 use super::RawValue;
 
@@ -78,6 +78,14 @@ pub(super) fn quantize(value: &RawValue) -> Option<Option<FileType>> {
     match only(value)? {
         "none" => Some(None),
         name => FileType::parse(name).filter(|kind| kind.is_quantized()).map(Some),
+    }
+}
+
+/// `file` takes a weaker layer's choice away.
+pub(super) fn rope_scaling(value: &RawValue) -> Option<Option<RopeOverride>> {
+    match only(value)? {
+        "file" => Some(None),
+        text => text.parse().ok().map(Some),
     }
 }
 

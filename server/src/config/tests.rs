@@ -54,6 +54,8 @@ fn every_setting_can_be_set_in_the_file_and_in_the_environment() {
         ("kv-memory", "512MiB"),
         ("kv-dtype", "q8"),
         ("quantize", "q4"),
+        ("rope-scaling", "yarn:4"),
+        ("draft-rope-scaling", "file"),
         ("max-num-seqs", "5"),
         ("max-model-len", "100"),
         ("max-waiting", "9"),
@@ -85,6 +87,8 @@ fn every_setting_can_be_set_in_the_file_and_in_the_environment() {
         kv_memory: Some(512 << 20),
         kv_dtype: KvType::Q8,
         quantize: Some(FileType::Q4_0),
+        rope_scaling: Some("yarn:4".parse().expect("a scaling")),
+        draft_rope_scaling: Some(None),
         max_num_seqs: 5,
         max_model_len: Some(100),
         max_waiting: 9,
@@ -188,6 +192,18 @@ fn a_table_or_an_array_in_the_place_of_one_value_is_refused() {
         let error = load(&[], Some(file.path()), env(&[])).unwrap_err();
         assert!(matches!(error, ConfigError::Value { .. }), "{text}: {error}");
     }
+}
+
+#[test]
+fn a_rotary_scaling_is_text_or_json_or_a_table() {
+    let file = file("rope-scaling = { rope_type = \"yarn\", factor = 4.0, beta_fast = 16.0 }\n");
+    let from_file = load(&[], Some(file.path()), env(&[])).expect("valid").config.rope_scaling;
+    let json = r#"{"factor": 4.0, "type": "yarn", "beta_fast": 16.0}"#;
+    let from_env = load(&[], None, env(&[("TANDEM_ROPE_SCALING", json)])).expect("valid").config.rope_scaling;
+    // They differ in how they are shown only.
+    assert_eq!(from_file.map(|scaling| scaling.scaling().clone()), from_env.map(|s| s.scaling().clone()));
+    let message = load(&flags(&[("rope-scaling", "yarn")]), None, env(&[])).unwrap_err().to_string();
+    assert!(message.starts_with("the flag --rope-scaling is \"yarn\"; it must be `file`, `none`, a kind"));
 }
 
 #[test]

@@ -10,7 +10,7 @@ use super::chat::ToolChoice;
 use super::error::{ApiError, ErrorKind};
 use super::fields::{AskedFormat, fault};
 use super::state::ServedModel;
-use crate::text::answer::ToolFormat;
+use crate::text::answer::{DeepSeekCalls, MistralCalls, ToolFormat};
 use crate::text::grammar::{
     CallFormat, Calling, Grammar, GrammarError, Grammars, Lead, Token, ToolShape, answer_text, grammar_text,
 };
@@ -106,13 +106,20 @@ impl ChatForm<'_> {
         let text = |calling: Option<&Calling>| {
             grammar_text(lead.as_ref(), format, calling).map_err(|error| fault(&self.param(), &error))
         };
-        let mut texts = vec![text(calling.as_ref())?];
-        if let Some(mut loose) = calling
-            && !self.tools.iter().any(is_strict)
-        {
-            // Nobody was promised these schemas: if they cannot be kept, any object will do.
-            loose.tools.iter_mut().for_each(|tool| tool.is_exact = false);
-            texts.push(text(Some(&loose))?);
+        let mut texts = Vec::new();
+        match (text(calling.as_ref()), calling) {
+            (Ok(exact), Some(mut loose)) if !self.tools.iter().any(is_strict) => {
+                // Nobody was promised these schemas: if they cannot be kept, any object will do.
+                loose.tools.iter_mut().for_each(|tool| tool.is_exact = false);
+                texts.extend([exact, text(Some(&loose))?]);
+            }
+            (Err(_), Some(mut loose)) if self.asked.is_none() && !self.tools.iter().any(is_strict) => {
+                loose.tools.iter_mut().for_each(|tool| tool.is_exact = false);
+                // Nor is anybody promised a form, then: the call is as the model writes it.
+                let Ok(loose) = text(Some(&loose)) else { return Ok(None) };
+                texts.push(loose);
+            }
+            (exact, _) => texts.push(exact?),
         }
         Ok(Some(GrammarPlan { param: self.param(), texts }))
     }
@@ -193,11 +200,27 @@ fn call_format(served: &ServedModel) -> Option<CallFormat> {
     let token = |text| token(served, text);
     Some(match served.dialect.format()? {
         ToolFormat::Hermes => CallFormat::Hermes { open: token("<tool_call>"), close: token("</tool_call>") },
-        ToolFormat::Granite => CallFormat::Granite { open: token("<|tool_call|>") },
+        ToolFormat::QwenXml => {
+            CallFormat::QwenXml { open: token("<tool_call>"), close: token("</tool_call>") }
+        }
+        ToolFormat::Granite => CallFormat::List { open: token("<|tool_call|>") },
+        ToolFormat::Mistral(MistralCalls::List) => CallFormat::List { open: token("[TOOL_CALLS]") },
+        ToolFormat::Mistral(MistralCalls::Named { has_id, has_mark }) => CallFormat::Named {
+            open: token("[TOOL_CALLS]"),
+            call_id: has_id.then(|| token("[CALL_ID]")),
+            arguments: has_mark.then(|| token("[ARGS]")),
+        },
+        ToolFormat::DeepSeek(spelling) => CallFormat::Section {
+            open: token("<｜tool▁calls▁begin｜>"),
+            close: token("<｜tool▁calls▁end｜>"),
+            call: token("<｜tool▁call▁begin｜>"),
+            call_end: token("<｜tool▁call▁end｜>"),
+            separator: token("<｜tool▁sep｜>"),
+            is_fenced: spelling == DeepSeekCalls::Fenced,
+        },
         ToolFormat::Llama => CallFormat::Llama,
         ToolFormat::Harmony => {
             CallFormat::Harmony { constrain: token("<|constrain|>"), message: token("<|message|>") }
         }
-        ToolFormat::QwenXml | ToolFormat::Mistral | ToolFormat::DeepSeek => return None,
     })
 }

@@ -1,6 +1,6 @@
 """Anthropic's Claude Code: Messages, with HEAD / before them."""
 
-from support import KEY, TASK, expect, loop
+from support import KEY, TASK, expect, loop, terse_demo
 
 VERSION = "2.1.197"
 
@@ -9,7 +9,12 @@ def script(box):
     return loop("Read", {"file_path": str(box.project / "note.txt")})
 
 
-def ask(box, url, task, *options, fails=False):
+def serve(box):
+    # Its own instructions and tools take about 5,000 tokens of the demo pair's.
+    return [*terse_demo(box), "--rope-scaling", "yarn:4"]
+
+
+def ask(box, url, task, *options):
     programs = box.npm(f"@anthropic-ai/claude-code@{VERSION}")
     environment = {
         "ANTHROPIC_BASE_URL": url,
@@ -17,13 +22,12 @@ def ask(box, url, task, *options, fails=False):
         "CLAUDE_CODE_DISABLE_NONESSENTIAL_TRAFFIC": "1",
     }
     command = [programs / "claude", "-p", task, "--model", "auto", *options]
-    return box.run(command, environment, fails=fails)
+    return box.run(command, environment)
 
 
 def turn(box, url):
-    # Its own instructions alone are longer than the demo pair's context: the user is to see that.
-    output = ask(box, url, "Say hello.", fails=True)
-    expect("the context holds 4096" in output, output)
+    output = ask(box, url, "Say hello.")
+    expect("API Error" not in output, output)
 
 
 def tool_loop(box, url):

@@ -46,5 +46,8 @@ PACKAGES = {
     "openai-node": Package("openai_node.mjs", npm=["openai@6.49.0"]),
     "anthropic-python": Package("anthropic_python.py", pip=["anthropic==2.12.0"]),
     "langchain": Package("langchain_openai.py", pip=["langchain-openai==1.7.3"]),
+    "ollama-python": Package("ollama_python.py", pip=["ollama==0.6.3"]),
+    "ollama-node": Package("ollama_node.mjs", npm=["ollama@0.6.4"]),
+    "tabby-agent": Package("tabby_agent.mjs", npm=["tabby-agent@1.5.0"]),
     "llama-vscode": Package("llama_vscode.py"),
 }

@@ -44,6 +44,8 @@ def drive(name, client, options):
     box.fresh()
     built = options.built
     command = [built / "tandem", "serve", "--port", "0", "--api-key", KEY, "--threads", "1"]
+    if hasattr(client, "serve"):
+        command += client.serve(box)
     with Server(command, {}) as server:
         client.turn(box, server.url)
         server.process.send_signal(signal.SIGTERM)
@@ -68,8 +70,9 @@ def main():
     options.scratch = options.scratch.resolve()
     groups = {"light": list(PACKAGES), "all": list(CLIENTS)}
     if options.client == "light" and shutil.which("npm") is None:
-        groups["light"].remove("openai-node")
-        print("skip openai-node: there is no npm", flush=True)
+        nodes = [name for name, package in PACKAGES.items() if package.npm]
+        groups["light"] = [name for name in groups["light"] if name not in nodes]
+        print(f"skip {', '.join(nodes)}: there is no npm", flush=True)
     failed = []
     for name in groups.get(options.client) or options.client.split(","):
         if name not in CLIENTS:

@@ -224,3 +224,82 @@ async fn a_format_begins_after_the_reasoning() {
     assert!(is_right(&message["content"]), "{answer}");
     server.stop().await;
 }
+
+/// Each family's template shows how its model calls, and strict tools are kept in it.
+#[tokio::test]
+async fn strict_tools_in_every_familys_calls() {
+    let head = "{% if tools %}Tools: {{ tools | tojson }}\n{% endif %}{% for message in messages %}\
+        <|im_start|>{{ message.role }}\n{{ message.content or '' }}{% for call in message.tool_calls or [] %}";
+    let tail = "{% endfor %}<|im_end|>\n{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}";
+    let name = "{{ call.function.name }}";
+    let arguments = "{{ call.function.arguments | tojson }}";
+    let city = "{\"city\": \"Paris\"}";
+    let xml = "<tool_call>\n<function={{ call.function.name }}>\n{% for key, value in call.function.arguments | items %}\
+        <parameter={{ key }}>\n{{ value }}\n</parameter>\n{% endfor %}</function>\n</tool_call>";
+    let families: [(String, String, &'static [&'static str]); 5] = [
+        (
+            xml.to_owned(),
+            "<tool_call>\n<function=weather>\n<parameter=city>\nParis\n</parameter>\n</function>\n</tool_call>".to_owned(),
+            &["<tool_call>", "</tool_call>"],
+        ),
+        (
+            format!("[TOOL_CALLS][{{\"name\": \"{name}\", \"arguments\": {arguments}}}]"),
+            format!("[TOOL_CALLS][{{\"name\": \"weather\", \"arguments\": {city}}}]"),
+            &["[TOOL_CALLS]"],
+        ),
+        (
+            format!("[TOOL_CALLS]{name}[ARGS]{arguments}"),
+            format!("[TOOL_CALLS]weather[ARGS]{city}"),
+            &["[TOOL_CALLS]", "[ARGS]"],
+        ),
+        (
+            format!("<｜tool▁calls▁begin｜><｜tool▁call▁begin｜>function<｜tool▁sep｜>{name}\n```json\n{arguments}\n```\
+                <｜tool▁call▁end｜><｜tool▁calls▁end｜>"),
+            format!("<｜tool▁calls▁begin｜><｜tool▁call▁begin｜>function<｜tool▁sep｜>weather\n```json\n{city}\n```\
+                <｜tool▁call▁end｜><｜tool▁calls▁end｜>"),
+            DEEPSEEK,
+        ),
+        (
+            format!("<｜tool▁calls▁begin｜><｜tool▁call▁begin｜>{name}<｜tool▁sep｜>{arguments}<｜tool▁call▁end｜><｜tool▁calls▁end｜>"),
+            format!("<｜tool▁calls▁begin｜><｜tool▁call▁begin｜>weather<｜tool▁sep｜>{city}<｜tool▁call▁end｜><｜tool▁calls▁end｜>"),
+            DEEPSEEK,
+        ),
+    ];
+    for (shown, said, tokens) in families {
+        // A template lives as long as the process: there are five.
+        let template: &'static str = format!("{head}{shown}{tail}").leak();
+        let server = TestServer::scripted(template, tokens).await;
+        let path = "/v1/chat/completions";
+        let city = |answer: &Value| -> Value {
+            let call = &answer["choices"][0]["message"]["tool_calls"][0]["function"];
+            assert_eq!(call["name"], "weather", "{shown}: {answer}");
+            let arguments: Value =
+                serde_json::from_str(call["arguments"].as_str().expect("text")).expect("JSON");
+            arguments["city"].clone()
+        };
+        server.say(&said);
+        let greedy = |extra: Value| with(json!({ "temperature": 0, "parallel_tool_calls": false }), &extra);
+        let loose = server.post(path, &weather(false, greedy(json!({})))).await.json();
+        assert_eq!(city(&loose), "Paris");
+        let held = server.post(path, &weather(true, greedy(json!({})))).await.json();
+        assert!(city(&held) == "Rome" || city(&held) == "Oslo", "{held}");
+        assert_eq!(held["choices"][0]["finish_reason"], "tool_calls");
+        server.say("Paris, of course.");
+        let free = server.post(path, &weather(true, greedy(json!({})))).await.json();
+        assert_eq!(free["choices"][0]["message"]["content"], "Paris, of course.", "{shown}: {free}");
+        for choice in [json!("required"), json!({ "type": "function", "function": { "name": "weather" } })] {
+            let forced =
+                server.post(path, &weather(false, greedy(json!({ "tool_choice": choice })))).await.json();
+            assert!(city(&forced) == "Rome" || city(&forced) == "Oslo", "{forced}");
+        }
+        server.stop().await;
+    }
+}
+
+const DEEPSEEK: &[&str] = &[
+    "<｜tool▁calls▁begin｜>",
+    "<｜tool▁calls▁end｜>",
+    "<｜tool▁call▁begin｜>",
+    "<｜tool▁call▁end｜>",
+    "<｜tool▁sep｜>",
+];

@@ -8,16 +8,15 @@ use serde_json::{Map, Value, json};
 use tandem_engine::{Constraint, Ending, TokenMask};
 use tandem_models::Tokenizer;
 
-use tandem::text::grammar::{
-    CallFormat, Calling, Format, Grammars, Lead, Token, ToolShape, answer_text, grammar_text,
-};
+use tandem::text::grammar::{Format, Grammars, Lead, Token, answer_text, grammar_text};
 
 static TOKENIZER: LazyLock<Arc<Tokenizer>> = LazyLock::new(|| {
     let folder = Path::new(env!("CARGO_MANIFEST_DIR")).join("../models/demo/target");
     Arc::new(Tokenizer::from_dir(&folder).expect("the demo's tokenizer loads"))
 });
 
-static GRAMMARS: LazyLock<Arc<Grammars>> = LazyLock::new(|| Arc::new(Grammars::new(TOKENIZER.clone(), &[])));
+pub(crate) static GRAMMARS: LazyLock<Arc<Grammars>> =
+    LazyLock::new(|| Arc::new(Grammars::new(TOKENIZER.clone(), &[])));
 
 fn mask_of(constraint: &mut dyn Constraint) -> TokenMask {
     let mut mask = TokenMask::new(TOKENIZER.vocab_size());
@@ -47,7 +46,7 @@ fn follow(text: &str, answer: &str) -> (String, Ending) {
 }
 
 #[track_caller]
-fn takes(text: &str, answer: &str) {
+pub(crate) fn takes(text: &str, answer: &str) {
     let (rest, ending) = follow(text, answer);
     assert!(
         rest.is_empty() && ending != Ending::Forbidden,
@@ -56,12 +55,12 @@ fn takes(text: &str, answer: &str) {
 }
 
 #[track_caller]
-fn refuses(text: &str, answer: &str) {
+pub(crate) fn refuses(text: &str, answer: &str) {
     let (rest, ending) = follow(text, answer);
     assert!(!rest.is_empty() || ending == Ending::Forbidden, "{answer:?} is taken by {text}");
 }
 
-fn schema(value: Value) -> Map<String, Value> {
+pub(crate) fn schema(value: Value) -> Map<String, Value> {
     value.as_object().expect("an object").clone()
 }
 
@@ -132,7 +131,13 @@ fn gbnf_is_translated() {
         let error = Format::grammar(text).expect_err(text).to_string();
         assert!(error.contains(word), "{error}");
     }
-    assert!(Format::grammar(&format!("root ::= {}", "(".repeat(100_000))).is_err());
+    // Neither groups in groups nor repetitions of repetitions go deeper than a stack.
+    for text in ["(", "\"a\"**", "\"a\"{1}"] {
+        let (first, again) = text.split_at(text.len() - if text.ends_with('}') { 3 } else { 1 });
+        let text = format!("root ::= {first}{}", again.repeat(100_000));
+        assert!(Format::grammar(&text).is_err());
+    }
+    takes(&of("root ::= \"a\"{2}? \"b\""), "b");
 }
 
 #[test]
@@ -178,88 +183,6 @@ fn a_format_begins_after_the_reasoning() {
     constraint.advance(id).expect("the end of it");
     assert_eq!(constraint.ending(), Ok(Ending::Forbidden));
     assert!(!mask_of(&mut *constraint).allows(word));
-}
-
-fn calling(begun: Option<Option<usize>>, is_parallel: bool) -> Calling {
-    let token = |text: &str| Token { id: None, text: text.to_owned() };
-    let tool = |name: &str, parameters: Value, is_exact| ToolShape {
-        name: name.to_owned(),
-        parameters: schema(parameters),
-        is_exact,
-    };
-    let format = CallFormat::Hermes { open: token("<tool_call>"), close: token("</tool_call>") };
-    let point = json!({ "type": "object", "properties": { "x": { "type": "integer" } }, "required": ["x"],
-        "additionalProperties": false });
-    let tools = vec![
-        tool("move", point, true),
-        tool("stop", json!({ "type": "object", "properties": {} }), true),
-        tool("say", json!({ "type": "object", "properties": { "text": { "type": "string" } } }), false),
-    ];
-    Calling { format, tools, begun, is_parallel }
-}
-
-const MOVE: &str = "<tool_call>\n{\"name\": \"move\", \"arguments\": {\"x\": 1}}\n</tool_call>";
-const STOP: &str = "<tool_call>\n{\"name\": \"stop\", \"arguments\": {}}\n</tool_call>";
-
-#[test]
-fn tool_calls_have_arguments_that_their_schemas_allow() {
-    let text = |calls: &Calling| grammar_text(None, None, Some(calls)).expect("it can be written");
-    let free = text(&calling(None, true));
-    takes(&free, "I would <not> call.");
-    takes(&free, MOVE);
-    takes(&free, &format!("First:\n{MOVE}\n{STOP}"));
-    takes(&free, "<tool_call>\n{\"name\": \"say\", \"arguments\": {\"any\": [1]}}\n</tool_call>");
-    refuses(&free, "<tool_call>\n{\"name\": \"move\", \"arguments\": {\"x\": \"1\"}}\n</tool_call>");
-    refuses(&free, "<tool_call>\n{\"name\": \"go\", \"arguments\": {}}\n</tool_call>");
-    refuses(&free, "<tool_call>\n{\"name\": \"stop\", \"arguments\": {\"x\": 1}}\n</tool_call>");
-    refuses(&text(&calling(None, false)), &format!("{MOVE}\n{STOP}"));
-
-    let any = text(&calling(Some(None), true));
-    takes(&any, &MOVE["<tool_call>\n{\"name\": \"".len()..]);
-    takes(&any, &format!("{}\n{STOP}", &MOVE["<tool_call>\n{\"name\": \"".len()..]));
-    refuses(&any, "I would not");
-    let named = text(&calling(Some(Some(0)), true));
-    takes(&named, " {\"x\": 5}}\n</tool_call>");
-    refuses(&named, " {\"y\": 5}}\n</tool_call>");
-
-    let format = Format::Json(schema(json!({ "type": "integer" })));
-    let both = grammar_text(None, Some(&format), Some(&calling(None, true))).expect("it can be written");
-    takes(&both, "42");
-    takes(&both, MOVE);
-    refuses(&both, "hm");
-}
-
-#[test]
-fn the_other_ways_to_call() {
-    let token = |text: &str| Token { id: None, text: text.to_owned() };
-    let text = |format: CallFormat, begun| {
-        let calls = Calling { format, ..calling(begun, true) };
-        grammar_text(None, None, Some(&calls)).expect("it can be written")
-    };
-    let granite = || CallFormat::Granite { open: token("<|tool_call|>") };
-    takes(&text(granite(), None), "<|tool_call|>[{\"name\": \"stop\", \"arguments\": {}}]");
-    takes(
-        &text(granite(), Some(None)),
-        "stop\", \"arguments\": {}}, {\"name\": \"stop\", \"arguments\": {}}]",
-    );
-    takes(&text(granite(), Some(Some(0))), " {\"x\": 5}}]");
-    takes(&text(CallFormat::Llama, Some(None)), "move\", \"parameters\": {\"x\": 0}}");
-    refuses(&text(CallFormat::Llama, Some(None)), "move\", \"parameters\": {}}");
-    takes(&text(CallFormat::Llama, Some(Some(1))), " {}}");
-    let harmony = || CallFormat::Harmony { constrain: token("<|constrain|>"), message: token("<|message|>") };
-    takes(&text(harmony(), Some(None)), "move <|constrain|>json<|message|>{\"x\": 0}");
-    takes(&text(harmony(), Some(Some(0))), "{\"x\": 0}");
-    let channels = Lead::Channels {
-        channel: token("<|channel|>"),
-        message: token("<|message|>"),
-        end: token("<|end|>"),
-        start: token("<|start|>"),
-    };
-    let yes = Format::Choice(vec!["yes".to_owned()]);
-    let text = grammar_text(Some(&channels), Some(&yes), None).expect("it can be written");
-    takes(&text, "<|channel|>final<|message|>yes");
-    takes(&text, "<|channel|>analysis<|message|>hm<|end|><|start|>assistant<|channel|>final<|message|>yes");
-    refuses(&text, "yes");
 }
 
 #[test]
@@ -339,6 +262,12 @@ fn hostile_texts_are_bounded() {
         text_of(nested),
         plain(&Format::Regex("((a{1,1000}){1,1000}){1,1000}b".to_owned())),
         plain(&Format::Regex("(x+x+)+y".repeat(50))),
+        plain(&Format::Regex(format!("a{}", "*".repeat(100_000)))),
+        format!("start: \"a\"{}", "?".repeat(100_000)),
+        format!("start: {}\"a\"", "-".repeat(100_000)),
+        format!("start: T\nT: \"a\"{}", " & /a/".repeat(20_000)),
+        format!("start: \"a\"{}", " \"a\"".repeat(40_000)),
+        format!("start: \"a\"{}", " | \"a\"".repeat(40_000)),
         plain(&Format::Regex("[a-z]{0,5000}[0-9]{0,5000}".to_owned())),
         plain(&Format::Regex("(.*a.{30}){4}".to_owned())),
         plain(&Format::Choice((0..4_000).map(|i| format!("choice number {i}")).collect())),

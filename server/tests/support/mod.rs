@@ -8,6 +8,7 @@ mod gated;
 pub(crate) mod scripted;
 
 use std::net::SocketAddr;
+use std::path::Path;
 use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
@@ -23,7 +24,9 @@ use tandem::http::{AppConfig, AppState, LaneModel, Limits, Listener, ServeOption
 use tandem::keys::Keyring;
 use tandem_engine::{DraftHead, DraftTokens, EngineConfig, EngineHandle, KvEvents, Models};
 use tandem_kernels::ThreadPool;
-use tandem_models::{BackendKind, ChatTemplate, Checkpoint, FimTokens, Model, Tokenizer};
+use tandem_models::{
+    BackendKind, ChatTemplate, Checkpoint, FimTokens, KvType, Model, RopeOverride, Tokenizer,
+};
 use tempfile::TempDir;
 use tokio::net::{TcpListener, TcpStream};
 use tokio::sync::oneshot;
@@ -51,6 +54,9 @@ pub(crate) struct TestOptions {
     pub(crate) max_model_len: usize,
     pub(crate) with_draft: bool,
     pub(crate) checkpoint: CheckpointSpec,
+    /// As `--rope-scaling` and `--kv-dtype`.
+    pub(crate) rope_scaling: Option<&'static str>,
+    pub(crate) kv_type: KvType,
     /// The target says what [`TestServer::say`] asks for.
     pub(crate) scripted: bool,
     /// The shipped pair answers.
@@ -78,6 +84,8 @@ impl Default for TestOptions {
             max_model_len: 256,
             with_draft: true,
             checkpoint: CheckpointSpec::default(),
+            rope_scaling: None,
+            kv_type: KvType::F16,
             scripted: false,
             demo: false,
             tracer: None,
@@ -150,14 +158,16 @@ impl TestServer {
         let mut target_dir = folder.path().join("big-model");
         let mut draft_dir = folder.path().join("small-model");
         if options.demo {
-            let demo = std::path::Path::new(env!("CARGO_MANIFEST_DIR")).join("../models/demo");
+            let demo = Path::new(env!("CARGO_MANIFEST_DIR")).join("../models/demo");
             (target_dir, draft_dir) = (demo.join("target"), demo.join("draft"));
         } else {
             options.checkpoint.write(&target_dir, 2, 7);
             options.checkpoint.write(&draft_dir, 1, 8);
         }
         let pool = Arc::new(ThreadPool::new(1));
-        let (mut target_model, target) = load(&target_dir, &pool);
+        let rope = options.rope_scaling.map(|text| text.parse().expect("a scaling"));
+        let load = |dir: &Path| load(dir, rope.as_ref(), options.kv_type, &pool);
+        let (mut target_model, target) = load(&target_dir);
         let script = Script::default();
         if options.scripted {
             target_model =
@@ -166,7 +176,7 @@ impl TestServer {
         if let Some(gate) = options.gate {
             target_model = Box::new(GatedModel { inner: target_model, gate });
         }
-        let (draft_model, draft) = options.with_draft.then(|| load(&draft_dir, &pool)).unzip();
+        let (draft_model, draft) = options.with_draft.then(|| load(&draft_dir)).unzip();
         let tokenizer = target.tokenizer.clone();
         let config = EngineConfig {
             block_size: 16,
@@ -341,9 +351,15 @@ impl TestServer {
     }
 }
 
-fn load(dir: &std::path::Path, pool: &Arc<ThreadPool>) -> (Box<dyn Model>, LaneModel) {
-    let checkpoint = Checkpoint::open(dir).expect("the checkpoint opens");
-    let model = tandem_models::load(&checkpoint, BackendKind::Cpu, pool.clone()).expect("the model loads");
+fn load(
+    dir: &Path,
+    rope: Option<&RopeOverride>,
+    kv_type: KvType,
+    pool: &Arc<ThreadPool>,
+) -> (Box<dyn Model>, LaneModel) {
+    let checkpoint = Checkpoint::open_with(dir, rope).expect("the checkpoint opens");
+    let model = tandem_models::load_with(&checkpoint, BackendKind::Cpu, kv_type, pool.clone());
+    let model = model.expect("the model loads");
     let tokenizer = Arc::new(Tokenizer::from_dir(dir).expect("the tokenizer loads"));
     let chat_template = ChatTemplate::from_dir(dir, &tokenizer).expect("the template loads").map(Arc::new);
     let fim = FimTokens::from_dir(dir, &tokenizer).expect("the order is known");

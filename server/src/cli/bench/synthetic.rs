@@ -102,6 +102,10 @@ impl Model for SyntheticTarget {
         self.real.allocate_kv_cache(num_blocks, block_size)
     }
 
+    fn drafting_head(&mut self) -> Option<&mut dyn Model> {
+        self.real.drafting_head()
+    }
+
     fn begin(&mut self, batch: &ForwardBatch) -> Result<(), ModelError> {
         let mut ends = batch.cu_seqlens_q.iter().skip(1).copied().peekable();
         self.verdicts.clear();

@@ -201,12 +201,16 @@ pub fn available(state: &AppState) -> Vec<(&str, Option<&ServedModel>)> {
 /// The 404 for a model name.
 pub fn unknown_model(state: &AppState, name: &str) -> ApiError {
     let names: Vec<&str> = available(state).iter().map(|(name, _)| *name).collect();
+    let why = match name {
+        "fast" => " (the fast lane takes a draft model; a drafting head answers nobody by itself)",
+        _ => "",
+    };
     ApiError {
         param: Some("model".to_owned()),
         code: Some("model_not_found"),
         ..ApiError::new(
             ErrorKind::NotFound,
-            format!("the model {name:?} is not served here; there are: {}", names.join(", ")),
+            format!("the model {name:?} is not served here{why}; there are: {}", names.join(", ")),
         )
     }
 }

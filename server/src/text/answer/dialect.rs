@@ -36,13 +36,36 @@ pub enum ToolFormat {
     /// The answer is a JSON object or a Python list: Llama 3 and 4.
     Llama,
     /// `[TOOL_CALLS]`: Mistral.
-    Mistral,
+    Mistral(MistralCalls),
     /// Sections of control tokens: DeepSeek.
-    DeepSeek,
+    DeepSeek(DeepSeekCalls),
     /// `<|tool_call|>[...]`: Granite 3.
     Granite,
     /// Channels: gpt-oss.
     Harmony,
+}
+
+/// What follows `[TOOL_CALLS]`.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum MistralCalls {
+    /// `[{"name": ..., "arguments": ...}, ...]`, until its tokenizer v7.
+    List,
+    /// `NAME{...}`, with control tokens between.
+    Named {
+        /// `[CALL_ID]` and an id.
+        has_id: bool,
+        /// `[ARGS]`.
+        has_mark: bool,
+    },
+}
+
+/// What is between the tokens of a call.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum DeepSeekCalls {
+    /// `function<｜tool▁sep｜>NAME` and a fenced block: V3 and R1.
+    Fenced,
+    /// `NAME<｜tool▁sep｜>` and bare arguments: V3.1.
+    Bare,
 }
 
 /// Reasoning's tags: Qwen, DeepSeek and most; Magistral; Seed.
@@ -55,8 +78,14 @@ const PROBE: &str = "tandem_probe";
 /// What a format shows in a rendered call. The first that is there decides.
 const SIGNS: &[(&str, ToolFormat)] = &[
     ("<|channel|>", ToolFormat::Harmony),
-    ("<｜tool▁call", ToolFormat::DeepSeek),
-    ("[TOOL_CALLS]", ToolFormat::Mistral),
+    ("<｜tool▁call▁begin｜>tandem_probe", ToolFormat::DeepSeek(DeepSeekCalls::Bare)),
+    ("<｜tool▁call", ToolFormat::DeepSeek(DeepSeekCalls::Fenced)),
+    ("[TOOL_CALLS][{", ToolFormat::Mistral(MistralCalls::List)),
+    ("[TOOL_CALLS] [{", ToolFormat::Mistral(MistralCalls::List)),
+    ("tandem_probe[CALL_ID]", ToolFormat::Mistral(MistralCalls::Named { has_id: true, has_mark: true })),
+    ("tandem_probe[ARGS]", ToolFormat::Mistral(MistralCalls::Named { has_id: false, has_mark: true })),
+    ("[TOOL_CALLS]tandem_probe", ToolFormat::Mistral(MistralCalls::Named { has_id: false, has_mark: false })),
+    ("[TOOL_CALLS]", ToolFormat::Mistral(MistralCalls::List)),
     ("<|tool_call|>", ToolFormat::Granite),
     ("<function=tandem_probe>", ToolFormat::QwenXml),
     ("<tool_call>", ToolFormat::Hermes),
@@ -68,8 +97,9 @@ const SIGNS: &[(&str, ToolFormat)] = &[
 /// The token that only a format's models have.
 const TOKENS: &[(&str, ToolFormat)] = &[
     ("<|channel|>", ToolFormat::Harmony),
-    ("<｜tool▁calls▁begin｜>", ToolFormat::DeepSeek),
-    ("[TOOL_CALLS]", ToolFormat::Mistral),
+    ("<｜tool▁calls▁begin｜>", ToolFormat::DeepSeek(DeepSeekCalls::Fenced)),
+    ("[ARGS]", ToolFormat::Mistral(MistralCalls::Named { has_id: false, has_mark: true })),
+    ("[TOOL_CALLS]", ToolFormat::Mistral(MistralCalls::List)),
     ("<|tool_call|>", ToolFormat::Granite),
     ("<tool_call>", ToolFormat::Hermes),
     ("<|python_tag|>", ToolFormat::Llama),
@@ -87,8 +117,8 @@ impl Dialect {
         let thinking = THINKING.iter().find(|(open, close)| has_token(open) && has_token(close)).copied();
         let format_markers: &[&str] = match format {
             Some(ToolFormat::Harmony) => harmony::MARKERS,
-            Some(ToolFormat::DeepSeek) => deepseek::MARKERS,
-            Some(ToolFormat::Mistral) => &["[TOOL_CALLS]", "[ARGS]", "[CALL_ID]"],
+            Some(ToolFormat::DeepSeek(_)) => deepseek::MARKERS,
+            Some(ToolFormat::Mistral(_)) => &["[TOOL_CALLS]", "[ARGS]", "[CALL_ID]"],
             Some(ToolFormat::Granite) => &["<|tool_call|>"],
             Some(ToolFormat::Llama) => &["<|python_tag|>"],
             Some(ToolFormat::Hermes | ToolFormat::QwenXml) => &["<tool_call>", "</tool_call>"],
@@ -118,10 +148,10 @@ impl Dialect {
             (None, _) | (_, None) => None,
             (Some(ToolFormat::Hermes), _) => Some(Box::new(Tagged::new("<tool_call>", Some("</tool_call>")))),
             (Some(ToolFormat::Granite), _) => Some(Box::new(Tagged::new("<|tool_call|>", None))),
-            (Some(ToolFormat::Mistral), _) => Some(Box::new(Tagged::new("[TOOL_CALLS]", None))),
+            (Some(ToolFormat::Mistral(_)), _) => Some(Box::new(Tagged::new("[TOOL_CALLS]", None))),
             (Some(ToolFormat::QwenXml), Some(tools)) => Some(Box::new(Xml::new(tools.clone()))),
             (Some(ToolFormat::Llama), _) => Some(Box::new(Llama::new())),
-            (Some(ToolFormat::DeepSeek), _) => Some(Box::new(DeepSeek::default())),
+            (Some(ToolFormat::DeepSeek(_)), _) => Some(Box::new(DeepSeek::default())),
         };
         let by_name = matches!(self.format, Some(ToolFormat::Llama)).then(|| tools.cloned()).flatten();
         AnswerReader::new(format, by_name, self.thinking, self.is_thinking(prompt))
@@ -151,8 +181,27 @@ impl Dialect {
             (ToolFormat::Harmony, _, Some(tool)) => {
                 format!("<|channel|>commentary to=functions.{tool} <|constrain|>json<|message|>")
             }
-            // Two spellings each, and the template does not always show which.
-            (ToolFormat::Mistral | ToolFormat::DeepSeek, ..) => return None,
+            (ToolFormat::Mistral(MistralCalls::List), None, _) => "[TOOL_CALLS][{\"name\": \"".to_owned(),
+            (ToolFormat::Mistral(MistralCalls::List), Some(name), _) => {
+                format!("[TOOL_CALLS][{{\"name\": {name}, \"arguments\":")
+            }
+            (ToolFormat::Mistral(MistralCalls::Named { .. }), _, None) => "[TOOL_CALLS]".to_owned(),
+            (ToolFormat::Mistral(MistralCalls::Named { has_id, has_mark }), _, Some(tool)) => {
+                let mark = match (has_id, has_mark) {
+                    (true, _) => "[CALL_ID]",
+                    (false, true) => "[ARGS]",
+                    (false, false) => "",
+                };
+                format!("[TOOL_CALLS]{tool}{mark}")
+            }
+            (ToolFormat::DeepSeek(DeepSeekCalls::Fenced), _, tool) => {
+                let rest = tool.map_or_else(String::new, |tool| format!("{tool}\n```json\n"));
+                format!("<｜tool▁calls▁begin｜><｜tool▁call▁begin｜>function<｜tool▁sep｜>{rest}")
+            }
+            (ToolFormat::DeepSeek(DeepSeekCalls::Bare), _, tool) => {
+                let rest = tool.map_or_else(String::new, |tool| format!("{tool}<｜tool▁sep｜>"));
+                format!("<｜tool▁calls▁begin｜><｜tool▁call▁begin｜>{rest}")
+            }
         };
         Some(self.past_reasoning(prompt) + &call)
     }

@@ -23,7 +23,7 @@ mod xml;
 #[cfg(test)]
 mod tests;
 
-pub use dialect::{Dialect, ToolFormat};
+pub use dialect::{DeepSeekCalls, Dialect, MistralCalls, ToolFormat};
 pub use events::{AnswerEvent, AnswerMessage, ToolCall};
 pub use reader::AnswerReader;
 pub use tools::ToolSet;

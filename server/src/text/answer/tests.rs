@@ -137,6 +137,32 @@ fn with(template: &str) -> String {
     template.replace("ARGS", PARIS)
 }
 
+/// Where a grammar keeps the values, a mark inside of a JSON string ends none of them.
+#[test]
+fn strict_values_in_xml_are_whole() {
+    let parameters = json!({ "type": "object", "properties": { "list": { "type": "array" } } });
+    let tool = |strict: bool| {
+        let function = json!({ "name": "t", "parameters": parameters, "strict": strict });
+        Arc::new(ToolSet::new(&[json!({ "type": "function", "function": function })]))
+    };
+    let answer = "<tool_call>\n<function=t>\n<parameter=list>\n[\"a</parameter>\", \"</function>\"]\n\
+        </parameter>\n</function>\n</tool_call>";
+    let read = |strict: bool, at: usize| {
+        let mut reader = AnswerReader::new(Some(Box::new(Xml::new(tool(strict)))), None, None, false);
+        let mut events = Vec::new();
+        reader.push(&answer[..at], &mut events);
+        reader.push(&answer[at..], &mut events);
+        reader.finish(&mut events);
+        let mut message = AnswerMessage::default();
+        events.into_iter().for_each(|event| message.absorb(event));
+        message.calls[0].arguments.clone()
+    };
+    for at in 0..=answer.len() {
+        assert_eq!(read(true, at), "{\"list\": [\"a</parameter>\",\"</function>\"]}", "{at}");
+    }
+    assert_ne!(read(false, 0), read(true, 0));
+}
+
 #[test]
 fn calls_between_tags() {
     let weather = &[("weather", PARIS)][..];

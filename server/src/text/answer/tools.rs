@@ -7,7 +7,13 @@ use serde_json::Value;
 /// Names, and which parameters are strings.
 #[derive(Debug, Default)]
 pub struct ToolSet {
-    tools: HashMap<String, HashSet<String>>,
+    tools: HashMap<String, Tool>,
+}
+
+#[derive(Debug)]
+struct Tool {
+    strings: HashSet<String>,
+    is_strict: bool,
 }
 
 impl ToolSet {
@@ -22,7 +28,8 @@ impl ToolSet {
                 .filter(|(_, schema)| schema["type"] == "string")
                 .map(|(name, _)| name.clone())
                 .collect();
-            Some((function["name"].as_str()?.to_owned(), strings))
+            let tool = Tool { strings, is_strict: function["strict"] == true };
+            Some((function["name"].as_str()?.to_owned(), tool))
         };
         ToolSet { tools: tools.iter().filter_map(one).collect() }
     }
@@ -34,6 +41,11 @@ impl ToolSet {
 
     /// True if the tool's schema says that this parameter is a string.
     pub(super) fn is_string(&self, tool: &str, parameter: &str) -> bool {
-        self.tools.get(tool).is_some_and(|strings| strings.contains(parameter))
+        self.tools.get(tool).is_some_and(|tool| tool.strings.contains(parameter))
+    }
+
+    /// True if the tool's arguments are held to its schema.
+    pub(super) fn is_strict(&self, tool: &str) -> bool {
+        self.tools.get(tool).is_some_and(|tool| tool.is_strict)
     }
 }

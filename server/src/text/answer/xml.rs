@@ -5,6 +5,7 @@
 
 use std::sync::Arc;
 
+use serde::de::IgnoredAny;
 use serde_json::Value;
 
 use super::events::Sink;
@@ -84,6 +85,14 @@ impl Xml {
             None => sink.arguments(&escaped(text)),
         }
         let Some(end) = end else { return false };
+        // Where a grammar keeps values whole, what looks like the end of one may stand inside of a string in it.
+        if let Some(held) = held
+            && self.tools.is_strict(&self.name)
+            && serde_json::from_str::<IgnoredAny>(held).is_err()
+        {
+            held.push_str(VALUE_ENDS[end]);
+            return true;
+        }
         match held.take() {
             Some(held) => sink.arguments(&bare_value(&held).to_string()),
             None => sink.arguments("\""),

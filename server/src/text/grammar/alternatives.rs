@@ -9,6 +9,9 @@ use serde_json::{Map, Value};
 /// A `oneOf` inside what an alternative of another one refers to, and so on.
 const MAX_DEPTH: usize = 4;
 
+/// Keys whose values are no schemas, whatever they look like.
+const DATA: [&str; 5] = ["const", "enum", "default", "example", "examples"];
+
 /// Most values that are copied.
 const MAX_VALUES: usize = 20_000;
 
@@ -35,10 +38,13 @@ impl Inliner<'_> {
                 items.iter().map(copy).collect()
             }
             Value::Object(entries) => {
-                let entries = entries.iter();
-                let copied =
-                    entries.map(|(key, value)| (key.clone(), self.copy(key == "oneOf", value, depth)));
-                Value::Object(copied.collect())
+                let copy = |(key, value): (&String, &Value)| {
+                    let is_data = DATA.contains(&key.as_str());
+                    let copied =
+                        if is_data { value.clone() } else { self.copy(key == "oneOf", value, depth) };
+                    (key.clone(), copied)
+                };
+                Value::Object(entries.iter().map(copy).collect())
             }
             other => other.clone(),
         }

@@ -1,11 +1,13 @@
 //! Tool calls as a grammar: the model's own way to write them, with arguments that their schemas allow.
 //!
-//! Formats are here whose calls have one spelling that their models were trained on. The others' (Mistral's
-//! and DeepSeek's two each, XML's bare text) are not promised to anybody.
+//! Every format is the same few parts around name and arguments ([`Parts`]). Where a family has had several
+//! spellings, its chat template has told which one is this model's.
 
 use serde_json::{Map, Value, json};
 
+use super::GrammarError;
 use super::format::{Token, json_rule, literal};
+use super::xml_calls::write_parameters;
 
 /// How calls are written.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -17,10 +19,41 @@ pub enum CallFormat {
         /// `</tool_call>`.
         close: Token,
     },
-    /// `<|tool_call|>[{"name": ..., "arguments": ...}, ...]`.
-    Granite {
-        /// `<|tool_call|>`.
+    /// `<tool_call>\n<function=NAME>\n<parameter=KEY>\nVALUE\n</parameter>\n</function>\n</tool_call>`.
+    QwenXml {
+        /// `<tool_call>`.
         open: Token,
+        /// `</tool_call>`.
+        close: Token,
+    },
+    /// `<|tool_call|>[{"name": ..., "arguments": ...}, ...]`: Granite, and Mistral until its tokenizer v7.
+    List {
+        /// `<|tool_call|>`, `[TOOL_CALLS]`.
+        open: Token,
+    },
+    /// `[TOOL_CALLS]NAME[ARGS]{...}`: Mistral since.
+    Named {
+        /// `[TOOL_CALLS]`.
+        open: Token,
+        /// `[CALL_ID]`, before nine letters and digits, where there is one.
+        call_id: Option<Token>,
+        /// `[ARGS]`, where there is one.
+        arguments: Option<Token>,
+    },
+    /// `<｜tool▁calls▁begin｜><｜tool▁call▁begin｜>NAME<｜tool▁sep｜>{...}<｜tool▁call▁end｜>...<｜tool▁calls▁end｜>`.
+    Section {
+        /// `<｜tool▁calls▁begin｜>`.
+        open: Token,
+        /// `<｜tool▁calls▁end｜>`.
+        close: Token,
+        /// `<｜tool▁call▁begin｜>`.
+        call: Token,
+        /// `<｜tool▁call▁end｜>`.
+        call_end: Token,
+        /// `<｜tool▁sep｜>`.
+        separator: Token,
+        /// As V3 and R1: `function` in the name's place, then the name and the arguments in a fenced block.
+        is_fenced: bool,
     },
     /// `{"name": ..., "parameters": ...}`, and nothing else.
     Llama,
@@ -58,6 +91,116 @@ pub struct Calling {
     pub is_parallel: bool,
 }
 
+/// The parts of calls, each the right side of a rule; `""` where there is nothing.
+struct Parts {
+    /// The mark before the first call, if text can be told apart by it.
+    mark: Option<Token>,
+    /// From there to the first name.
+    first: String,
+    /// From the end of a call to the next name; `None`: one call is all there can be.
+    between: Option<String>,
+    /// From name to arguments where the prompt begins the call of a tool; else see [`CallFormat::head`].
+    rest_of_head: String,
+    /// After arguments.
+    tail: String,
+    /// After the last call.
+    end: String,
+}
+
+const NOTHING: &str = "\"\"";
+
+impl CallFormat {
+    fn parts(&self) -> Parts {
+        let parts = Parts {
+            mark: None,
+            first: NOTHING.to_owned(),
+            between: None,
+            rest_of_head: NOTHING.to_owned(),
+            tail: NOTHING.to_owned(),
+            end: NOTHING.to_owned(),
+        };
+        match self {
+            CallFormat::Hermes { open, close } => Parts {
+                mark: Some(open.clone()),
+                first: literal("\n{\"name\": \""),
+                between: Some(format!("\"\\n\" {} {}", open.rule(), literal("\n{\"name\": \""))),
+                rest_of_head: literal(" "),
+                tail: format!("\"}}\\n\" {}", close.rule()),
+                ..parts
+            },
+            CallFormat::QwenXml { open, close } => Parts {
+                mark: Some(open.clone()),
+                first: literal("\n<function="),
+                between: Some(format!("\"\\n\" {} {}", open.rule(), literal("\n<function="))),
+                tail: format!("{} {}", literal("</function>\n"), close.rule()),
+                ..parts
+            },
+            CallFormat::List { open } => Parts {
+                mark: Some(open.clone()),
+                // Some of Mistral's write a blank, as SentencePiece's vocabularies have them write text.
+                first: format!("\" \"? {}", literal("[{\"name\": \"")),
+                between: Some(literal(", {\"name\": \"")),
+                rest_of_head: literal(" "),
+                tail: literal("}"),
+                end: literal("]"),
+            },
+            CallFormat::Named { open, call_id, arguments } => Parts {
+                mark: Some(open.clone()),
+                between: Some(open.rule()),
+                rest_of_head: match (call_id, arguments) {
+                    (Some(_), Some(arguments)) => format!("CALL_ID {}", arguments.rule()),
+                    _ => NOTHING.to_owned(),
+                },
+                ..parts
+            },
+            CallFormat::Section { open, close, call, call_end, separator, is_fenced } => {
+                let kind = || format!("\"function\" {}", separator.rule());
+                let begin = if *is_fenced { format!("{} {}", call.rule(), kind()) } else { call.rule() };
+                let fence = if *is_fenced { literal("\n```") } else { NOTHING.to_owned() };
+                Parts {
+                    mark: Some(open.clone()),
+                    between: Some(if *is_fenced { format!("\"\\n\" {begin}") } else { begin.clone() }),
+                    first: begin,
+                    tail: format!("{fence} {}", call_end.rule()),
+                    end: close.rule(),
+                    ..parts
+                }
+            }
+            CallFormat::Llama => Parts { rest_of_head: literal(" "), tail: literal("}"), ..parts },
+            CallFormat::Harmony { .. } => parts,
+        }
+    }
+
+    /// From a tool's name to its arguments.
+    fn head(&self, name: &str) -> String {
+        let in_json = |key: &str| {
+            let name = Value::from(name).to_string();
+            literal(&format!("{}, \"{key}\": ", &name[1..]))
+        };
+        match self {
+            CallFormat::Hermes { .. } | CallFormat::List { .. } => in_json("arguments"),
+            CallFormat::Llama => in_json("parameters"),
+            CallFormat::QwenXml { .. } => literal(&format!("{name}>\n")),
+            CallFormat::Named { call_id, arguments, .. } => {
+                let id = call_id.as_ref().map_or_else(String::new, |id| format!("{} CALL_ID", id.rule()));
+                let arguments = arguments.as_ref().map_or_else(String::new, Token::rule);
+                format!("{} {id} {arguments}", literal(name))
+            }
+            CallFormat::Section { is_fenced: true, .. } => literal(&format!("{name}\n```json\n")),
+            CallFormat::Section { separator, .. } => format!("{} {}", literal(name), separator.rule()),
+            CallFormat::Harmony { constrain, message } => {
+                let name = literal(&format!("{name} "));
+                format!("{name} {} \"json\" {}", constrain.rule(), message.rule())
+            }
+        }
+    }
+
+    /// True if a name stands by itself, with nothing that would quote what is special in it.
+    fn has_bare_names(&self) -> bool {
+        matches!(self, CallFormat::QwenXml { .. } | CallFormat::Named { .. } | CallFormat::Section { .. })
+    }
+}
+
 impl Calling {
     pub(super) fn has_begun(&self) -> bool {
         self.begun.is_some()
@@ -65,100 +208,59 @@ impl Calling {
 
     /// True if calls and text can be told apart by a mark before each call.
     pub fn is_marked(&self) -> bool {
-        matches!(self.format, CallFormat::Hermes { .. } | CallFormat::Granite { .. })
+        self.format.parts().mark.is_some()
     }
 
     /// Writes the rules `calls` (one or more, or what is left of them) and, where calls are marked,
     /// `talk` (text with calls in it).
-    pub(super) fn write_rules(&self, out: &mut String) {
+    ///
+    /// # Errors
+    /// If a tool's name or its parameters cannot be written in this format.
+    pub(super) fn write_rules(&self, out: &mut String) -> Result<(), GrammarError> {
         for (i, tool) in self.tools.iter().enumerate() {
-            out.push_str(&format!("arguments_{i}: {}\n", json_rule(&tool.schema())));
+            if self.format.has_bare_names() && !is_bare(&tool.name) {
+                let message = format!("the tool name {:?} cannot stand in this model's calls", tool.name);
+                return Err(GrammarError::Unsupported(message));
+            }
+            match self.format {
+                CallFormat::QwenXml { .. } => write_parameters(i, tool, out)?,
+                _ => out.push_str(&format!("arguments_{i}: {}\n", json_rule(&tool.schema()))),
+            }
         }
-        match &self.format {
-            CallFormat::Hermes { open, close } => self.write_hermes(open, close, out),
-            CallFormat::Granite { open } => self.write_granite(open, out),
-            CallFormat::Llama => self.write_llama(out),
-            CallFormat::Harmony { constrain, message } => self.write_harmony(constrain, message, out),
+        if matches!(self.format, CallFormat::Named { call_id: Some(_), .. }) {
+            out.push_str("CALL_ID: /[a-zA-Z0-9]{9}/\n");
         }
-    }
-
-    /// Alternatives, one a tool: `before` its name, the rest of the object after it.
-    fn objects(&self, before: &str, key: &str) -> String {
-        let object = |(i, tool): (usize, &ToolShape)| {
-            let name = Value::from(tool.name.as_str()).to_string();
-            let head = literal(&format!("{before}{}, \"{key}\": ", &name[1..]));
-            format!("{head} arguments_{i} \"}}\"")
+        let Parts { mark, first, between, rest_of_head, tail, end } = &self.format.parts();
+        let one =
+            |(i, tool): (usize, &ToolShape)| format!("{} arguments_{i} {tail}", self.format.head(&tool.name));
+        let any: Vec<String> = self.tools.iter().enumerate().map(one).collect();
+        out.push_str(&format!("call: {}\n", any.join(" | ")));
+        let more = match (between, self.begun) {
+            (Some(between), None | Some(None)) if self.is_parallel => format!("({between} call)*"),
+            _ => NOTHING.to_owned(),
         };
-        self.tools.iter().enumerate().map(object).collect::<Vec<_>>().join(" | ")
-    }
-
-    /// What is left of the first call's object.
-    fn rest_of_first(&self, key: &str) -> String {
-        match self.begun {
-            Some(Some(tool)) => format!("\" \" arguments_{tool} \"}}\""),
-            _ => format!("({})", self.objects("", key)),
-        }
-    }
-
-    fn takes_more(&self) -> bool {
-        self.is_parallel && !matches!(self.begun, Some(Some(_)))
-    }
-
-    fn write_hermes(&self, open: &Token, close: &Token, out: &mut String) {
-        let whole = self.objects("{\"name\": \"", "arguments");
-        let close = close.rule();
-        out.push_str(&format!("body: \"\\n\" ({whole}) \"\\n\" {close}\ncall: {} body\n", open.rule()));
-        let more = if self.takes_more() { "(\"\\n\" call)*" } else { "" };
-        match self.begun {
-            Some(_) => {
-                let rest = self.rest_of_first("arguments");
-                out.push_str(&format!("calls: {rest} \"\\n\" {close} {more}\n"));
+        match (self.begun, mark) {
+            (Some(Some(tool)), _) => {
+                out.push_str(&format!("calls: {rest_of_head} arguments_{tool} {tail} {more} {end}\n"));
             }
-            None => {
-                out.push_str(&format!("calls: call {more}\ntalk: TALK? | opening body {more}\n"));
-                out.push_str(&(open.text_without("TALK") + &open.after_text("opening", "TALK")));
+            (Some(None), _) | (None, None) => out.push_str(&format!("calls: call {more} {end}\n")),
+            (None, Some(mark)) => {
+                out.push_str(&format!("rest: {first} call {more} {end}\ncalls: {} rest\n", mark.rule()));
+                out.push_str("talk: TALK? | opening rest\n");
+                out.push_str(&(mark.text_without("TALK") + &mark.after_text("opening", "TALK")));
             }
         }
-    }
-
-    fn write_granite(&self, open: &Token, out: &mut String) {
-        let whole = self.objects("{\"name\": \"", "arguments");
-        out.push_str(&format!("call: {whole}\n"));
-        let more = if self.takes_more() { "(\", \" call)*" } else { "" };
-        match self.begun {
-            Some(_) => {
-                let rest = self.rest_of_first("arguments");
-                out.push_str(&format!("calls: {rest} {more} \"]\"\n"));
-            }
-            None => {
-                let list = format!("\"[\" call {more} \"]\"");
-                out.push_str(&format!("calls: {} {list}\ntalk: TALK? | opening {list}\n", open.rule()));
-                out.push_str(&(open.text_without("TALK") + &open.after_text("opening", "TALK")));
-            }
-        }
-    }
-
-    fn write_llama(&self, out: &mut String) {
-        out.push_str(&format!("calls: {}\n", self.rest_of_first("parameters")));
-    }
-
-    fn write_harmony(&self, constrain: &Token, message: &Token, out: &mut String) {
-        let rule = match self.begun {
-            Some(Some(tool)) => format!("arguments_{tool}"),
-            _ => {
-                let (constrain, message) = (constrain.rule(), message.rule());
-                let call = |(i, tool): (usize, &ToolShape)| {
-                    let name = literal(&format!("{} ", tool.name));
-                    format!("{name} {constrain} \"json\" {message} arguments_{i}")
-                };
-                self.tools.iter().enumerate().map(call).collect::<Vec<_>>().join(" | ")
-            }
-        };
-        out.push_str(&format!("calls: {rule}\n"));
+        Ok(())
     }
 }
 
+/// True if a name is of the characters that OpenAI allows in one, and dots.
+fn is_bare(name: &str) -> bool {
+    !name.is_empty() && name.chars().all(|c| c.is_ascii_alphanumeric() || "_-.".contains(c))
+}
+
 impl ToolShape {
+    /// What its arguments must be, as one object.
     fn schema(&self) -> Map<String, Value> {
         let mut schema = if self.is_exact { self.parameters.clone() } else { Map::new() };
         schema.entry("type").or_insert_with(|| Value::from("object"));

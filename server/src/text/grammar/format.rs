@@ -220,7 +220,7 @@ pub fn grammar_text(
     }
     let mut rules = String::new();
     if let Some(calls) = calls {
-        calls.write_rules(&mut rules);
+        calls.write_rules(&mut rules)?;
     }
     if let Some(format) = format {
         rules.push_str(&format!("answer: {}\n", format.rule()?));

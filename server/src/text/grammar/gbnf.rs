@@ -15,6 +15,9 @@ use super::format::literal;
 /// Groups inside of groups.
 const MAX_DEPTH: usize = 100;
 
+/// `*`, `+`, `?` and `{m,n}` one after another: each is a group around what stands before it.
+const MAX_REPETITIONS: usize = 4;
+
 /// Alternatives, each a sequence.
 type Choice = Vec<Vec<Item>>;
 
@@ -43,9 +46,10 @@ pub(super) fn gbnf_to_lark(text: &str) -> Result<String, GrammarError> {
     let Some(&root) = parser.names.get("root") else {
         return Err(GrammarError::Unsupported("the grammar has no rule \"root\"".to_owned()));
     };
+    let mut names = vec![""; parser.rules.len()];
+    parser.names.iter().for_each(|(name, &index)| names[index] = name);
     let mut rules = Vec::new();
-    for (index, rule) in parser.rules.into_iter().enumerate() {
-        let name = parser.names.iter().find(|(_, other)| **other == index).map_or("", |(name, _)| name);
+    for (name, rule) in names.into_iter().zip(parser.rules) {
         let undefined = || GrammarError::Unsupported(format!("the rule {name:?} is used and not defined"));
         rules.push(rule.ok_or_else(undefined)?);
     }
@@ -167,7 +171,7 @@ impl<'a> Parser<'a> {
 
     fn repeated(&mut self, atom: Atom) -> Result<Item, GrammarError> {
         let mut item = Item { atom, min: 1, max: Some(1) };
-        loop {
+        for _ in 0..=MAX_REPETITIONS {
             self.skip();
             let (min, max) = match self.rest.chars().next() {
                 Some('*') => (0, None),
@@ -197,6 +201,7 @@ impl<'a> Parser<'a> {
             }
             (item.min, item.max) = (min, max);
         }
+        Err(self.fault(&format!("more than {MAX_REPETITIONS} repetitions of one another")))
     }
 
     fn quoted(&mut self) -> Result<String, GrammarError> {

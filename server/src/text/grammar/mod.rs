@@ -16,6 +16,7 @@ mod follow;
 mod format;
 mod gbnf;
 mod vocabulary;
+mod xml_calls;
 
 pub use calls::{CallFormat, Calling, ToolShape};
 pub use compile::{Grammar, GrammarError, Grammars};

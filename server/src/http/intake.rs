@@ -121,7 +121,7 @@ impl<'a> Intake<'a> {
             continuous_usage: self.common.continuous_usage,
         };
         let plan = match (self.common.grammar.take(), &self.common.format) {
-            (None, Some(asked)) => Some(GrammarPlan::plain(asked)?),
+            (None, Some(asked)) => Some(GrammarPlan::plain(asked, self.served)?),
             (plan, _) => plan,
         };
         let grammar = match plan {

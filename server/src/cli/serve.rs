@@ -31,10 +31,10 @@ finish. OpenAI: /v1/completions (with `suffix` for fill-in-the-middle), /v1/chat
 pub(super) const EXAMPLES: &str = "\
 Examples:
   tandem serve                                                   the demo pair
+  tandem serve --target ./big --draft ./small --rope-scaling yarn:4    four times their context
   tandem serve --target ./big --draft ./small --kv-memory 4GiB
   tandem serve --target ./big                                    no fast lane, no speculation
   tandem serve --target big-q4_k_m.gguf --draft small-q8_0.gguf
-  tandem serve --target ./big --draft ./small --rope-scaling yarn:4    four times their context
   TANDEM_API_KEY=KEY1,KEY2 tandem serve --host 0.0.0.0
   tandem serve --keys keys.db --tls-cert chain.pem --tls-key key.pem --host 0.0.0.0
   tandem serve --config tandem.toml

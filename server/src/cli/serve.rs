@@ -33,6 +33,7 @@ finish. OpenAI: /v1/completions (with `suffix` for fill-in-the-middle), /v1/chat
 pub(super) const EXAMPLES: &str = "\
 Examples:
   tandem serve                                                   the demo pair
+  tandem serve --target ./big --draft ./small --rope-scaling yarn:4    four times their context
   tandem serve --target ./big --draft ./small --kv-memory 4GiB
   tandem serve --target ./big                                    no fast lane, no speculation
   tandem serve --target big-q4_k_m.gguf --draft small-q8_0.gguf

@@ -12,7 +12,8 @@ use super::fields::{AskedFormat, fault};
 use super::state::ServedModel;
 use crate::text::answer::{DeepSeekCalls, MistralCalls, ToolFormat};
 use crate::text::grammar::{
-    CallFormat, Calling, Grammar, GrammarError, Grammars, Lead, Token, ToolShape, answer_text, grammar_text,
+    CallFormat, Calling, Grammar, GrammarError, Grammars, Lead, Piece, Token, ToolShape, answer_text,
+    grammar_text,
 };
 
 /// How long a request waits for its grammar. Compiling is bounded by itself; this is for a queue of it.
@@ -30,8 +31,9 @@ impl GrammarPlan {
     ///
     /// # Errors
     /// If it cannot be written as a grammar.
-    pub(super) fn plain(asked: &AskedFormat) -> Result<Self, ApiError> {
-        let text = answer_text(&asked.format).map_err(|error| fault(&asked.param, &error))?;
+    pub(super) fn plain(asked: &AskedFormat, served: &ServedModel) -> Result<Self, ApiError> {
+        let format = asked.format.clone().spelled_by(&|text| pieces(served, text));
+        let text = answer_text(&format).map_err(|error| fault(&asked.param, &error))?;
         Ok(GrammarPlan { param: asked.param.clone(), texts: vec![text] })
     }
 
@@ -102,7 +104,8 @@ impl ChatForm<'_> {
             return Err(ApiError::invalid(self.param(), message));
         }
         let lead = self.lead(served);
-        let format = self.asked.map(|asked| &asked.format);
+        let format = self.asked.map(|asked| asked.format.clone().spelled_by(&|text| pieces(served, text)));
+        let format = format.as_ref();
         let text = |calling: Option<&Calling>| {
             grammar_text(lead.as_ref(), format, calling).map_err(|error| fault(&self.param(), &error))
         };
@@ -190,6 +193,26 @@ fn shape(tool: &Value) -> ToolShape {
         parameters: function["parameters"].as_object().cloned().unwrap_or_else(Map::new),
         is_exact: is_strict(tool),
     }
+}
+
+/// A mark, cut where this model has control tokens for parts of it.
+fn pieces(served: &ServedModel, text: &str) -> Vec<Piece> {
+    let (tokenizer, markers) = (&served.model.tokenizer, served.dialect.markers());
+    let (mut pieces, mut rest) = (Vec::new(), text);
+    // What cannot be encoded is spelled.
+    for id in tokenizer.encode(text, false).unwrap_or_default() {
+        let name = tokenizer.id_to_token(id).filter(|_| tokenizer.is_special(id) || markers.contains(&id));
+        let Some((before, after)) = name.and_then(|name| rest.split_once(name.as_str())) else { continue };
+        if !before.is_empty() {
+            pieces.push(Piece::Text(before.to_owned()));
+        }
+        pieces.push(Piece::Token(id));
+        rest = after;
+    }
+    if !rest.is_empty() || pieces.is_empty() {
+        pieces.push(Piece::Text(rest.to_owned()));
+    }
+    pieces
 }
 
 fn token(served: &ServedModel, text: &str) -> Token {

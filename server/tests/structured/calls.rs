@@ -1,7 +1,13 @@
 //! Tool calls as grammars: each family's own way to write them, with arguments that their schemas allow.
 
+use std::path::Path;
+
 use serde_json::{Value, json};
-use tandem::text::grammar::{CallFormat, Calling, Format, Lead, Token, ToolShape, grammar_text};
+use tandem::text::answer::{DeepSeekCalls, Dialect, MistralCalls, ToolFormat};
+use tandem::text::grammar::{
+    CallFormat, Calling, Format, Lead, Piece, Tag, Tags, Token, ToolShape, grammar_text,
+};
+use tandem_models::{ChatTemplate, Tokenizer};
 
 use crate::grammar::{GRAMMARS, refuses, schema, takes};
 
@@ -245,4 +251,58 @@ fn deepseeks_calls() {
     refuses(&fenced, &format!("<calls>{}</calls>", call("stop", "{\"x\": 1}")));
     takes(&written(section(true), Some(None)), "stop\n```json\n{}\n```</call></calls>");
     takes(&written(section(true), Some(Some(0))), "{\"x\": 1}\n```</call></calls>");
+}
+
+/// The templates that models are published with show which way theirs calls.
+#[test]
+fn published_templates_show_how_their_models_call() {
+    let folder = Path::new(env!("CARGO_MANIFEST_DIR")).join("../models");
+    let tokenizer = Tokenizer::from_dir(&folder.join("demo/target")).expect("the demo's tokenizer loads");
+    let named = MistralCalls::Named { has_id: true, has_mark: true };
+    for (file, wanted) in [
+        ("Qwen-Qwen2.5-7B-Instruct", Some(ToolFormat::Hermes)),
+        ("Qwen-Qwen3-0.6B", Some(ToolFormat::Hermes)),
+        ("Qwen3-Coder", Some(ToolFormat::QwenXml)),
+        ("mistralai-Mistral-Nemo-Instruct-2407", Some(ToolFormat::Mistral(MistralCalls::List))),
+        ("Mistral-Small-3.2-24B-Instruct-2506", Some(ToolFormat::Mistral(named))),
+        ("deepseek-ai-DeepSeek-V3.1", Some(ToolFormat::DeepSeek(DeepSeekCalls::Bare))),
+        ("deepseek-ai-DeepSeek-R1-Distill-Qwen-32B", Some(ToolFormat::DeepSeek(DeepSeekCalls::Fenced))),
+        ("openai-gpt-oss-120b", Some(ToolFormat::Harmony)),
+        ("microsoft-Phi-3.5-mini-instruct", None),
+    ] {
+        let path = folder.join(format!("tests/golden/templates/{file}.jinja"));
+        let source = std::fs::read_to_string(&path).expect("the template is there");
+        let template = ChatTemplate::from_source(&source, Some("<s>"), Some("</s>")).expect("it compiles");
+        assert_eq!(Dialect::detect(Some(&template), &tokenizer).format(), wanted, "{file}");
+    }
+}
+
+#[test]
+fn tagged_pieces_of_a_text() {
+    let text = |text: &str| vec![Piece::Text(text.to_owned())];
+    let tag = |begin: &str, schema_of: Value, end: &str| Tag {
+        begin: text(begin),
+        schema: schema(schema_of),
+        end: text(end),
+    };
+    let of = |triggers: &[&str], tags: Vec<Tag>| {
+        let triggers = triggers.iter().map(|trigger| text(trigger)).collect();
+        grammar_text(None, Some(&Format::Tags(Tags { triggers, tags })), None)
+    };
+    let tags = vec![
+        tag("<function=a>\n", json!({ "type": "integer" }), "</function>"),
+        tag("<function=b>\n", json!({ "type": "boolean" }), ""),
+        tag("{{", json!({ "type": "string" }), "}}"),
+    ];
+    let grammar = of(&["<function=", "{{"], tags.clone()).expect("it can be written");
+    takes(&grammar, "");
+    takes(&grammar, "Only < text { here\n<func");
+    takes(&grammar, "<function=a>\n12</function>");
+    takes(&grammar, "One: <function=a>\n12</function> two: <function=b>\ntrue, three: {{\"x\"}}.\n");
+    refuses(&grammar, "<function=c>\n12</function>");
+    refuses(&grammar, "<function=a>\ntrue</function>");
+    refuses(&grammar, "a {{ b");
+    refuses(&grammar, "<function=a>\n12");
+    assert!(of(&["<function="], tags).is_err(), "a tag without a trigger");
+    assert!(of(&["x"], vec![]).is_err(), "no tags");
 }

@@ -110,8 +110,19 @@ async fn what_cannot_be_kept_is_refused_by_name() {
         (json!({ "grammar": "root ::= other" }), "grammar", "other"),
         (
             json!({ "structured_outputs": { "structural_tag": "{}" } }),
-            "structured_outputs.structural_tag",
-            "supported",
+            "structured_outputs.structural_tag.triggers",
+            "an array",
+        ),
+        (
+            json!({ "response_format": { "type": "structural_tag", "triggers": ["<a"],
+                "structures": [{ "begin": "<b>", "schema": {}, "end": "" }] } }),
+            "response_format.structures[0].begin",
+            "triggers",
+        ),
+        (
+            json!({ "response_format": { "type": "structural_tag", "format": { "type": "sequence" } } }),
+            "response_format.format.type",
+            "triggered_tags",
         ),
         (json!({ "guided_regex": "a", "guided_choice": ["a"] }), "guided_choice", "guided_regex"),
     ] {
@@ -303,3 +314,33 @@ const DEEPSEEK: &[&str] = &[
     "<｜tool▁call▁end｜>",
     "<｜tool▁sep｜>",
 ];
+
+/// Marks that are tokens of their own are drawn as such, and what follows them has its form.
+#[tokio::test]
+async fn tagged_pieces_have_a_form() {
+    let server = TestServer::scripted(HERMES, &["<think>", "</think>", "<tool_call>", "</tool_call>"]).await;
+    let schema = json!({ "type": "object", "properties": { "city": { "enum": ["Rome", "Oslo"] } },
+        "required": ["city"], "additionalProperties": false });
+    let tag = json!({ "begin": "<tool_call>\n", "schema": schema, "end": "\n</tool_call>" });
+    let legacy = json!({ "type": "structural_tag", "structures": [tag], "triggers": ["<tool_call>"] });
+    let content = json!({ "type": "json_schema", "json_schema": schema });
+    let tag = json!({ "begin": "<tool_call>\n", "content": content, "end": "\n</tool_call>" });
+    let nested = json!({ "type": "triggered_tags", "tags": [tag], "triggers": ["<tool_call>"] });
+    server.say("Look:\n<tool_call>\n{\"city\": \"Paris\"}\n</tool_call> Done.");
+    for asked in [
+        json!({ "response_format": legacy }),
+        json!({ "response_format": { "type": "structural_tag", "format": nested } }),
+        json!({ "structured_outputs": { "structural_tag": legacy.to_string() } }),
+    ] {
+        let chat =
+            json!({ "messages": [{ "role": "user", "content": "x" }], "max_tokens": 200, "temperature": 0 });
+        let answer = server.post("/v1/chat/completions", &with(chat, &asked)).await.json();
+        let text = answer["choices"][0]["message"]["content"].as_str().expect("text");
+        let (before, rest) = text.split_once("<tool_call>\n").expect("the tag");
+        let (json, _) = rest.split_once("\n</tool_call>").expect("its end");
+        assert_eq!(before, "Look:\n", "{answer}");
+        let city = serde_json::from_str::<Value>(json).expect("JSON")["city"].clone();
+        assert!(city == "Rome" || city == "Oslo", "{answer}");
+    }
+    server.stop().await;
+}

@@ -7,7 +7,7 @@ use serde_json::{Map, Value};
 use super::json::one_of;
 use super::{Bounded, bounded_from_str, wrong_type};
 use crate::http::error::ApiError;
-use crate::text::grammar::{Format, GrammarError};
+use crate::text::grammar::{Format, GrammarError, Piece, Tag, Tags};
 
 /// Longest schema or grammar, as its client wrote it.
 const MAX_FORMAT_BYTES: usize = 200 << 10;
@@ -92,7 +92,8 @@ pub(in crate::http) fn response_format(param: &str, format: Value) -> Result<Opt
             return Err(wrong_type(&format!("{param}.type"), "a string", other.unwrap_or(&Value::Null)));
         }
     };
-    const KINDS: [(&str, u8); 3] = [("text", 0), ("json_object", 1), ("json_schema", 2)];
+    const KINDS: [(&str, u8); 4] =
+        [("text", 0), ("json_object", 1), ("json_schema", 2), ("structural_tag", 3)];
     let asked = |param: String, format: Format| Ok(Some(AskedFormat { param, format }));
     match one_of(&format!("{param}.type"), &kind, &KINDS)? {
         0 => Ok(None),
@@ -100,6 +101,7 @@ pub(in crate::http) fn response_format(param: &str, format: Value) -> Result<Opt
             Some(schema) => asked(format!("{param}.schema"), json(&format!("{param}.schema"), schema)?),
             None => asked(param.to_owned(), Format::any_object()),
         },
+        3 => asked(param.to_owned(), tags(param, Value::Object(format))?),
         _ => {
             let (path, mut holder) = match format.remove("json_schema") {
                 Some(Value::Object(holder)) => (format!("{param}.json_schema"), holder),
@@ -124,11 +126,9 @@ fn structured_output(param: &str, kind: &str, value: Value) -> Result<Option<Ask
             let format = Format::any_object();
             Ok((value == true).then(|| AskedFormat { param: param.to_owned(), format }))
         }
-        "structural_tag" => {
-            let message = format!("{param} is not supported; ask for json, regex, choice or grammar");
-            Err(ApiError::invalid(param, message))
+        "json" | "regex" | "choice" | "grammar" | "structural_tag" => {
+            constraint(param, kind, value).map(Some)
         }
-        "json" | "regex" | "choice" | "grammar" => constraint(param, kind, value).map(Some),
         _ => Ok(None),
     }
 }
@@ -138,6 +138,7 @@ fn constraint(param: &str, kind: &str, value: Value) -> Result<AskedFormat, ApiE
         "json" => json(param, value)?,
         "regex" => Format::Regex(text(param, value)?),
         "choice" => choices(param, value)?,
+        "structural_tag" => tags(param, value)?,
         _ => Format::grammar(&text(param, value)?).map_err(|error| fault(param, &error))?,
     };
     Ok(AskedFormat { param: param.to_owned(), format })
@@ -169,6 +170,64 @@ fn json(param: &str, value: Value) -> Result<Format, ApiError> {
         Value::Bool(true) => Ok(Format::Json(Map::new())),
         other => Err(wrong_type(param, "a JSON schema, an object", &other)),
     }
+}
+
+/// `{"structures": [{"begin", "schema", "end"}, ...], "triggers": [...]}`, also written out as a string; or
+/// the same as `{"format": {"type": "triggered_tags", "tags": [{"begin", "content": {"type": "json_schema",
+/// "json_schema"}, "end"}, ...], "triggers": [...]}}`.
+fn tags(param: &str, value: Value) -> Result<Format, ApiError> {
+    let value = match value {
+        Value::String(text) => {
+            check_size(param, text.len())?;
+            bounded_from_str(&text)
+                .map_err(|error| ApiError::invalid(param, format!("{param} is not JSON: {error}")))?
+        }
+        value => value,
+    };
+    check_size(param, value.to_string().len())?;
+    let wrong =
+        |path: &str, wanted: &str, found: &Value| Err(wrong_type(&format!("{param}.{path}"), wanted, found));
+    let (holder, list, path) = match &value["format"] {
+        Value::Null => (&value, "structures", "structures"),
+        format if format["type"] == "triggered_tags" => (format, "tags", "format.tags"),
+        other => return wrong("format.type", "\"triggered_tags\"", &other["type"]),
+    };
+    for switch in ["at_least_one", "stop_after_first"] {
+        if holder[switch] == true {
+            return wrong(&format!("format.{switch}"), "false", &holder[switch]);
+        }
+    }
+    let piece = |text: &str| vec![Piece::Text(text.to_owned())];
+    let triggers: Option<Vec<&str>> =
+        holder["triggers"].as_array().and_then(|all| all.iter().map(Value::as_str).collect());
+    let Some(triggers) = triggers.filter(|all| !all.is_empty() && !all.contains(&"")) else {
+        return wrong("triggers", "an array of strings that are not empty", &holder["triggers"]);
+    };
+    let Some(items) = holder[list].as_array() else {
+        return wrong(path, "an array of objects", &holder[list]);
+    };
+    let is_nested = list == "tags";
+    let mut tags = Vec::with_capacity(items.len());
+    for (i, item) in items.iter().enumerate() {
+        let at = |key: &str| format!("{path}[{i}].{key}");
+        let schema = if is_nested { &item["content"]["json_schema"] } else { &item["schema"] };
+        let (Some(begin), Some(end)) = (item["begin"].as_str(), item["end"].as_str()) else {
+            return wrong(&at("begin"), "a string, and so must be its end", &item["begin"]);
+        };
+        let Some(schema) = schema.as_object() else {
+            return wrong(
+                &at(if is_nested { "content.json_schema" } else { "schema" }),
+                "a JSON schema, an object",
+                schema,
+            );
+        };
+        if !triggers.iter().any(|trigger| begin.starts_with(trigger)) {
+            return wrong(&at("begin"), "a string that begins with one of the triggers", &item["begin"]);
+        }
+        tags.push(Tag { begin: piece(begin), schema: schema.clone(), end: piece(end) });
+    }
+    let triggers = triggers.into_iter().map(piece).collect();
+    Ok(Format::Tags(Tags { triggers, tags }))
 }
 
 fn choices(param: &str, value: Value) -> Result<Format, ApiError> {

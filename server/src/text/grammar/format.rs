@@ -6,6 +6,7 @@ use super::GrammarError;
 use super::alternatives::inline_alternatives;
 use super::calls::Calling;
 use super::gbnf::gbnf_to_lark;
+use super::tags::{Piece, Tags};
 
 /// White space between the parts of JSON: none, a blank, or a line break and an indentation, so that a
 /// model cannot go on with white space for ever.
@@ -25,6 +26,8 @@ pub enum Format {
     Choice(Vec<String>),
     /// A grammar in Lark, as llguidance has it.
     Lark(String),
+    /// Text with tagged pieces.
+    Tags(Tags),
 }
 
 impl Format {
@@ -52,6 +55,15 @@ impl Format {
         Format::Json(schema)
     }
 
+    /// The same with marks cut where a tokenizer finds control tokens in them.
+    #[must_use]
+    pub fn spelled_by(self, cut: &dyn Fn(&str) -> Vec<Piece>) -> Format {
+        match self {
+            Format::Tags(tags) => Format::Tags(tags.spelled_by(cut)),
+            other => other,
+        }
+    }
+
     /// What the rule `answer` is.
     fn rule(&self) -> Result<String, GrammarError> {
         Ok(match self {
@@ -61,6 +73,7 @@ impl Format {
                 choices.iter().map(|choice| literal(choice)).collect::<Vec<_>>().join(" | ")
             }
             Format::Lark(text) => format!("%lark {{\n{text}\n}}"),
+            Format::Tags(tags) => tags.rule()?,
         })
     }
 }
@@ -133,7 +146,7 @@ impl Token {
 }
 
 /// A text as a regular expression.
-fn escaped(text: &str) -> String {
+pub(super) fn escaped(text: &str) -> String {
     let mut out = String::new();
     for c in text.chars() {
         // Not all punctuation: `\<` is the beginning of a word.

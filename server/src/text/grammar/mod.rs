@@ -15,9 +15,11 @@ mod compile;
 mod follow;
 mod format;
 mod gbnf;
+mod tags;
 mod vocabulary;
 mod xml_calls;
 
 pub use calls::{CallFormat, Calling, ToolShape};
 pub use compile::{Grammar, GrammarError, Grammars};
 pub use format::{Format, Lead, Token, answer_text, grammar_text};
+pub use tags::{Piece, Tag, Tags};

@@ -5,8 +5,8 @@
 //! block of inputs, so even a single row has enough independent work: the processor runs several blocks
 //! at once, and one panel is one stream from memory. From three rows on two panels go together, because
 //! then the activations' loads, one for two instructions, are what limits. The offset of the codes is
-//! folded into what a sum starts from. More rows than a block holds go by in several, or as [`super::grouped`]
-//! has it.
+//! folded into what a sum starts from. More rows than a block holds go by in several; with few registers, where a
+//! block has one panel and three rows, some formats do better as [`super::grouped`] has it.
 //!
 //! What bounds many rows is the two pipes that take dot products: of 32 inputs, a row and 16 outputs are eight dot
 //! products, a conversion, a multiplication and a multiply-add, and one more multiply-add for a minimum, which

@@ -140,7 +140,6 @@ fn gated(pool: &ThreadPool, input: Input<'_>, layer: &FeedForward<'_>, halves: &
     let tile_rows = halves.parts.map(|part| tile_rows(part, input.num_rows, inp)).into_iter().min();
     let tile_rows = tile_rows.unwrap_or(1).next_multiple_of(SCRATCH_ROWS);
     pool.run(tasks, &|i| {
-        let mut scratch = Scratch { halves: [[0.0; SCRATCH]; 2], row: [0.0; SCRATCH] };
         let task = i * groups / tasks * GROUP_COLUMNS..width.min((i + 1) * groups / tasks * GROUP_COLUMNS);
         for first in (0..input.num_rows).step_by(tile_rows) {
             let tile = first..input.num_rows.min(first + tile_rows);
@@ -148,12 +147,20 @@ fn gated(pool: &ThreadPool, input: Input<'_>, layer: &FeedForward<'_>, halves: &
                 let columns = begin..task.end.min(begin + columns_at_once);
                 for begin in tile.clone().step_by(rows_at_once) {
                     let rows = begin..tile.end.min(begin + rows_at_once);
-                    // SAFETY: lengths are checked by the caller; tasks have different columns.
-                    unsafe { scratch.compute(pool, input, layer, halves, (rows, columns.clone()), to) };
+                    SCRATCH_ROOM.with_borrow_mut(|scratch| {
+                        // SAFETY: lengths are checked by the caller; tasks have different columns.
+                        unsafe { scratch.compute(pool, input, layer, halves, (rows, columns.clone()), to) };
+                    });
                 }
             }
         }
     });
+}
+
+thread_local! {
+    /// One for each thread, as clearing it for every task would cost as much as the gate.
+    static SCRATCH_ROOM: RefCell<Box<Scratch>> =
+        RefCell::new(Box::new(Scratch { halves: [[0.0; SCRATCH]; 2], row: [0.0; SCRATCH] }));
 }
 
 /// A task's room.

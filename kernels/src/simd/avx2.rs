@@ -393,6 +393,51 @@ impl Integers for Avx2 {
         }
     }
     #[inline(always)]
+    unsafe fn amplitudes(x: [Self; 4]) -> Self {
+        unsafe {
+            // As in AVX-512; signed comparisons will do where the sign is off.
+            let magnitude = |x| _mm256_and_si256(_mm256_castps_si256(x), _mm256_set1_epi32(i32::MAX));
+            let magnitude = |x: Self| _mm256_max_epi32(magnitude(x.0), magnitude(x.1));
+            let largest = |eight| {
+                let four = _mm256_max_epi32(eight, _mm256_permute2x128_si256::<1>(eight, eight));
+                let two = _mm256_max_epi32(four, _mm256_shuffle_epi32::<0b01_00_11_10>(four));
+                let one = _mm256_max_epi32(two, _mm256_shuffle_epi32::<0b10_11_00_01>(two));
+                _mm256_castsi256_ps(one)
+            };
+            let first = _mm256_max_epi32(magnitude(x[0]), magnitude(x[1]));
+            let second = _mm256_max_epi32(magnitude(x[2]), magnitude(x[3]));
+            Avx2(largest(first), largest(second))
+        }
+    }
+    #[inline(always)]
+    unsafe fn pack_i8(x: [Self; 4]) -> Self::Bytes {
+        unsafe {
+            let words = |x: Self| _mm256_packs_epi32(_mm256_cvtps_epi32(x.0), _mm256_cvtps_epi32(x.1));
+            // Packing works within 128-bit halves: put the words back in order.
+            let order = _mm256_setr_epi32(0, 4, 1, 5, 2, 6, 3, 7);
+            let pack = |a, b| _mm256_permutevar8x32_epi32(_mm256_packs_epi16(a, b), order);
+            (pack(words(x[0]), words(x[1])), pack(words(x[2]), words(x[3])))
+        }
+    }
+    #[inline(always)]
+    unsafe fn sums_of_16(bytes: Self::Bytes) -> Self::Ints {
+        unsafe {
+            both(bytes, |bytes| {
+                let pairs = _mm256_maddubs_epi16(_mm256_set1_epi8(1), bytes);
+                let fours = _mm256_madd_epi16(pairs, _mm256_set1_epi16(1));
+                let eights = _mm256_add_epi32(fours, _mm256_shuffle_epi32::<0b01_00_11_10>(fours));
+                _mm256_add_epi32(eights, _mm256_shuffle_epi32::<0b10_11_00_01>(eights))
+            })
+        }
+    }
+    #[inline(always)]
+    unsafe fn store_ints(ints: Self::Ints, to: *mut i32) {
+        unsafe {
+            _mm256_storeu_si256(to.cast(), ints.0);
+            _mm256_storeu_si256(to.add(8).cast(), ints.1);
+        }
+    }
+    #[inline(always)]
     unsafe fn prefetch(at: *const u8) {
         unsafe { _mm_prefetch::<_MM_HINT_T0>(at.cast()) }
     }

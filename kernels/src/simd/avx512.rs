@@ -234,6 +234,47 @@ impl Integers for Avx512 {
         unsafe { _mm_storeu_si128(to.cast(), _mm512_cvtepi32_epi8(_mm512_cvtps_epi32(self.0))) }
     }
     #[inline(always)]
+    unsafe fn amplitudes(x: [Self; 4]) -> Self {
+        unsafe {
+            // The bits of magnitudes are in the order of the magnitudes, and those of a NaN above all.
+            let magnitude = |x: Self| _mm512_and_si512(_mm512_castps_si512(x.0), _mm512_set1_epi32(i32::MAX));
+            let first = _mm512_max_epu32(magnitude(x[0]), magnitude(x[1]));
+            let second = _mm512_max_epu32(magnitude(x[2]), magnitude(x[3]));
+            // Quarters 0 and 1 of each, then quarters 2 and 3, side by side.
+            let low = _mm512_shuffle_i32x4::<0b01_00_01_00>(first, second);
+            let high = _mm512_shuffle_i32x4::<0b11_10_11_10>(first, second);
+            let eight = _mm512_max_epu32(low, high);
+            let four = _mm512_max_epu32(eight, _mm512_shuffle_i32x4::<0b10_11_00_01>(eight, eight));
+            let two = _mm512_max_epu32(four, _mm512_shuffle_epi32::<0b01_00_11_10>(four));
+            let one = _mm512_max_epu32(two, _mm512_shuffle_epi32::<0b10_11_00_01>(two));
+            Avx512(_mm512_castsi512_ps(one))
+        }
+    }
+    #[inline(always)]
+    unsafe fn pack_i8(x: [Self; 4]) -> __m512i {
+        unsafe {
+            let first = _mm512_packs_epi32(_mm512_cvtps_epi32(x[0].0), _mm512_cvtps_epi32(x[1].0));
+            let second = _mm512_packs_epi32(_mm512_cvtps_epi32(x[2].0), _mm512_cvtps_epi32(x[3].0));
+            let bytes = _mm512_packs_epi16(first, second);
+            // Packing works within 128-bit quarters: word `w` of the result is in word `4 (w % 4) + w / 4`.
+            let order = _mm512_setr_epi32(0, 4, 8, 12, 1, 5, 9, 13, 2, 6, 10, 14, 3, 7, 11, 15);
+            _mm512_permutexvar_epi32(order, bytes)
+        }
+    }
+    #[inline(always)]
+    unsafe fn sums_of_16(bytes: __m512i) -> __m512i {
+        unsafe {
+            let pairs = _mm512_maddubs_epi16(_mm512_set1_epi8(1), bytes);
+            let fours = _mm512_madd_epi16(pairs, _mm512_set1_epi16(1));
+            let eights = _mm512_add_epi32(fours, _mm512_shuffle_epi32::<0b01_00_11_10>(fours));
+            _mm512_add_epi32(eights, _mm512_shuffle_epi32::<0b10_11_00_01>(eights))
+        }
+    }
+    #[inline(always)]
+    unsafe fn store_ints(ints: __m512i, to: *mut i32) {
+        unsafe { _mm512_storeu_si512(to.cast(), ints) }
+    }
+    #[inline(always)]
     unsafe fn prefetch(at: *const u8) {
         unsafe { _mm_prefetch::<_MM_HINT_T0>(at.cast()) }
     }

@@ -163,6 +163,15 @@ pub(crate) trait Integers: Simd {
     unsafe fn load_bf16s(from: *const u8) -> Self;
     /// 16 whole numbers of -128 to 127 as bytes.
     unsafe fn store_i8(self, to: *mut i8);
+    /// The largest magnitude of the first two in lanes 0 to 7, of the others in lanes 8 to 15; not finite if
+    /// one of them is not.
+    unsafe fn amplitudes(x: [Self; 4]) -> Self;
+    /// 64 numbers of at most 127.5 as the nearest signed bytes, ties to even, in order.
+    unsafe fn pack_i8(x: [Self; 4]) -> Self::Bytes;
+    /// The sum of signed bytes `16 i..16 i + 16` in each of lanes `4 i..4 i + 4`.
+    unsafe fn sums_of_16(bytes: Self::Bytes) -> Self::Ints;
+    /// 16 elements.
+    unsafe fn store_ints(ints: Self::Ints, to: *mut i32);
     /// Asks for the line at `at`, which may be any address.
     unsafe fn prefetch(at: *const u8);
 }

@@ -236,9 +236,9 @@ impl<F: Format> Shape<F> {
     pub(crate) const SCALE_BYTES: usize = scale_lines(F::FORMAT) * LINE_BYTES;
     pub(crate) const CHUNK_BYTES: usize = chunk_lines(F::FORMAT) * LINE_BYTES;
     pub(crate) const HAS_MIN: bool = F::FORMAT.has_min();
-    /// From how many rows on groups are unpacked first ([`super::grouped`]): early where there are twice as many
-    /// scales to widen, late where codes are bytes already, `None` where the few shifts and masks of a line
-    /// cost no more than writing and reading what they give.
+    /// From how many rows on groups are unpacked first ([`super::grouped`]), where registers hold no block of two
+    /// panels: early where there are twice as many scales to widen, late where codes are bytes already, `None`
+    /// where the few shifts and masks of a line cost no more than writing and reading what they give.
     pub(crate) const GROUPED_ROWS: Option<usize> = match F::FORMAT {
         BlockFormat::Q8_0 => Some(25),
         BlockFormat::Q2K | BlockFormat::Q3K | BlockFormat::Q6K => Some(4),

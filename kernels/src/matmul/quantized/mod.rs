@@ -56,6 +56,8 @@ pub struct QuantizedRows {
     neg_sums16: Vec<i32>,
     /// The same of every 32.
     neg_sums32: Vec<i32>,
+    /// The same times their scale, which is what a minimum is multiplied with.
+    scaled_neg_sums: Vec<f32>,
 }
 
 /// The place for some of a row of [`QuantizedRows`], in multiples of 32 inputs.
@@ -64,6 +66,7 @@ pub(crate) struct RowMut<'a> {
     pub(crate) scales: &'a mut [f32],
     pub(crate) neg_sums16: &'a mut [i32],
     pub(crate) neg_sums32: &'a mut [i32],
+    pub(crate) scaled_neg_sums: &'a mut [f32],
 }
 
 /// A row of [`QuantizedRows`].
@@ -73,6 +76,7 @@ pub(crate) struct Row<'a> {
     pub(crate) scales: &'a [f32],
     pub(crate) neg_sums16: &'a [i32],
     pub(crate) neg_sums32: &'a [i32],
+    pub(crate) scaled_neg_sums: &'a [f32],
 }
 
 impl QuantizedRows {
@@ -99,6 +103,7 @@ impl QuantizedRows {
             scales: &self.scales[row * (inputs / 32)..][..inputs / 32],
             neg_sums16: &self.neg_sums16[row * (inputs / 16)..][..inputs / 16],
             neg_sums32: &self.neg_sums32[row * (inputs / 32)..][..inputs / 32],
+            scaled_neg_sums: &self.scaled_neg_sums[row * (inputs / 32)..][..inputs / 32],
         }
     }
 
@@ -138,6 +143,7 @@ impl QuantizedRows {
         grow(&mut self.scales, rows * (inputs / 32));
         grow(&mut self.neg_sums16, rows * (inputs / 16));
         grow(&mut self.neg_sums32, rows * (inputs / 32));
+        grow(&mut self.scaled_neg_sums, rows * (inputs / 32));
         SharedRows {
             inputs,
             stride,
@@ -145,6 +151,7 @@ impl QuantizedRows {
             scales: SharedOut::new(&mut self.scales),
             neg_sums16: SharedOut::new(&mut self.neg_sums16),
             neg_sums32: SharedOut::new(&mut self.neg_sums32),
+            scaled_neg_sums: SharedOut::new(&mut self.scaled_neg_sums),
         }
     }
 }
@@ -157,6 +164,7 @@ pub(crate) struct SharedRows<'a> {
     scales: SharedOut<'a, f32>,
     neg_sums16: SharedOut<'a, i32>,
     neg_sums32: SharedOut<'a, i32>,
+    scaled_neg_sums: SharedOut<'a, f32>,
 }
 
 impl SharedRows<'_> {
@@ -173,6 +181,7 @@ impl SharedRows<'_> {
                 scales: self.scales.part(at32, len / 32),
                 neg_sums16: self.neg_sums16.part(at16, len / 16),
                 neg_sums32: self.neg_sums32.part(at32, len / 32),
+                scaled_neg_sums: self.scaled_neg_sums.part(at32, len / 32),
             }
         }
     }

@@ -22,7 +22,7 @@ pub(crate) fn scale_of(amplitude: f32) -> (f32, f32) {
 /// None beyond the lengths of [`RowMut`].
 pub(crate) unsafe fn quantize(x: &[f32], to: RowMut<'_>) {
     let blocks = x.chunks_exact(CHUNK).zip(to.codes.chunks_exact_mut(CHUNK));
-    for ((x, codes), scale) in blocks.zip(to.scales) {
+    for ((x, codes), scale) in blocks.zip(&mut *to.scales) {
         if !x.iter().all(|x| x.is_finite()) {
             *scale = f32::NAN;
             codes.fill(0);
@@ -38,8 +38,9 @@ pub(crate) unsafe fn quantize(x: &[f32], to: RowMut<'_>) {
     for (neg_sum, codes) in to.neg_sums16.iter_mut().zip(to.codes.chunks_exact(16)) {
         *neg_sum = sum(codes);
     }
-    for (neg_sum, codes) in to.neg_sums32.iter_mut().zip(to.codes.chunks_exact(32)) {
-        *neg_sum = sum(codes);
+    for (block, codes) in to.codes.chunks_exact(CHUNK).enumerate() {
+        to.neg_sums32[block] = sum(codes);
+        to.scaled_neg_sums[block] = to.neg_sums32[block] as f32 * to.scales[block];
     }
 }
 

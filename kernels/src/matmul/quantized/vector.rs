@@ -5,8 +5,8 @@
 //! block of inputs, so even a single row has enough independent work: the processor runs several blocks
 //! at once, and one panel is one stream from memory. From three rows on two panels go together, because
 //! then the activations' loads, one for two instructions, are what limits. The offset of the codes is
-//! folded into what a sum starts from. More rows than a block holds go by in several, or as [`super::grouped`]
-//! has it.
+//! folded into what a sum starts from. More rows than a block holds go by in several; with few registers, where a
+//! block has one panel and three rows, some formats do better as [`super::grouped`] has it.
 //!
 //! What bounds many rows is the two pipes that take dot products: of 32 inputs, a row and 16 outputs are eight dot
 //! products, a conversion, a multiplication and a multiply-add, and one more multiply-add for a minimum, which
@@ -21,7 +21,7 @@
 use super::RowMut;
 use super::formats::{self, Codes, Format, Scales, Shape};
 use super::grouped::{self, Kind, Rows, Unpacked};
-use super::scalar::scale_of;
+use super::scalar::{MAX_CODE, MIN_AMPLITUDE, scale_of};
 use crate::LANES;
 use crate::matmul::Tile;
 use crate::pack::WeightType;
@@ -41,6 +41,7 @@ pub(crate) struct Block {
     scales: *const f32,
     neg_sums16: *const i32,
     neg_sums32: *const i32,
+    scaled_neg_sums: *const f32,
     inputs: usize,
     /// First panel, and bytes from panel to panel.
     panel: *const u8,
@@ -71,7 +72,8 @@ pub(crate) trait Target {
     const MAX_ROWS: usize;
     /// Rows of a block of two panels that leaves registers for the unpacking, for a product of many.
     const MANY_ROWS: usize;
-    /// True if blocks of two panels fit its registers.
+    /// True if blocks of two panels fit its registers; then unpacking is so cheap that [`grouped`] has nothing
+    /// to save.
     const TWO_PANELS: bool;
     /// [`block`] in a function that enables the instruction set.
     ///
@@ -127,10 +129,12 @@ pub(crate) unsafe fn matmul<T: Target>(tile: &Tile<'_>) {
 /// # Safety
 /// As for [`matmul`].
 unsafe fn panels<T: Target, F: Format>(tile: &Tile<'_>) {
-    let mut panel = tile.panels.start;
+    let (mut panel, num_rows) = (tile.panels.start, tile.rows.len());
+    // Two scales for 32 inputs take so many registers that five or six rows do better with one panel.
+    let is_tall = Shape::<F>::BLOCK == 16 && (T::MANY_ROWS < num_rows && num_rows <= T::MAX_ROWS);
     // SAFETY: the caller's promise; `panel + P` never passes the tile's end.
     unsafe {
-        if T::TWO_PANELS && tile.rows.len() > 2 {
+        if T::TWO_PANELS && num_rows > 2 && !is_tall {
             while panel + 2 <= tile.panels.end {
                 rows::<T, F, 2>(tile, panel);
                 panel += 2;
@@ -149,8 +153,8 @@ unsafe fn panels<T: Target, F: Format>(tile: &Tile<'_>) {
 /// As for [`matmul`]; panels `panel..panel + P` are the tile's.
 unsafe fn rows<T: Target, F: Format, const P: usize>(tile: &Tile<'_>, panel: usize) {
     let num_rows = tile.rows.len();
-    let is_grouped = const { Shape::<F>::GROUPED_ROWS.is_some() };
-    if is_grouped && Shape::<F>::GROUPED_ROWS.is_some_and(|least| num_rows >= least) {
+    let can_group = const { !T::TWO_PANELS && Shape::<F>::GROUPED_ROWS.is_some() };
+    if can_group && Shape::<F>::GROUPED_ROWS.is_some_and(|least| num_rows >= least) {
         // SAFETY: the caller's promise.
         return unsafe { grouped::panels::<T, F, P>(tile, panel) };
     }
@@ -170,6 +174,7 @@ unsafe fn rows<T: Target, F: Format, const P: usize>(tile: &Tile<'_>, panel: usi
                 scales: row.scales.as_ptr(),
                 neg_sums16: row.neg_sums16.as_ptr(),
                 neg_sums32: row.neg_sums32.as_ptr(),
+                scaled_neg_sums: row.scaled_neg_sums.as_ptr(),
                 inputs: x.inputs(),
                 panel: tile.weights.panels(tile.part).add(panel * tile.part.panel_bytes()),
                 panel_bytes: tile.part.panel_bytes(),
@@ -283,9 +288,13 @@ unsafe fn dot_block<V: Integers, F: Format, const R: usize, const P: usize>(
             scales[p] = F::Scales::load::<V>(place.scales.add(p * block.panel_bytes), in_group);
         }
         let x_scales = block.scales.add(place.input / CHUNK);
+        let scaled_neg_sums = block.scaled_neg_sums.add(place.input / CHUNK);
         for r in 0..R {
             let x_scale = V::splat(*x_scales.add(r * (block.inputs / CHUNK)));
-            let neg_sum = V::to_f32(V::splat_int(neg_sums.add(r * sums_stride))).mul(x_scale);
+            let neg_sum = match block_len {
+                16 => V::to_f32(V::splat_int(neg_sums.add(r * sums_stride))).mul(x_scale),
+                _ => V::splat(*scaled_neg_sums.add(r * (block.inputs / CHUNK))),
+            };
             for p in 0..P {
                 let (scale, neg_min) = scales[p];
                 sums[r][p] = V::to_f32(dots[r][p]).fma(scale.mul(x_scale), sums[r][p]);
@@ -340,30 +349,80 @@ pub(super) unsafe fn prefetch_lines<V: Integers, const P: usize>(
     }
 }
 
-/// Quantises part of a row.
+/// Quantises part of a row, two blocks at a time.
 ///
 /// # Safety
 /// The processor has `V`'s instruction set; lengths are those of [`RowMut`], `x` a multiple of 32.
 #[inline(always)]
-pub(crate) unsafe fn quantize<V: Integers>(x: &[f32], to: RowMut<'_>) {
-    for block in 0..x.len() / CHUNK {
-        // SAFETY: the caller's promise; a block is two vectors of `x` and of the codes.
+pub(crate) unsafe fn quantize<V: Integers>(x: &[f32], mut to: RowMut<'_>) {
+    let num_blocks = x.len() / CHUNK;
+    for pair in 0..num_blocks / 2 {
+        // SAFETY: the caller's promise; two blocks are four vectors, 64 codes and two scales.
         unsafe {
-            let at = block * CHUNK;
-            let x = [V::load(x.as_ptr().add(at)), V::load(x.as_ptr().add(at + LANES))];
-            let finite = x[0].is_finite() && x[1].is_finite();
-            let largest = x[0].max(x[0].neg()).max(x[1].max(x[1].neg())).largest();
-            let (scale, inverse) = if finite { scale_of(largest) } else { (f32::NAN, 0.0) };
-            to.scales[block] = scale;
-            for (half, x) in x.into_iter().enumerate() {
-                // Where something is not finite, zeros: nothing of it may reach the conversion.
-                let x = if finite { x } else { V::splat(0.0) };
-                let codes = x.mul(V::splat(inverse)).round();
-                codes.store_i8(to.codes.as_mut_ptr().add(at + half * LANES));
-                // Exact in any order: whole numbers far below 2^24.
-                to.neg_sums16[2 * block + half] = -(codes.sum() as i32);
+            let at = 2 * CHUNK * pair;
+            let from = x.as_ptr().add(at);
+            let mut x = [V::splat(0.0); 4];
+            for i in 0..4 {
+                x[i] = V::load(from.add(i * LANES));
             }
-            to.neg_sums32[block] = to.neg_sums16[2 * block] + to.neg_sums16[2 * block + 1];
+            let amplitudes = V::amplitudes(x);
+            if !amplitudes.is_finite() {
+                quantize_block::<V>(from, &mut to, 2 * pair);
+                quantize_block::<V>(from.add(CHUNK), &mut to, 2 * pair + 1);
+                continue;
+            }
+            // As `scale_of` does it.
+            let (zero, max_code, least) = (V::splat(0.0), V::splat(MAX_CODE), V::splat(MIN_AMPLITUDE));
+            let mut scales = [0.0f32; LANES];
+            let mut inverses = [0.0f32; LANES];
+            amplitudes.if_less(least, zero, amplitudes.div(max_code)).store(scales.as_mut_ptr());
+            amplitudes.if_less(least, zero, max_code.div(amplitudes)).store(inverses.as_mut_ptr());
+            for i in 0..4 {
+                x[i] = x[i].mul(V::splat(inverses[i / 2 * (LANES / 2)]));
+            }
+            let codes = V::pack_i8(x);
+            V::store_bytes(codes, to.codes.as_mut_ptr().add(at).cast());
+            let mut sums = [0; LANES];
+            V::store_ints(V::sums_of_16(codes), sums.as_mut_ptr());
+            for block in 0..2 {
+                let scale = scales[block * LANES / 2];
+                let neg_sums = [-sums[block * LANES / 2], -sums[block * LANES / 2 + 4]];
+                let i = 2 * pair + block;
+                to.scales[i] = scale;
+                to.neg_sums16[2 * i..2 * i + 2].copy_from_slice(&neg_sums);
+                to.neg_sums32[i] = neg_sums[0] + neg_sums[1];
+                to.scaled_neg_sums[i] = to.neg_sums32[i] as f32 * scale;
+            }
         }
+    }
+    if !num_blocks.is_multiple_of(2) {
+        // SAFETY: the caller's promise; the last block is there.
+        unsafe { quantize_block::<V>(x.as_ptr().add((num_blocks - 1) * CHUNK), &mut to, num_blocks - 1) };
+    }
+}
+
+/// Quantises block `block` of a row, whatever is in it.
+///
+/// # Safety
+/// As for [`quantize`]; the block is there, and its inputs lie at `x`.
+#[inline(always)]
+unsafe fn quantize_block<V: Integers>(x: *const f32, to: &mut RowMut<'_>, block: usize) {
+    // SAFETY: the caller's promise; a block is two vectors of `x` and of the codes.
+    unsafe {
+        let x = [V::load(x), V::load(x.add(LANES))];
+        let finite = x[0].is_finite() && x[1].is_finite();
+        let largest = x[0].max(x[0].neg()).max(x[1].max(x[1].neg())).largest();
+        let (scale, inverse) = if finite { scale_of(largest) } else { (f32::NAN, 0.0) };
+        for (half, x) in x.into_iter().enumerate() {
+            // Where something is not finite, zeros: nothing of it may reach the conversion.
+            let x = if finite { x } else { V::splat(0.0) };
+            let codes = x.mul(V::splat(inverse)).round();
+            codes.store_i8(to.codes.as_mut_ptr().add(block * CHUNK + half * LANES));
+            // Exact in any order: whole numbers far below 2^24.
+            to.neg_sums16[2 * block + half] = -(codes.sum() as i32);
+        }
+        to.scales[block] = scale;
+        to.neg_sums32[block] = to.neg_sums16[2 * block] + to.neg_sums16[2 * block + 1];
+        to.scaled_neg_sums[block] = to.neg_sums32[block] as f32 * scale;
     }
 }

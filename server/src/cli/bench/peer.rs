@@ -29,7 +29,8 @@ const EXAMPLES: &str = "\
 Examples:
   tandem synth --like qwen2.5-coder-1.5b --format q4_k_m --out model.gguf
   tandem bench peer --llama-bin ~/llama.cpp/build/bin --model model.gguf
-  tandem bench peer --llama-bin ~/llama.cpp/build/bin --model model.gguf --context 16384 --rows 1,4";
+  tandem bench peer --llama-bin ~/llama.cpp/build/bin --model model.gguf --context 16384 --rows 1,4
+  tandem bench peer --llama-bin ~/ik_llama.cpp/build/bin --model model.gguf --context 0 --peer-arg=-rtr --peer-arg=1";
 
 /// Arguments of `tandem bench peer`.
 #[derive(Args, Debug)]
@@ -47,7 +48,11 @@ pub(in crate::cli) struct PeerArgs {
     #[arg(long, value_name = "N,...", value_delimiter = ',', default_value = "1,2,4,5,8,16,512", value_parser = clap::value_parser!(u16).range(1..=4096))]
     rows: Vec<u16>,
 
-    /// Tokens of context before a pass
+    /// One more argument for llama-bench; may be given again (ik_llama.cpp: -rtr 1 repacks weights)
+    #[arg(long, value_name = "ARG", allow_hyphen_values = true)]
+    peer_arg: Vec<String>,
+
+    /// Tokens of context before a pass; ik_llama.cpp's llama-bench has only 0
     #[arg(long, value_name = "N", default_value_t = 128, value_parser = clap::value_parser!(u32).range(0..=1_048_576))]
     context: u32,
 
@@ -126,15 +131,19 @@ pub(super) fn run(args: &PeerArgs) -> anyhow::Result<ExitCode> {
 /// Milliseconds of the peer's passes, in the order of `args.rows`.
 fn peer_times(llama_bench: &Path, args: &PeerArgs, threads: usize) -> anyhow::Result<Vec<f64>> {
     let rows: Vec<String> = args.rows.iter().map(u16::to_string).collect();
-    let output = Command::new(llama_bench)
+    let mut command = Command::new(llama_bench);
+    command
         .arg("-m")
         .arg(&args.model)
-        .args(["-p", &rows.join(","), "-n", "0", "-d", &args.context.to_string()])
+        .args(["-p", &rows.join(","), "-n", "0"])
         .args(["-t", &threads.to_string(), "-r", &LEAST_PASSES.to_string(), "-o", "json"])
-        .output()
-        .with_context(|| {
-            format!("cannot run {}; --llama-bin names the folder that holds it", llama_bench.display())
-        })?;
+        .args(&args.peer_arg);
+    if args.context > 0 {
+        command.args(["-d", &args.context.to_string()]);
+    }
+    let output = command.output().with_context(|| {
+        format!("cannot run {}; --llama-bin names the folder that holds it", llama_bench.display())
+    })?;
     if !output.status.success() {
         let errors = String::from_utf8_lossy(&output.stderr);
         let last = errors.lines().last().unwrap_or("and said nothing");
@@ -180,8 +189,7 @@ impl Report {
     fn print(&self) {
         println!("{}, context {}, {} rounds; medians", self.model, self.context, self.rounds);
         println!("{}", self.machine);
-        let header =
-            ["tokens", "tandem ms", "to 1", "llama.cpp ms", "to 1", "llama.cpp / tandem", "min..max"];
+        let header = ["tokens", "tandem ms", "to 1", "peer ms", "to 1", "peer / tandem", "min..max"];
         let rows = self.rows.iter().map(|row| {
             vec![
                 row.rows.to_string(),

@@ -142,7 +142,9 @@ impl EngineHandle {
     /// # Errors
     /// As [`EngineHandle::submit`].
     pub fn embed(&self, request: EmbedRequest) -> Result<(), EngineError> {
-        self.shared.limits.check_tokens(request.lane, &request.tokens)?;
+        let limits = &self.shared.limits;
+        limits.check_tokens(request.lane, &request.tokens)?;
+        limits.check_blocks(request.tokens.len())?;
         self.enqueue(request.lane, Command::Embed(request))
     }
 
@@ -287,7 +289,7 @@ impl Limits {
             let max_model_len = self.max_model_len;
             return Err(EngineError::PromptTooLong { num_prompt_tokens: tokens.len(), max_model_len });
         }
-        self.check_blocks(tokens.len())
+        Ok(())
     }
 
     fn check_lane(&self, lane: Lane) -> Result<(), EngineError> {

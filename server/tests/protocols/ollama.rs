@@ -96,7 +96,7 @@ async fn models_are_listed_and_shown_and_faults_have_its_shape() {
     assert_eq!(server.get("/api/ps").await.status, 200);
     let shown = server.post("/api/show", &json!({ "model": "fast:latest" })).await.json();
     assert_eq!(shown["model_info"]["tandem.context_length"], 256);
-    assert_eq!(shown["capabilities"], json!(["completion", "insert"]));
+    assert_eq!(shown["capabilities"], json!(["completion", "embedding", "insert"]));
     for (path, body, status) in [
         ("/api/chat", json!({ "messages": [] }), 400),
         ("/api/chat", json!({ "model": "none", "messages": [] }), 404),

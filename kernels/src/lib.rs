@@ -29,6 +29,7 @@ pub mod math;
 pub mod matmul;
 pub mod norm;
 pub mod pack;
+pub mod pages;
 pub mod pool;
 pub mod quant;
 pub mod roof;

@@ -2,8 +2,8 @@
 //! layer; `block_size` consecutive slots form a block, and which block belongs to which sequence is
 //! the engine's business alone. The storage itself belongs to the backend.
 
-use memmap2::MmapMut;
 use tandem_kernels::kv::{KvType, Values};
+use tandem_kernels::pages::ZeroedPages;
 
 use crate::config::DecoderConfig;
 use crate::error::ModelError;
@@ -90,19 +90,13 @@ pub fn kv_bytes_per_token(config: &DecoderConfig, kv_type: KvType) -> usize {
         .fold(kv_type.token_bytes(config.head_dim.min(WIDEST), config.values()), usize::saturating_mul)
 }
 
-/// `len` zero bytes, or an error where a plain `vec![]` would end the process.
-///
-/// The pages are the system's to hand out when they are first written, so a cache costs what is used
-/// of it; large pages where the system has them, because a long context is read from end to end.
-pub(crate) fn try_zeros(len: usize) -> Result<MmapMut, ModelError> {
-    let bytes = MmapMut::map_anon(len).map_err(|error| ModelError::Backend {
+/// `len` zero bytes, or an error where a plain `vec![]` would end the process. A cache costs what is used
+/// of it, and what is made ready ahead.
+pub(crate) fn try_zeros(len: usize) -> Result<ZeroedPages, ModelError> {
+    ZeroedPages::new(len).map_err(|error| ModelError::Backend {
         context: "KV cache",
         reason: format!("no memory for {len} bytes: {error}"),
-    })?;
-    #[cfg(target_os = "linux")]
-    // A system without large pages is only slower.
-    let _ = bytes.advise(memmap2::Advice::HugePage);
-    Ok(bytes)
+    })
 }
 
 #[cfg(test)]

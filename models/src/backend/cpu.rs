@@ -6,12 +6,12 @@
 use std::ops::Range;
 use std::sync::Arc;
 
-use memmap2::MmapMut;
 use tandem_kernels::attention::{PagedAttention, paged_attention};
 use tandem_kernels::kv::{self, KvRows, KvType, Values, write_kv};
 use tandem_kernels::matmul::gated::{FeedForward, feed_forward};
 use tandem_kernels::matmul::heads::{HeadProducts, head_matmul};
 use tandem_kernels::pack::{WeightType, Weights};
+use tandem_kernels::pages::{PageWarmer, ZeroedPages};
 use tandem_kernels::rope::{Rope, rope};
 use tandem_kernels::{PackedMatrix, ThreadPool, experts, gate, head_norm, layer_norm, matmul, norm, scaling};
 
@@ -30,12 +30,18 @@ use crate::weights::{Dtype, TensorView};
 pub struct CpuBackend {
     pool: Arc<ThreadPool>,
     kv_type: KvType,
+    warmer: PageWarmer,
+    /// Slots of a block.
+    block_size: usize,
 }
+
+/// Bytes of the KV cache that are made ready ahead of use, over all layers.
+const BYTES_AHEAD: usize = 128 << 20;
 
 impl CpuBackend {
     /// A backend whose operations run on `pool` and whose keys and values are stored as `kv_type`.
     pub fn new(pool: Arc<ThreadPool>, kv_type: KvType) -> Self {
-        CpuBackend { pool, kv_type }
+        CpuBackend { pool, kv_type, warmer: PageWarmer::new(BYTES_AHEAD), block_size: 1 }
     }
 }
 
@@ -43,7 +49,7 @@ impl CpuBackend {
 #[derive(Debug)]
 pub struct KvLayer {
     layout: kv::KvLayout,
-    storage: MmapMut,
+    storage: ZeroedPages,
 }
 
 /// Which experts compute which rows, and room to bring an expert's rows together.
@@ -124,7 +130,10 @@ impl Backend for CpuBackend {
     fn allocate_kv_layer(&mut self, shape: &KvLayout) -> Result<KvLayer, ModelError> {
         let KvLayout { block_size, num_kv_heads, head_dim, values, kv_type, .. } = *shape;
         let layout = kv::KvLayout { block_size, num_kv_heads, head_dim, values, kv_type };
-        Ok(KvLayer { layout, storage: try_zeros(shape.num_blocks * layout.block_bytes())? })
+        let storage = try_zeros(shape.num_blocks * layout.block_bytes())?;
+        self.warmer.watch(&storage, layout.block_bytes());
+        self.block_size = block_size;
+        Ok(KvLayer { layout, storage })
     }
 
     fn allocate_buffer(&mut self, len: usize) -> Result<Vec<f32>, ModelError> {
@@ -150,6 +159,9 @@ impl Backend for CpuBackend {
     }
 
     fn upload(&mut self, batch: &ForwardBatch, inputs: &mut ForwardBatch) -> Result<(), ModelError> {
+        if let Some(&last) = batch.slot_mapping.iter().max() {
+            self.warmer.note_use(last as usize / self.block_size + 1);
+        }
         // Field by field: a derived `clone_from` would allocate.
         inputs.token_ids.clone_from(&batch.token_ids);
         inputs.positions.clone_from(&batch.positions);

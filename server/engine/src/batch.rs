@@ -14,17 +14,43 @@ use crate::api::{Lane, SequenceId};
 use crate::scheduler::Scheduler;
 use crate::sequence::{ModelRole, Sequence};
 
-/// Prompt tokens of the deep lane in a pass, however much is verified in it.
+/// Prompt tokens of the deep lane in a pass, however much is verified in it and however long the context.
 const MIN_DEEP_PREFILL_TOKENS: usize = 16;
+
+/// How many tokens of prompts a pass may have, so that nobody has to wait for longer than a moment.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub(crate) struct PrefillLimit {
+    /// At the beginning of a prompt.
+    pub(crate) num_tokens: usize,
+    /// How much dearer than there a token is for each token of context before it, as a share of its cost.
+    pub(crate) context_cost: f64,
+}
+
+impl PrefillLimit {
+    /// A token's cost after `context` others, in tokens at the beginning of a prompt.
+    fn cost(&self, context: usize) -> f64 {
+        1.0 + self.context_cost * context as f64
+    }
+
+    /// Tokens after `context` others that cost as much as `budget` at the beginning of a prompt, or a few more.
+    pub(crate) fn tokens(&self, budget: usize, context: usize) -> usize {
+        ((budget as f64 / self.cost(context)) as usize).max(budget.min(MIN_DEEP_PREFILL_TOKENS))
+    }
+
+    /// What is left of `budget` after so many tokens.
+    fn rest(&self, budget: usize, num_tokens: usize, context: usize) -> usize {
+        budget.saturating_sub((num_tokens as f64 * self.cost(context)).ceil() as usize)
+    }
+}
 
 /// Limits of one pass.
 #[derive(Clone, Copy, Debug)]
 pub(crate) struct PassLimits {
     /// Tokens of one pass; enough for every seat to verify its longest draft.
     pub(crate) max_num_batched_tokens: usize,
-    /// Tokens of a pass in which the deep lane's prompts, or texts to embed, have a part, by model: what nobody has to wait
-    /// for longer than a moment. Prompts get what verification leaves of it, but never nothing.
-    pub(crate) max_deep_prefill_tokens: [usize; 2],
+    /// Of a pass in which the deep lane's prompts, or texts to embed, have a part, by model. Prompts get what
+    /// verification leaves of it, but never nothing.
+    pub(crate) deep_prefill: [PrefillLimit; 2],
     /// Prompt tokens a sequence with `prompt_logprobs` computes in one pass: each takes a row of logits.
     pub(crate) max_logits_rows: usize,
     /// Tokens that what drafts for a decoding sequence may lack beside the last: one, after a verification in
@@ -38,7 +64,8 @@ impl PassLimits {
     /// Tokens that one sequence can have of a pass.
     fn most(&self, want: &Want, sequence: &Sequence, role: ModelRole) -> usize {
         if want.is_prefill && sequence.is_bulk() {
-            self.max_deep_prefill_tokens[role as usize]
+            let limit = &self.deep_prefill[role as usize];
+            limit.tokens(limit.num_tokens, want.computed)
         } else {
             self.max_num_batched_tokens
         }
@@ -174,7 +201,7 @@ impl ScheduledBatch {
         let mut deep_prefill_budget = 0;
         for prefill in [false, true] {
             if prefill {
-                let most = limits.max_deep_prefill_tokens[role as usize];
+                let most = limits.deep_prefill[role as usize].num_tokens;
                 let decoding = limits.max_num_batched_tokens - budget;
                 deep_prefill_budget = most.saturating_sub(decoding).max(most.min(MIN_DEEP_PREFILL_TOKENS));
             }
@@ -190,8 +217,9 @@ impl ScheduledBatch {
                     num_tokens = num_tokens.min(limits.max_logits_rows);
                 }
                 if prefill && sequence.is_bulk() {
-                    num_tokens = num_tokens.min(deep_prefill_budget);
-                    deep_prefill_budget -= num_tokens;
+                    let limit = &limits.deep_prefill[role as usize];
+                    num_tokens = num_tokens.min(limit.tokens(deep_prefill_budget, want.computed));
+                    deep_prefill_budget = limit.rest(deep_prefill_budget, num_tokens, want.computed);
                 }
                 if num_tokens == 0 {
                     continue;
@@ -259,5 +287,25 @@ impl ScheduledBatch {
             let start = sequence.num_computed(role);
             self.push(scheduled.seat, scheduler, start, scheduled.num_tokens, scheduled.num_logits);
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_chunk_shrinks_with_the_context_before_it() {
+        let limit = PrefillLimit { num_tokens: 80, context_cost: 0.001 };
+        assert_eq!(limit.tokens(80, 0), 80);
+        assert_eq!(limit.tokens(80, 1_000), 40);
+        assert_eq!(limit.tokens(80, 100_000), MIN_DEEP_PREFILL_TOKENS);
+        assert_eq!((limit.tokens(10, 100_000), limit.tokens(0, 5)), (10, 0), "no more than is left");
+        assert_eq!(
+            (limit.rest(80, 30, 1_000), limit.rest(80, 40, 1_000), limit.rest(80, 80, 1_000)),
+            (20, 0, 0)
+        );
+        let flat = PrefillLimit { context_cost: 0.0, ..limit };
+        assert_eq!((flat.tokens(80, 1 << 20), flat.rest(80, 30, 1 << 20)), (80, 50));
     }
 }

@@ -11,7 +11,7 @@ use tandem_models::{Model, VocabMap};
 use crate::api::{
     EngineError, EngineStats, FinishReason, Lane, MAX_TOKENS_PER_STEP, SequenceId, SubmitRequest,
 };
-use crate::batch::{PassLimits, ScheduledBatch};
+use crate::batch::{PassLimits, PrefillLimit, ScheduledBatch};
 use crate::block_manager::BlockManager;
 use crate::embedding::{EmbedRequest, Pooling};
 use crate::kv_events::{KvEventSink, KvEvents};
@@ -135,7 +135,7 @@ pub struct Engine {
     pub(crate) lane_isolation: bool,
     pub(crate) stats: EngineStats,
     kv_events: Option<Box<dyn KvEventSink>>,
-    max_model_len: usize,
+    pub(crate) max_model_len: usize,
 }
 
 impl Engine {
@@ -162,7 +162,10 @@ impl Engine {
         let has_head = models.drafts_by_head();
         let limits = PassLimits {
             max_num_batched_tokens,
-            max_deep_prefill_tokens: [config.max_num_batched_tokens.max(1); 2],
+            deep_prefill: [PrefillLimit {
+                num_tokens: config.max_num_batched_tokens.max(1),
+                context_cost: 0.0,
+            }; 2],
             max_logits_rows: MAX_PROMPT_LOGITS_ROWS,
             draft_catch_up: if has_head { MAX_TOKENS_PER_STEP } else { 1 },
             short_head: false,

@@ -113,13 +113,14 @@ impl Engine {
     }
 
     fn step_load(&self) -> StepLoad {
+        let limit = &self.limits.deep_prefill[ModelRole::Target as usize];
         let of_prompts = |s: &Sequence| s.lane == Lane::Deep && s.is_prefilling() && s.finished.is_none();
-        let uncomputed = |s: &Sequence| s.num_tokens() - s.num_computed(ModelRole::Target);
-        let prefill: usize = self.scheduler.running().filter(|s| of_prompts(s)).map(uncomputed).sum();
-        StepLoad {
-            num_fast: self.num_fast(),
-            num_prefill_rows: prefill.min(self.limits.max_deep_prefill_tokens[ModelRole::Target as usize]),
-        }
+        let rows = |s: &Sequence| {
+            let computed = s.num_computed(ModelRole::Target);
+            (s.num_tokens() - computed).min(limit.tokens(limit.num_tokens, computed))
+        };
+        let prefill: usize = self.scheduler.running().filter(|s| of_prompts(s)).map(rows).sum();
+        StepLoad { num_fast: self.num_fast(), num_prefill_rows: prefill.min(limit.num_tokens) }
     }
 
     fn num_fast(&self) -> usize {
@@ -129,7 +130,7 @@ impl Engine {
     /// Draft tokens a sequence, if the policy chooses: together they should not make the fast lane wait
     /// for longer layers than a prompt would.
     fn most_draft_tokens(&self, num_sequences: usize) -> usize {
-        let rows = self.limits.max_deep_prefill_tokens[ModelRole::Target as usize];
+        let rows = self.limits.deep_prefill[ModelRole::Target as usize].num_tokens;
         (rows / num_sequences.max(1)).max(MIN_DRAFT_TOKENS)
     }
 

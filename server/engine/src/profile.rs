@@ -23,6 +23,12 @@ const TIME_A_ROW_COUNT: Duration = Duration::from_millis(20);
 /// After so long one pass is enough: a large model's are steadier, and its start is not to wait for this.
 const TIME_OF_SLOW_PASSES: Duration = Duration::from_millis(60);
 
+/// The context at which the price of context is measured, where the cache and the model have room for it.
+const FAR_CONTEXT: usize = 1_024;
+
+/// Passes at each context for that.
+const CONTEXT_PASSES: usize = 3;
+
 /// No more rows are timed than take so long.
 const SLOW_PASS: Duration = Duration::from_millis(250);
 
@@ -47,12 +53,16 @@ impl Engine {
             costs[role as usize] = self.time_passes(role, &PROFILED_ROWS, false, clock)?;
         }
         if self.lane_isolation && self.models.has(Lane::Fast) {
-            for (role, costs) in costs.iter().enumerate() {
+            for role in [ModelRole::Target, ModelRole::Draft] {
+                let costs = &costs[role as usize];
                 // The draft's passes are not suspended.
-                let num_slices =
-                    if role == ModelRole::Target as usize { self.num_target_layers() } else { 1 };
-                let most = &mut self.limits.max_deep_prefill_tokens[role];
-                *most = prefill_chunk(costs, num_slices).min(*most).max(1);
+                let num_slices = if role == ModelRole::Target { self.num_target_layers() } else { 1 };
+                let context_seconds = self.time_context(role, costs, clock)?;
+                let budget = prefill_budget(costs, num_slices);
+                let limit = &mut self.limits.deep_prefill[role as usize];
+                limit.num_tokens = prefill_chunk(costs, budget).min(limit.num_tokens).max(1);
+                limit.context_cost =
+                    context_seconds * limit.num_tokens as f64 / budget.as_secs_f64().max(1e-9);
             }
         }
         let [target, draft] = costs;
@@ -126,6 +136,37 @@ impl Engine {
         self.models.target.as_ref().map_or(1, |model| model.config().num_layers.max(1))
     }
 
+    /// Seconds that each token of context adds to a row of a pass that makes no logits. Few rows are timed
+    /// where passes are slow, `costs` says how slow; 0 where there is no room for enough context.
+    fn time_context(
+        &mut self,
+        role: ModelRole,
+        costs: &[(usize, Duration)],
+        clock: &dyn Fn() -> Duration,
+    ) -> Result<f64, EngineError> {
+        let quick = costs.iter().rev().find(|(_, time)| *time < TIME_OF_SLOW_PASSES);
+        let rows = quick.map_or(1, |&(rows, _)| rows);
+        let far = FAR_CONTEXT.min(self.max_model_len.saturating_sub(rows));
+        let mut table = BlockTable::default();
+        if far < 2 * CONTEXT || !self.scheduler.blocks.grow(&mut table, far + rows) {
+            return Ok(0.0);
+        }
+        let mut best = [Duration::MAX; 2];
+        let mut outcome = Ok(());
+        for _ in 0..CONTEXT_PASSES {
+            for (best, context) in best.iter_mut().zip([CONTEXT, far]) {
+                let pass = Pass { positions: context..context + rows, num_logits: 1, short_head: false };
+                match self.time_pass(role, &table, &pass, clock) {
+                    Ok(time) => *best = time.min(*best),
+                    Err(error) => outcome = Err(error),
+                }
+            }
+        }
+        self.scheduler.blocks.release(table);
+        let seconds = best[1].saturating_sub(best[0]).as_secs_f64();
+        outcome.map(|()| seconds / (rows * (far - CONTEXT)) as f64)
+    }
+
     /// Times passes of one sequence of each of these many rows after some context, up to the first count that is
     /// slow: more rows follow from fewer. Fewer too where the cache has no blocks for more.
     fn time_passes(
@@ -156,12 +197,14 @@ impl Engine {
                 break;
             }
             if times.is_empty() {
-                self.time_pass(role, table, 0..CONTEXT, short_head, clock)?;
+                let first = Pass { positions: 0..CONTEXT, num_logits: 1, short_head };
+                self.time_pass(role, table, &first, clock)?;
             }
             let mut best = Duration::MAX;
             let mut spent = Duration::ZERO;
             for pass in 1..=*PASSES.end() {
-                let time = self.time_pass(role, table, CONTEXT..CONTEXT + rows, short_head, clock)?;
+                let timed = Pass { positions: CONTEXT..CONTEXT + rows, num_logits: rows, short_head };
+                let time = self.time_pass(role, table, &timed, clock)?;
                 best = best.min(time);
                 spent += time;
                 let is_enough = pass >= *PASSES.start() && spent > TIME_A_ROW_COUNT;
@@ -177,22 +220,19 @@ impl Engine {
         Ok(())
     }
 
-    /// A pass over the tokens at these positions of one sequence.
     fn time_pass(
         &mut self,
         role: ModelRole,
         table: &BlockTable,
-        positions: Range<usize>,
-        short_head: bool,
+        pass: &Pass,
         clock: &dyn Fn() -> Duration,
     ) -> Result<Duration, EngineError> {
         let Some(model) = self.models.get(role) else { return Ok(Duration::ZERO) };
         let inputs = &mut self.draft_batch.inputs;
         inputs.clear();
-        let num_logits = if positions.start == 0 { 1 } else { positions.len() };
-        let tokens = vec![0; positions.len()];
-        self.scheduler.blocks.push_sequence(inputs, &tokens, positions.start, table, num_logits);
-        inputs.short_head = short_head;
+        let tokens = vec![0; pass.positions.len()];
+        self.scheduler.blocks.push_sequence(inputs, &tokens, pass.positions.start, table, pass.num_logits);
+        inputs.short_head = pass.short_head;
         let before = clock();
         let outcome = model.forward(inputs, &mut self.logits);
         let time = clock().saturating_sub(before);
@@ -201,10 +241,21 @@ impl Engine {
     }
 }
 
-/// Rows that fit a slice of a pass: the largest measured count, or as many times it as its time fits.
-fn prefill_chunk(costs: &[(usize, Duration)], num_slices: usize) -> usize {
-    let Some(&(_, of_one_row)) = costs.first() else { return MIN_PREFILL_TOKENS };
-    let budget = (SLICE * num_slices as u32).max(2 * of_one_row);
+/// A pass over the tokens at these positions of one sequence, with logits for the last `num_logits`.
+struct Pass {
+    positions: Range<usize>,
+    num_logits: usize,
+    short_head: bool,
+}
+
+/// The time of a pass with a chunk of a prompt in it: a slice between any two suspensions.
+fn prefill_budget(costs: &[(usize, Duration)], num_slices: usize) -> Duration {
+    let of_one_row = costs.first().map_or(Duration::ZERO, |&(_, time)| time);
+    (SLICE * num_slices as u32).max(2 * of_one_row)
+}
+
+/// Rows that fit the budget: the largest measured count, or as many times it as its time fits.
+fn prefill_chunk(costs: &[(usize, Duration)], budget: Duration) -> usize {
     let fitting = costs.iter().rev().find(|(_, time)| *time <= budget);
     let Some(&(rows, time)) = fitting else { return MIN_PREFILL_TOKENS };
     let times = budget.as_secs_f64() / time.as_secs_f64().max(1e-9);
@@ -217,21 +268,22 @@ fn prefill_chunk(costs: &[(usize, Duration)], num_slices: usize) -> usize {
 mod tests {
     use super::*;
 
-    fn costs(micros: &[(usize, u64)]) -> Vec<(usize, Duration)> {
-        micros.iter().map(|&(rows, time)| (rows, Duration::from_micros(time))).collect()
+    fn chunk(micros: &[(usize, u64)], num_slices: usize) -> usize {
+        let costs: Vec<_> = micros.iter().map(|&(rows, time)| (rows, Duration::from_micros(time))).collect();
+        prefill_chunk(&costs, prefill_budget(&costs, num_slices))
     }
 
     #[test]
     fn a_chunk_takes_about_a_slice() {
         // 10 layers: 5 ms for the pass.
-        assert_eq!(prefill_chunk(&costs(&[(1, 300), (64, 1_000)]), 10), 320);
-        assert_eq!(prefill_chunk(&costs(&[(1, 300), (48, 4_000), (64, 6_000)]), 10), 48);
+        assert_eq!(chunk(&[(1, 300), (64, 1_000)], 10), 320);
+        assert_eq!(chunk(&[(1, 300), (48, 4_000), (64, 6_000)], 10), 48);
     }
 
     #[test]
     fn where_one_row_is_slow_a_chunk_costs_two_rows_and_is_never_tiny() {
-        assert_eq!(prefill_chunk(&costs(&[(1, 100_000), (64, 150_000), (128, 300_000)]), 1), 64);
-        assert_eq!(prefill_chunk(&costs(&[(1, 100_000), (8, 300_000)]), 1), MIN_PREFILL_TOKENS);
-        assert_eq!(prefill_chunk(&[], 4), MIN_PREFILL_TOKENS);
+        assert_eq!(chunk(&[(1, 100_000), (64, 150_000), (128, 300_000)], 1), 64);
+        assert_eq!(chunk(&[(1, 100_000), (8, 300_000)], 1), MIN_PREFILL_TOKENS);
+        assert_eq!(chunk(&[], 4), MIN_PREFILL_TOKENS);
     }
 }

@@ -144,7 +144,7 @@ impl Sequence {
             drafting: DraftState::default(),
             proposers: None,
             in_flight: false,
-            acceptance: Acceptance::default(),
+            acceptance: Acceptance::new(request.params.temperature > 0.0),
             finished: None,
             outbox: Outbox::new(request.events, &request.params),
             clock: Clock { submitted: now, ..Clock::default() },

@@ -85,6 +85,9 @@ struct Record {
 #[derive(Clone, Copy, Debug, Default)]
 pub(crate) struct Acceptance {
     records: [Record; NUM_KINDS],
+    /// Whether its sequences draw their tokens at random: drafts stand less often there, so their
+    /// experience is pooled apart.
+    pub(super) samples: bool,
 }
 
 /// Weight of a sequence's past after each verification: about the last thirty count.
@@ -149,6 +152,11 @@ impl Scope {
 }
 
 impl Acceptance {
+    /// No experience yet, of sequences that draw their tokens at random or do not.
+    pub(crate) fn new(samples: bool) -> Self {
+        Acceptance { samples, ..Acceptance::default() }
+    }
+
     /// Notes a verification at engine step `step`.
     pub(crate) fn record(
         &mut self,

@@ -36,7 +36,7 @@ impl DraftPolicy {
     pub(crate) fn record_dropped(&mut self, acceptance: &mut Acceptance, chance: f64) {
         let kind = ProposalKind::new(DraftSource::Draft, Offer::default());
         acceptance.record_chance(Scope::Own, kind, self.step, chance);
-        self.pool.record_chance(Scope::Pool, kind, self.step, chance);
+        self.pools[usize::from(acceptance.samples)].record_chance(Scope::Pool, kind, self.step, chance);
     }
 
     /// How often tokens that the draft was so sure of stand, for sequences that sample or do not.
@@ -48,7 +48,7 @@ impl DraftPolicy {
     /// later token stands.
     pub(crate) fn later_standing(&self, acceptance: &Acceptance) -> f64 {
         let kind = ProposalKind::new(DraftSource::Draft, Offer::default());
-        acceptance.standing(&self.pool, kind, self.step).later
+        self.standing(acceptance, kind).later
     }
 
     /// Whether another draft round pays, and for which of the sequences that drafted in the last one:

@@ -101,8 +101,8 @@ const ROWS_AHEAD: usize = 4;
 pub(crate) struct DraftPolicy {
     setting: DraftTokens,
     pub(super) costs: StepCosts,
-    /// All sequences' experience; a new sequence starts from it.
-    pub(super) pool: Acceptance,
+    /// All sequences' experience, of greedy and of sampled ones; a new sequence starts from it.
+    pub(super) pools: [Acceptance; 2],
     /// Of greedy and of sampled sequences.
     pub(super) calibrations: [Calibration; 2],
     /// Plans so far.
@@ -184,7 +184,7 @@ impl DraftPolicy {
         DraftPolicy {
             setting,
             costs,
-            pool: Acceptance::default(),
+            pools: [false, true].map(Acceptance::new),
             calibrations: Default::default(),
             step: 0,
             tokens_per_second: 0.0,
@@ -212,7 +212,7 @@ impl DraftPolicy {
         num_draft_tokens: usize,
         num_accepted_tokens: usize,
     ) {
-        let (step, pool) = (self.step, &mut self.pool);
+        let (step, pool) = (self.step, &mut self.pools[usize::from(acceptance.samples)]);
         acceptance.record(Scope::Own, kind, step, num_draft_tokens, num_accepted_tokens);
         pool.record(Scope::Pool, kind, step, num_draft_tokens, num_accepted_tokens);
     }
@@ -322,8 +322,13 @@ impl DraftPolicy {
         }
     }
 
+    /// What a sequence may expect of a proposal now.
+    pub(super) fn standing(&self, acceptance: &Acceptance, kind: ProposalKind) -> Standing {
+        acceptance.standing(&self.pools[usize::from(acceptance.samples)], kind, self.step)
+    }
+
     fn choice(&self, candidate: &Candidate, num_fast: usize, source: DraftSource) -> Choice {
-        let standing = candidate.acceptance.standing(&self.pool, candidate.kind(source), self.step);
+        let standing = self.standing(&candidate.acceptance, candidate.kind(source));
         let charge = if source == DraftSource::Draft && candidate.catch_up > 0 {
             let catch_up = self.costs.draft_beside(candidate.catch_up, 1 + num_fast);
             let tokens_per_step = 1.0 + standing.first / (1.0 - standing.later).max(0.25);

@@ -44,6 +44,15 @@ fn experienced(policy: &mut DraftPolicy, offered: usize, accepted: usize) -> Acc
     acceptance
 }
 
+#[test]
+fn greedy_experience_says_nothing_of_sampled_sequences() {
+    let mut policy = DraftPolicy::new(DraftTokens::Auto, StepCosts::default());
+    let unknown = policy.standing(&Acceptance::new(true), draft_kind());
+    experienced(&mut policy, 16, 16);
+    assert!(policy.standing(&Acceptance::new(false), draft_kind()).first > 0.95);
+    assert_eq!(policy.standing(&Acceptance::new(true), draft_kind()), unknown);
+}
+
 const CHEAP_ROWS: [(usize, u64); 3] = [(1, 1_000), (16, 1_060), (64, 1_200)];
 const CHEAP_DRAFT: [(usize, u64); 2] = [(1, 20), (64, 30)];
 

@@ -314,7 +314,7 @@ impl<B: Backend> Decoder<B> {
         if let Some(cap) = config.logits_soft_cap {
             backend.soft_cap(len, &mut ws.logits, cap)?;
         }
-        backend.download(&mut ws.logits, len, logits)
+        backend.download(&ws.logits, len, logits)
     }
 
     /// Makes the workspace at least as large as the pass.

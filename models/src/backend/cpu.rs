@@ -174,11 +174,9 @@ impl Backend for CpuBackend {
         Ok(())
     }
 
-    fn download(&mut self, x: &mut Vec<f32>, len: usize, out: &mut Vec<f32>) -> Result<(), ModelError> {
-        // A row of logits is half a megabyte and more: the two change places. `matmul` makes up for a length that
-        // `x` may lack now.
-        x.truncate(len);
-        std::mem::swap(x, out);
+    fn download(&mut self, x: &Vec<f32>, len: usize, out: &mut Vec<f32>) -> Result<(), ModelError> {
+        out.clear();
+        out.extend_from_slice(&x[..len]);
         Ok(())
     }
 
@@ -255,11 +253,7 @@ impl Backend for CpuBackend {
         out: &mut Vec<f32>,
     ) -> Result<(), ModelError> {
         let x = &x[..rows * linear.weight.in_features()];
-        let len = rows * linear.weight.out_features();
-        if out.len() < len {
-            out.resize(len, 0.0);
-        }
-        let out = &mut out[..len];
+        let out = &mut out[..rows * linear.weight.out_features()];
         matmul::matmul(&self.pool, x, linear.weight, linear.bias.map(Vec::as_slice), out);
         Ok(())
     }

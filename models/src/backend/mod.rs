@@ -146,8 +146,8 @@ pub trait Backend: Send {
     fn upload(&mut self, batch: &ForwardBatch, inputs: &mut Self::Inputs) -> Result<(), ModelError>;
 
     /// Device to host: waits for the operations so far and overwrites `out` with the first `len`
-    /// elements of `x`, which may be another buffer afterwards: only [`matmul`](Self::matmul) may write it then.
-    fn download(&mut self, x: &mut Self::Buffer, len: usize, out: &mut Vec<f32>) -> Result<(), ModelError>;
+    /// elements of `x`.
+    fn download(&mut self, x: &Self::Buffer, len: usize, out: &mut Vec<f32>) -> Result<(), ModelError>;
 
     /// `out[token] = table[token_ids[token]]` for every token of the pass.
     fn embed(

@@ -162,7 +162,7 @@ impl Backend for ReferenceBackend {
         Ok(())
     }
 
-    fn download(&mut self, x: &mut Tensor, len: usize, out: &mut Vec<f32>) -> Result<(), ModelError> {
+    fn download(&mut self, x: &Tensor, len: usize, out: &mut Vec<f32>) -> Result<(), ModelError> {
         let elements = x.flatten_all().and_then(|flat| flat.to_vec1::<f32>()).map_err(failed)?;
         assert_eq!(elements.len(), len);
         *out = elements;

@@ -23,7 +23,7 @@ pub(super) struct Workspace<B: Backend> {
     pub(super) gate_up: B::Buffer,
     /// The same after the nonlinearity.
     pub(super) activated: B::Buffer,
-    /// `vocab_size`, for logits rows only; the backend may have given it away with them.
+    /// `vocab_size`, for logits rows only.
     pub(super) logits: B::Buffer,
     pub(super) experts: Option<ExpertWorkspace<B>>,
 }

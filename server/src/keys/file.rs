@@ -5,7 +5,7 @@
 //! logging lets readers go on beside a writer; two writers wait for each other.
 
 use std::path::{Path, PathBuf};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use rusqlite::{Connection, ErrorCode, OptionalExtension as _, Row, params};
 use tandem_engine::Priority;
@@ -19,6 +19,9 @@ const VERSION: i64 = 1;
 
 /// How long a writer waits for another one.
 const BUSY_TIMEOUT: Duration = Duration::from_secs(5);
+
+/// Between two attempts at what SQLite does not wait for.
+const BUSY_PAUSE: Duration = Duration::from_millis(5);
 
 /// Longest name of a key.
 const MAX_NAME_BYTES: usize = 64;
@@ -151,11 +154,25 @@ impl KeyFile {
         private(path, make)?;
         let connection = Connection::open(path).map_err(|error| fault(error.to_string()))?;
         let mut file = KeyFile { path: path.to_owned(), connection, identity: identity(path) };
-        file.prepare().map_err(|error| match error {
+        file.prepare_patiently().map_err(|error| match error {
             KeyFileError::Damaged { reason, .. } => fault(reason),
             error => error,
         })?;
         Ok(file)
+    }
+
+    /// SQLite does not wait by itself while another process makes the file's log, or takes it away with the
+    /// last connection.
+    fn prepare_patiently(&mut self) -> Result<(), KeyFileError> {
+        let begin = Instant::now();
+        loop {
+            match self.prepare() {
+                Err(KeyFileError::Busy(_)) if begin.elapsed() < BUSY_TIMEOUT => {
+                    std::thread::sleep(BUSY_PAUSE);
+                }
+                outcome => return outcome,
+            }
+        }
     }
 
     fn prepare(&mut self) -> Result<(), KeyFileError> {

@@ -83,7 +83,7 @@ struct Watched {
 }
 
 impl PageWarmer {
-    /// Keeps `ahead` bytes ready beyond what is in use, over all memories.
+    /// Keeps `ahead` bytes ready beyond what is in use, over all memories, and at least two large pages of each.
     pub fn new(ahead: usize) -> Self {
         let shared = Shared {
             watched: Mutex::default(),
@@ -158,6 +158,7 @@ impl Shared {
     /// The next page to make ready: a memory that still lives and the page's begin in it.
     fn next(&self) -> Option<(Arc<MmapRaw>, usize)> {
         let mut watched = self.lock();
+        watched.retain(|memory| memory.map.strong_count() > 0);
         let ahead = (self.ahead / watched.len().max(1)).max(LEAST_AHEAD);
         let num_used = self.num_used_blocks.load(Ordering::Relaxed);
         let mut least_blocks_ahead = usize::MAX;

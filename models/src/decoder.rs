@@ -87,8 +87,8 @@ impl<B: Backend> Ropes<B> {
 struct PassShape {
     num_tokens: usize,
     num_logits_rows: usize,
-    /// Hidden states are wanted of some row, or by a drafting head of all: then all rows go through the last layer whole, and those that
-    /// are for the head are picked after it.
+    /// Somebody wants hidden states, of some rows or (a drafting head) of all: then all rows go through the last
+    /// layer whole, and those that get logits are picked after it.
     keeps_rows: bool,
     short_head: bool,
 }
@@ -329,7 +329,7 @@ impl<B: Backend> Decoder<B> {
         self.workspace = None;
         self.workspace =
             Some(Workspace::new(&mut self.backend, &self.config, self.heads, max_tokens, max_logits_rows)?);
-        self.reserve_for_head(max_tokens)
+        self.reserve_for_head(max_tokens).inspect_err(|_| self.workspace = None)
     }
 }
 

@@ -95,6 +95,15 @@ fn fields(value: Value) -> Map<String, Value> {
     }
 }
 
+/// A context without the scaling that made it; as it is if either is no number.
+fn shrunk(context: &Value, factor: Option<&Value>) -> Value {
+    let factor = factor.and_then(Value::as_f64).filter(|&factor| factor >= 1.0);
+    match (context.as_u64(), factor) {
+        (Some(context), Some(factor)) => ((context as f64 / factor) as u64).max(1).into(),
+        _ => context.clone(),
+    }
+}
+
 impl RopeOverride {
     /// The object of a `config.json`, with `rope_type`.
     pub fn scaling(&self) -> &Map<String, Value> {
@@ -129,9 +138,9 @@ impl RopeOverride {
         let original = match (named, own_kind) {
             (Some(named), _) => named,
             // The file says how far the model goes with its scaling, not what it was made for.
-            (None, Some("linear" | "longrope" | "su")) if self.kind() != "default" => {
-                return Err(self.unknown_original(path));
-            }
+            // Linear scaling stretches what the model was made for by its factor, and nothing else.
+            (None, Some("linear")) if self.kind() == "default" => shrunk(&stated, own.get("factor")),
+            (None, Some("linear" | "longrope" | "su")) => return Err(self.unknown_original(path)),
             (None, _) => stated,
         };
         let factor = scaling.get("factor").and_then(Value::as_f64);

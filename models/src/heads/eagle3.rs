@@ -123,6 +123,10 @@ pub(super) fn open(dir: &Path, target: &Checkpoint, rope: Option<&RopeOverride>)
 
     let store = SafetensorsStore::open(dir)?;
     let num_outputs = keys.size(DRAFT_VOCAB)?.unwrap_or(config.vocab_size);
+    if num_outputs > config.vocab_size {
+        let wanted = format!("at most the target's tokens, which are {}", config.vocab_size);
+        return Err(keys.layer_error(DRAFT_VOCAB, num_outputs, &wanted));
+    }
     let to_target = to_target(&store, dir, num_outputs, config.vocab_size)?;
     let layer = if store.contains("midlayer.hidden_norm.weight") { MIDLAYER } else { LAYERS };
     let is_as_wide = config.hidden_size == target_hidden;

@@ -32,7 +32,8 @@ impl PrefillLimit {
         1.0 + self.context_cost * context as f64
     }
 
-    /// Tokens after `context` others that cost as much as `budget` at the beginning of a prompt, or a few more.
+    /// Tokens after `context` others that cost as much as `budget` at the beginning of a prompt; never fewer than
+    /// sixteen of them, whatever those cost.
     pub(crate) fn tokens(&self, budget: usize, context: usize) -> usize {
         ((budget as f64 / self.cost(context)) as usize).max(budget.min(MIN_DEEP_PREFILL_TOKENS))
     }

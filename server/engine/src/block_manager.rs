@@ -116,6 +116,11 @@ impl BlockManager {
         true
     }
 
+    /// True if the token at `position` of the table's sequence lies in a block that the prefix cache knows.
+    pub(crate) fn is_registered(&self, table: &BlockTable, position: usize) -> bool {
+        position / self.block_size < table.num_registered
+    }
+
     /// The longest cached prefix of `tokens` in whole blocks; its blocks are used from now on.
     pub(crate) fn acquire_prefix(&mut self, salt: CacheSalt, tokens: &[TokenId]) -> CachedPrefix {
         let mut prefix = CachedPrefix::default();

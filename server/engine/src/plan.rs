@@ -9,6 +9,7 @@ use std::time::Duration;
 
 use crate::api::{DraftSource, Lane, MAX_DRAFT_TOKENS};
 use crate::engine::Engine;
+use crate::scheduler::Scheduler;
 use crate::sequence::{DraftState, ModelRole, Sequence};
 use crate::speculation::{
     Arm, BatchKind, Candidate, Drafting, MAX_MODEL_DRAFT_TOKENS, Offer, ProposalKind, StepLoad,
@@ -92,14 +93,18 @@ impl Engine {
     fn candidate(&mut self, seat: usize) -> Option<Candidate> {
         let has_draft = self.models.get(ModelRole::Draft).is_some();
         let has_head = self.has_head;
-        let sequence = self.scheduler.seats[seat].as_mut()?;
+        let Scheduler { seats, blocks, .. } = &mut self.scheduler;
+        let sequence = seats[seat].as_mut()?;
         let mut offers = [Offer::default(); 3];
         if let Some(mut proposers) = sequence.proposers.take() {
             proposers.observe(sequence.committed_tokens(), self.sessions.get(sequence.cache_salt));
             offers = DraftSource::ALL.map(|source| proposers.offer(source));
             sequence.proposers = Some(proposers);
         }
-        let can_draft = has_draft && (!has_head || sequence.has_hidden_states());
+        // A head leaves its guess where the last token's hidden state will be. In a block that others share the
+        // target writes first.
+        let is_shared = || blocks.is_registered(&sequence.block_table, sequence.num_tokens() - 1);
+        let can_draft = has_draft && (!has_head || (sequence.has_hidden_states() && !is_shared()));
         if can_draft && sequence.speculation.sources.contains(DraftSource::Draft) {
             offers[DraftSource::Draft as usize].num_tokens = MAX_MODEL_DRAFT_TOKENS;
         }
@@ -124,7 +129,7 @@ impl Engine {
     }
 
     fn num_fast(&self) -> usize {
-        self.scheduler.running().filter(|s| s.lane == Lane::Fast).count()
+        self.scheduler.running().filter(|s| s.lane == Lane::Fast && !s.is_embedding()).count()
     }
 
     /// Draft tokens a sequence, if the policy chooses: together they should not make the fast lane wait

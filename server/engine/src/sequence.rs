@@ -157,7 +157,9 @@ impl Sequence {
 
     /// Where the sequence stands in the order of who goes first.
     pub(crate) fn urgency(&self, now: Duration) -> Urgency {
-        let is_patient = now.saturating_sub(self.clock.submitted) < BATCH_PATIENCE;
+        // A text to embed that runs stays what it is: it makes room whenever somebody waits for a token.
+        let gives_way = self.is_embedding() && !self.block_table.ids().is_empty();
+        let is_patient = gives_way || now.saturating_sub(self.clock.submitted) < BATCH_PATIENCE;
         let priority = if is_patient { self.priority } else { Priority::Interactive };
         Urgency { priority, submitted: self.clock.submitted, id: self.id }
     }

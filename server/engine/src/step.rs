@@ -169,7 +169,9 @@ impl Engine {
 
     /// True if a fast-lane sequence has something to compute and it is its turn.
     fn fast_lane_is_due(&self, in_turn: bool) -> bool {
-        let fast = || self.scheduler.running().filter(|s| s.lane == Lane::Fast && s.finished.is_none());
+        // Nobody waits for an embedding's next token: it has the first round of every step.
+        let waits = |s: &&Sequence| s.lane == Lane::Fast && s.finished.is_none() && !s.is_embedding();
+        let fast = || self.scheduler.running().filter(waits);
         if in_turn { fast().next().is_some() } else { fast().any(Sequence::awaits_first_token) }
     }
 

@@ -1,8 +1,8 @@
 //! Embeddings for every protocol: texts in, vectors out.
 //!
 //! A vector is the mean of the last hidden states of a text's tokens: those of the draft, which is quick and
-//! loaded anyway, or of the target where there is no draft. It is a function of the model's weights and the
-//! tokens alone, bit for bit: neither the other texts of a request nor the server's other work show in it.
+//! loaded anyway, or of the target where there is no draft. It is a function of the model's weights, the type of its
+//! keys and values and the tokens alone, bit for bit: neither the other texts of a request nor the server's other work show in it.
 //!
 //! The engine gets a few texts of a request at a time, as batch work: so one request with thousands of texts
 //! leaves the queue and the seats to others. Dropping the future cancels those that run.

@@ -135,6 +135,40 @@ async fn other_protocols_give_the_same_vectors() {
     server.stop().await;
 }
 
+/// So many values are written on a thread apart.
+#[tokio::test]
+async fn large_answers_are_whole_and_have_no_more_digits_than_they_need() {
+    let server = TestServer::plain().await;
+    let alone = embed(&server, json!({ "input": "a" })).await.remove(0);
+    let texts = vec!["a"; 2048];
+    assert!(texts.len() * alone.len() > 8 << 10);
+    for (path, field) in [("/v1/embeddings", "input"), ("/api/embed", "input"), ("/embedding", "content")] {
+        let answer = server.post(path, &json!({ "model": "fast", field: texts })).await;
+        assert_eq!((answer.status.as_u16(), &answer.headers["x-tandem-lane"]), (200, &"fast".parse().unwrap()));
+        let json = answer.json();
+        let vectors: Vec<Vec<f32>> = match path {
+            "/api/embed" => json["embeddings"].as_array().expect("a list").iter().map(vector).collect(),
+            "/embedding" => {
+                let items = json.as_array().expect("a list").iter();
+                items.map(|item| vector(&item["embedding"][0])).collect()
+            }
+            _ => {
+                let items = json["data"].as_array().expect("a list").iter();
+                items.map(|item| vector(&item["embedding"])).collect()
+            }
+        };
+        assert_eq!(vectors, vec![alone.clone(); texts.len()], "{path}");
+        let body = String::from_utf8_lossy(&answer.body);
+        let numbers = body.split(['[', ']', ',']).filter(|text| text.parse::<f32>().is_ok());
+        let digits = numbers.map(|text| {
+            let mantissa = text.split('e').next().unwrap_or(text).trim_start_matches(['-', '0', '.']);
+            mantissa.bytes().filter(u8::is_ascii_digit).count()
+        });
+        assert!(digits.max() <= Some(9), "{path}: {}", &body[..200]);
+    }
+    server.stop().await;
+}
+
 #[tokio::test]
 async fn without_a_draft_the_target_embeds() {
     let server = TestServer::start(TestOptions { with_draft: false, ..TestOptions::default() }).await;

@@ -10,7 +10,9 @@
 use std::collections::VecDeque;
 use std::sync::Arc;
 
-use axum::response::{IntoResponse, Response};
+use axum::body::Body;
+use axum::response::Response;
+use http::header::CONTENT_TYPE;
 use http::{HeaderMap, HeaderValue};
 use serde::{Deserialize, Deserializer};
 use tandem_engine::{
@@ -22,6 +24,7 @@ use super::auth;
 use super::error::ApiError;
 use super::fields::in_range;
 use super::generation::Account;
+use super::heavy::HeavyWork;
 use super::lanes::{self, LANE_HEADER, lane_name};
 use super::prompt::{INLINE_TEXT_BYTES, PromptInput, check_text_fits, encode, inputs};
 use super::state::{AppState, ServedModel};
@@ -30,6 +33,10 @@ use crate::keys::Client;
 
 /// Most texts of a request: OpenAI's bound.
 pub(super) const MAX_INPUTS: usize = 2048;
+
+/// Answers of more values than this are scaled and written off the async thread: about a millisecond of everybody's
+/// tokens.
+const INLINE_VALUES: usize = 8 << 10;
 
 /// Texts of one request that the engine has at a time: enough that short ones fill a pass together.
 const MAX_RUNNING: usize = 8;
@@ -281,14 +288,31 @@ impl EventSink for VectorSink {
 }
 
 impl Embedded {
-    /// The response with this body.
-    pub(super) fn respond(&self, body: impl IntoResponse) -> Response {
-        let mut response = body.into_response();
-        response.headers_mut().insert(LANE_HEADER, HeaderValue::from_static(self.lane));
-        if let Some(record) = &self.record {
-            response.extensions_mut().insert(record.clone());
+    /// The response with the JSON that `write` appends.
+    ///
+    /// # Errors
+    /// If `write` panics on a thread of its own.
+    pub(super) async fn respond(
+        mut self,
+        heavy: &HeavyWork,
+        write: impl FnOnce(&mut Embedded, &mut Vec<u8>) + Send + 'static,
+    ) -> Result<Response, ApiError> {
+        let (lane, record) = (self.lane, self.record.take());
+        let num_values: usize = self.vectors.iter().map(Vec::len).sum();
+        let work = move || {
+            let mut body = Vec::new();
+            write(&mut self, &mut body);
+            Ok(body)
+        };
+        let body = heavy.run_if(num_values > INLINE_VALUES, work).await?;
+        let mut response = Response::new(Body::from(body));
+        let headers = response.headers_mut();
+        headers.insert(CONTENT_TYPE, HeaderValue::from_static("application/json"));
+        headers.insert(LANE_HEADER, HeaderValue::from_static(lane));
+        if let Some(record) = record {
+            response.extensions_mut().insert(record);
         }
-        response
+        Ok(response)
     }
 
     /// Makes every vector one of length 1.
@@ -314,7 +338,30 @@ pub(super) fn normalize(vector: &mut [f32]) {
 
 #[cfg(test)]
 mod tests {
-    use super::{beginning, normalize};
+    use std::sync::mpsc;
+    use std::thread::ThreadId;
+
+    use super::{Embedded, HeavyWork, INLINE_VALUES, beginning, normalize};
+
+    /// The thread that an answer of so many values is written on.
+    async fn writer_of(num_values: usize) -> ThreadId {
+        let vectors = vec![vec![0.5; num_values]];
+        let embedded = Embedded { vectors, num_tokens: 1, lane: "fast", record: None };
+        let (sender, threads) = mpsc::channel();
+        let write = move |_: &mut Embedded, _: &mut Vec<u8>| {
+            sender.send(std::thread::current().id()).expect("somebody listens");
+        };
+        let response = embedded.respond(&HeavyWork::new(), write).await.expect("it is written");
+        assert_eq!(response.headers()["content-type"], "application/json");
+        threads.recv().expect("it was written")
+    }
+
+    #[tokio::test]
+    async fn large_answers_are_written_off_the_async_thread() {
+        let here = std::thread::current().id();
+        assert_eq!(writer_of(INLINE_VALUES).await, here);
+        assert_ne!(writer_of(INLINE_VALUES + 1).await, here);
+    }
 
     #[test]
     fn a_text_is_cut_between_characters() {

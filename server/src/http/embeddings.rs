@@ -9,6 +9,7 @@
 
 use std::collections::VecDeque;
 use std::sync::Arc;
+use std::time::Duration;
 
 use axum::body::Body;
 use axum::response::Response;
@@ -40,6 +41,11 @@ const INLINE_VALUES: usize = 8 << 10;
 
 /// Texts of one request that the engine has at a time: enough that short ones fill a pass together.
 const MAX_RUNNING: usize = 8;
+
+/// How long a request that has vectors already waits for room in the queue before what it has is given up, and how
+/// often it looks.
+const ROOM_PATIENCE: Duration = Duration::from_secs(30);
+const ROOM_INTERVAL: Duration = Duration::from_millis(20);
 
 /// What is to be embedded: a string, an array of strings, an array of token ids, or an array of such arrays.
 #[derive(Debug)]
@@ -110,7 +116,7 @@ impl<'a> Embedder<'a> {
         Ok(asked.map_or(most, |asked| asked as usize))
     }
 
-    /// Embeds all texts. `param` names the field that they stand in; `truncates`: of a text that is longer than
+    /// Embeds all texts, once all are found to be fit for it. `param` names the field that they stand in; `truncates`: of a text that is longer than
     /// the context its beginning is taken.
     ///
     /// # Errors
@@ -134,16 +140,17 @@ impl<'a> Embedder<'a> {
             if running.len() == MAX_RUNNING {
                 vectors.extend(next(&mut running).await?);
             }
-            loop {
-                match Running::start(engine, self.served, tokens.clone()) {
-                    Ok(started) => break running.push_back(started),
-                    // There will be room when one of our own has ended.
-                    Err(EngineError::QueueFull { .. }) if !running.is_empty() => {
-                        vectors.extend(next(&mut running).await?);
-                    }
-                    Err(error) => return Err(at_input(param, index, error.into())),
-                }
+            let start = || Running::start(engine, self.served, tokens.clone());
+            let mut started = start();
+            // There will be room when one of our own has ended.
+            while matches!(started, Err(EngineError::QueueFull { .. })) && !running.is_empty() {
+                vectors.extend(next(&mut running).await?);
+                started = start();
             }
+            if !vectors.is_empty() {
+                started = with_room(started, start).await;
+            }
+            running.push_back(started.map_err(|error| at_input(param, index, error.into()))?);
         }
         while let Some(vector) = next(&mut running).await? {
             vectors.push(vector);
@@ -161,6 +168,7 @@ impl<'a> Embedder<'a> {
         Ok(Embedded { vectors, num_tokens, lane, record })
     }
 
+    /// The tokens of all texts, each of which can be embedded: nothing is spent before that is known.
     async fn tokenize(
         &self,
         param: &'static str,
@@ -170,13 +178,17 @@ impl<'a> Embedder<'a> {
         let max_model_len = self.state.engine.max_model_len();
         let mut size_bytes = 0;
         for text in &texts {
-            if let PromptInput::Text(text) = text {
-                if !truncates {
-                    check_text_fits(param, text.len(), self.served, max_model_len)?;
+            match text {
+                PromptInput::Text(text) => {
+                    if !truncates {
+                        check_text_fits(param, text.len(), self.served, max_model_len)?;
+                    }
+                    size_bytes += text.len();
                 }
-                size_bytes += text.len();
+                PromptInput::Tokens(tokens) => size_bytes += tokens.len(),
             }
         }
+        let (engine, lane) = (self.state.engine.clone(), self.served.lane);
         let tokenizer = self.served.model.tokenizer.clone();
         // A longer beginning than the context can hold is not read.
         let most_bytes = max_model_len.saturating_mul(self.served.max_token_bytes);
@@ -192,6 +204,7 @@ impl<'a> Embedder<'a> {
                 if truncates {
                     tokens.truncate(max_model_len);
                 }
+                engine.check_embed(lane, &tokens).map_err(|error| at_input(param, index, error.into()))?;
                 Ok(tokens.into())
             };
             texts.into_iter().enumerate().map(tokenize).collect()
@@ -205,6 +218,23 @@ fn beginning(text: &str, most_bytes: usize) -> &str {
     let most_bytes = most_bytes.min(text.len());
     let end = (0..=most_bytes).rev().find(|&end| text.is_char_boundary(end)).unwrap_or(0);
     &text[..end]
+}
+
+/// What `start` gives once the queue has room, of which `started` says whether it has.
+///
+/// # Errors
+/// As `start`; that the queue is full only if it stays so.
+async fn with_room<T>(
+    mut started: Result<T, EngineError>,
+    mut start: impl FnMut() -> Result<T, EngineError>,
+) -> Result<T, EngineError> {
+    let mut left = ROOM_PATIENCE;
+    while matches!(started, Err(EngineError::QueueFull { .. })) && !left.is_zero() {
+        tokio::time::sleep(ROOM_INTERVAL).await;
+        left = left.saturating_sub(ROOM_INTERVAL);
+        started = start();
+    }
+    started
 }
 
 /// The vector of the text that was begun first; `None` if none runs.
@@ -340,8 +370,9 @@ pub(super) fn normalize(vector: &mut [f32]) {
 mod tests {
     use std::sync::mpsc;
     use std::thread::ThreadId;
+    use std::time::Duration;
 
-    use super::{Embedded, HeavyWork, INLINE_VALUES, beginning, normalize};
+    use super::{Embedded, EngineError, HeavyWork, INLINE_VALUES, beginning, normalize, with_room};
 
     /// The thread that an answer of so many values is written on.
     async fn writer_of(num_values: usize) -> ThreadId {
@@ -354,6 +385,22 @@ mod tests {
         let response = embedded.respond(&HeavyWork::new(), write).await.expect("it is written");
         assert_eq!(response.headers()["content-type"], "application/json");
         threads.recv().expect("it was written")
+    }
+
+    #[tokio::test]
+    async fn room_in_the_queue_is_waited_for_and_nothing_else_is() {
+        let full = || Err(EngineError::QueueFull { waiting: 1, retry_after: Duration::ZERO });
+        let mut refusals = 2;
+        let start = || {
+            refusals -= 1;
+            if refusals > 0 { full() } else { Ok("started") }
+        };
+        assert_eq!(with_room(full(), start).await.expect("there is room at last"), "started");
+        assert_eq!(refusals, 0);
+        let unasked = || -> Result<(), EngineError> { unreachable!("there is nothing to wait for") };
+        assert!(with_room(Ok(()), unasked).await.is_ok());
+        let ended = with_room(Err(EngineError::ShuttingDown), unasked).await;
+        assert!(matches!(ended, Err(EngineError::ShuttingDown)));
     }
 
     #[tokio::test]

@@ -39,7 +39,10 @@ impl HeavyWork {
         });
         match job.await {
             Ok(result) => result,
-            Err(_) => Err(ApiError::new(ErrorKind::Internal, "an internal error in reading the request or writing its answer")),
+            Err(_) => Err(ApiError::new(
+                ErrorKind::Internal,
+                "an internal error in reading the request or writing its answer",
+            )),
         }
     }
 }

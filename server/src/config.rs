@@ -237,13 +237,14 @@ const SETTINGS: &[Setting] = &[
     one("kv-events-topic", "text", |c, v| {
         put(&mut c.kv_events_topic, parse::optional_text(v).map(Option::unwrap_or_default))
     }),
-    one("otlp-traces-endpoint", "a collector's address, such as http://localhost:4318/v1/traces", |c, v| {
-        put(&mut c.otlp_traces_endpoint, parse::parsed(v))
-    }),
+    one("otlp-traces-endpoint", TRACES_ENDPOINT, |c, v| put(&mut c.otlp_traces_endpoint, parse::parsed(v))),
     one("log", "a filter such as info, debug or tandem=debug,warn", |c, v| {
         put(&mut c.log, parse::log_filter(v).map(Some))
     }),
 ];
+
+const TRACES_ENDPOINT: &str = "a collector's address without a user or password, and with a port from 1 to 65535 if it \
+     has one, such as http://localhost:4318/v1/traces";
 
 const ROPE_SCALING: &str = "`file`, `none`, a kind and its factor such as `yarn:4` (linear, dynamic, yarn or \
      llama3, and a number from 1 up), or an object as in config.json: {\"rope_type\": \"yarn\", \"factor\": 4}";
@@ -274,6 +275,9 @@ pub(crate) enum ConfigError {
     /// One of two settings that belong together is missing.
     #[error("{given} is set and {missing} is not; it needs both")]
     Half { given: &'static str, missing: &'static str },
+    /// One of two settings is in vain with the other.
+    #[error("{given} is set and so is {other}: {reason}; leave one of them out")]
+    Clash { given: &'static str, other: &'static str, reason: &'static str },
     /// The file cannot be read.
     #[error("the configuration file {} cannot be read: {reason}", path.display())]
     Unreadable { path: PathBuf, reason: String },
@@ -354,16 +358,35 @@ pub(crate) fn load(
     for (key, value) in flags {
         apply(&mut config, find(key).expect("every flag is a setting: this is a bug"), value, &Origin::Flag)?;
     }
-    match (&config.tls_cert, &config.tls_key) {
-        (Some(_), None) => return Err(ConfigError::Half { given: "tls-cert", missing: "tls-key" }),
-        (None, Some(_)) => return Err(ConfigError::Half { given: "tls-key", missing: "tls-cert" }),
-        _ => {}
-    }
-    if config.kv_events_replay_endpoint.is_some() && config.kv_events_endpoint.is_none() {
-        let (given, missing) = ("kv-events-replay-endpoint", "kv-events-endpoint");
-        return Err(ConfigError::Half { given, missing });
-    }
+    check_together(&config)?;
     Ok(Loaded { config, file, warnings })
+}
+
+/// Whether the settings have what they need of each other.
+fn check_together(config: &Config) -> Result<(), ConfigError> {
+    let publishes = config.kv_events_endpoint.is_some();
+    let needs = [
+        ("tls-cert", config.tls_cert.is_some(), "tls-key", config.tls_key.is_some()),
+        ("tls-key", config.tls_key.is_some(), "tls-cert", config.tls_cert.is_some()),
+        (
+            "kv-events-replay-endpoint",
+            config.kv_events_replay_endpoint.is_some(),
+            "kv-events-endpoint",
+            publishes,
+        ),
+        ("kv-events-topic", !config.kv_events_topic.is_empty(), "kv-events-endpoint", publishes),
+    ];
+    for (given, is_given, missing, is_there) in needs {
+        if is_given && !is_there {
+            return Err(ConfigError::Half { given, missing });
+        }
+    }
+    if publishes && !config.prefix_cache {
+        let (given, other) = ("kv-events-endpoint", "no-prefix-cache");
+        let reason = "without a prefix cache there is nothing to publish";
+        return Err(ConfigError::Clash { given, other, reason });
+    }
+    Ok(())
 }
 
 /// The names of all settings.
@@ -390,10 +413,13 @@ fn apply(
     if (setting.set)(config, value) {
         return Ok(());
     }
+    let value = value.join(",");
+    // A key is a secret, and so is an address's password: the message goes to logs and terminals.
+    let is_secret =
+        setting.key == "api-key" || (setting.key == "otlp-traces-endpoint" && value.contains('@'));
     Err(ConfigError::Value {
         place: place(setting.key, origin),
-        // A key is a secret: the message goes to logs and terminals.
-        value: if setting.key == "api-key" { "(hidden)".to_owned() } else { value.join(",") },
+        value: if is_secret { "(hidden)".to_owned() } else { value },
         wanted: setting.wanted,
     })
 }

@@ -41,7 +41,7 @@ impl Drafter {
 
 impl HeadPlace {
     /// The head, checked against its target. `rope` is what one in a folder of its own has for a rotary scaling
-    /// instead of its files'; a target's layer has the target's.
+    /// instead of its files'; a target's layer has the target's, and there is none to give it.
     ///
     /// # Errors
     /// If there is none, or it is another target's.

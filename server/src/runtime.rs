@@ -207,6 +207,9 @@ fn load(
         Some(Drafter::Model(dir)) => (Some(dir), None),
         Some(Drafter::Head(place)) => (None, Some(place)),
     };
+    if head == Some(HeadPlace::Target) && config.draft_rope_scaling.is_some() {
+        bail!(MTP_SCALED);
+    }
     let threads = config.threads.unwrap_or_else(default_threads);
     let pool = thread_pool(threads)?;
 
@@ -216,8 +219,7 @@ fn load(
     let open = |(dir, rope): (PathBuf, Option<&RopeOverride>)| Opened::open(&dir, config.quantize, rope);
     let (mut target, draft) = side_by_side(target, draft, open)?;
     if let Some(place) = head {
-        let rope = config.draft_rope_scaling.as_ref().and_then(Option::as_ref);
-        target.as_mut().context(HEAD_ALONE)?.add_head(&place, rope)?;
+        target.as_mut().context(HEAD_ALONE)?.add_head(&place, draft_scaling.as_ref())?;
     }
     let mut vocab_map = None;
     if let (Some(target), Some(draft)) = (&target, &draft) {
@@ -324,6 +326,9 @@ struct Loaded {
 
 const HEAD_ALONE: &str = "--draft names a head, which drafts from the hidden states of a target and answers nobody by \
                           itself; name its target with --target";
+
+const MTP_SCALED: &str = "--draft-rope-scaling is set and --draft is mtp, a layer of the target, which has the target's \
+                          rotary scaling; set --rope-scaling for both and leave --draft-rope-scaling out";
 
 fn split(loaded: Option<Loaded>) -> (Option<Box<dyn Model>>, Option<Described>) {
     match loaded {

@@ -102,6 +102,36 @@ async fn faults_name_their_field() {
     server.stop().await;
 }
 
+/// Whatever the last text's fault is, no other text is computed, and none is counted.
+#[tokio::test]
+async fn all_texts_are_checked_before_one_is_computed() {
+    let server = TestServer::plain().await;
+    let tokens = vec![vec![1_u32]; 100];
+    for fault in [vec![], vec![4_000_000], vec![1; 257]] {
+        let input = [tokens.clone(), vec![fault]].concat();
+        let answer = server.post("/v1/embeddings", &json!({ "input": input })).await;
+        assert_eq!(answer.status, 400, "{}", answer.json());
+        let error = answer.error();
+        assert!(error["message"].as_str().expect("text").starts_with("input 100: "), "{error}");
+    }
+    // Whatever the engine had been given before would be counted by now: what comes later is computed later.
+    embed(&server, json!({ "input": "a" })).await;
+    let computed = |page: &str| {
+        let line = page.lines().find(|line| line.starts_with("tandem_embeddings_total "));
+        line.and_then(|line| line.rsplit(' ').next()?.parse::<u32>().ok()).expect("a count")
+    };
+    let mut count = 0;
+    for _ in 0..600 {
+        count = computed(&String::from_utf8_lossy(&server.get("/metrics").await.body));
+        if count > 0 {
+            break;
+        }
+        tokio::time::sleep(std::time::Duration::from_millis(20)).await;
+    }
+    assert_eq!(count, 1);
+    server.stop().await;
+}
+
 #[tokio::test]
 async fn other_protocols_give_the_same_vectors() {
     let server = TestServer::plain().await;
@@ -132,6 +162,43 @@ async fn other_protocols_give_the_same_vectors() {
     }
     let refused = server.post("/embedding", &json!({ "content": "a", "embd_normalize": 0 })).await;
     assert_eq!((refused.status.as_u16(), &refused.json()["error"]["code"]), (400, &json!(400)));
+    server.stop().await;
+}
+
+/// So many values are written on a thread apart.
+#[tokio::test]
+async fn large_answers_are_whole_and_have_no_more_digits_than_they_need() {
+    let server = TestServer::plain().await;
+    let alone = embed(&server, json!({ "input": "a" })).await.remove(0);
+    let texts = vec!["a"; 2048];
+    assert!(texts.len() * alone.len() > 8 << 10);
+    for (path, field) in [("/v1/embeddings", "input"), ("/api/embed", "input"), ("/embedding", "content")] {
+        let answer = server.post(path, &json!({ "model": "fast", field: texts })).await;
+        assert_eq!(
+            (answer.status.as_u16(), &answer.headers["x-tandem-lane"]),
+            (200, &"fast".parse().unwrap())
+        );
+        let json = answer.json();
+        let vectors: Vec<Vec<f32>> = match path {
+            "/api/embed" => json["embeddings"].as_array().expect("a list").iter().map(vector).collect(),
+            "/embedding" => {
+                let items = json.as_array().expect("a list").iter();
+                items.map(|item| vector(&item["embedding"][0])).collect()
+            }
+            _ => {
+                let items = json["data"].as_array().expect("a list").iter();
+                items.map(|item| vector(&item["embedding"])).collect()
+            }
+        };
+        assert_eq!(vectors, vec![alone.clone(); texts.len()], "{path}");
+        let body = String::from_utf8_lossy(&answer.body);
+        let numbers = body.split(['[', ']', ',']).filter(|text| text.parse::<f32>().is_ok());
+        let digits = numbers.map(|text| {
+            let mantissa = text.split('e').next().unwrap_or(text).trim_start_matches(['-', '0', '.']);
+            mantissa.bytes().filter(u8::is_ascii_digit).count()
+        });
+        assert!(digits.max() <= Some(9), "{path}: {}", &body[..200]);
+    }
     server.stop().await;
 }
 

@@ -141,6 +141,18 @@ impl Served {
         serde_json::from_str(&answer).expect("JSON")
     }
 
+    /// Its value once it is not 0.
+    fn until_positive(&self, name: &str) -> f64 {
+        for _ in 0..600 {
+            let value = self.metric(name);
+            if value > 0.0 {
+                return value;
+            }
+            std::thread::sleep(std::time::Duration::from_millis(20));
+        }
+        panic!("{name} stayed 0");
+    }
+
     fn metric(&self, name: &str) -> f64 {
         let (_, text) = self.request("GET /metrics", "");
         let line =
@@ -176,11 +188,9 @@ fn a_server_with_a_head_answers_as_without_and_counts_what_stood() {
     }
     // Counts are published after a step, which may be after the answer.
     let stood = "tandem_draft_tokens_accepted_total{source=\"draft\"}";
-    while with_head.metric(stood) == 0.0 {
-        std::thread::sleep(std::time::Duration::from_millis(5));
-    }
+    let num_stood = with_head.until_positive(stood);
     let drafted = with_head.metric("tandem_draft_tokens_total{source=\"draft\"}");
-    assert!(drafted >= with_head.metric(stood) && plain.metric(stood) == 0.0);
+    assert!(drafted >= num_stood && plain.metric(stood) == 0.0);
 
     let body = json!({ "model": "fast", "prompt": "x" }).to_string();
     let (status, answer) = with_head.request("POST /v1/completions", &body);
@@ -188,6 +198,37 @@ fn a_server_with_a_head_answers_as_without_and_counts_what_stood() {
         status == 404 && answer.contains("a drafting head answers nobody by itself"),
         "{status} {answer}"
     );
+}
+
+/// A head's positions are stretched as its target's are, unless something else is asked for: seen by what a head
+/// that is scaled by itself has no answer to.
+#[test]
+fn a_head_takes_over_its_targets_rotary_scaling() {
+    let pair = Pair::new();
+    let scaled = |more: &[&str]| {
+        let arguments = [&["generate", "x", "--max-tokens", "1", "--rope-scaling", "yarn:2"], more].concat();
+        let models = [("--target", pair.target.as_path()), ("--draft", pair.head.as_path())];
+        let Output { status, stderr, .. } = tandem(&arguments, &models).output().expect("the binary starts");
+        (status.success(), String::from_utf8_lossy(&stderr).into_owned())
+    };
+    let (is_fine, stderr) = scaled(&[]);
+    assert!(is_fine, "{stderr}");
+    pair.change_head("rope_scaling", json!({ "rope_type": "linear", "factor": 2.0 }));
+    let (is_fine, stderr) = scaled(&[]);
+    assert!(!is_fine && stderr.contains("original_max_position_embeddings"), "{stderr}");
+    let (is_fine, stderr) = scaled(&["--draft-rope-scaling", "file"]);
+    assert!(is_fine, "{stderr}");
+}
+
+#[test]
+fn a_scaling_for_a_layer_of_the_target_is_refused() {
+    let pair = Pair::new();
+    for asked in ["yarn:2", "file"] {
+        let arguments = ["generate", "x", "--draft", "mtp", "--draft-rope-scaling", asked];
+        let output = tandem(&arguments, &[("--target", &pair.target)]).output().expect("the binary starts");
+        let stderr = String::from_utf8_lossy(&output.stderr);
+        assert!(!output.status.success() && stderr.contains("leave --draft-rope-scaling out"), "{stderr}");
+    }
 }
 
 #[test]

@@ -142,10 +142,18 @@ impl EngineHandle {
     /// # Errors
     /// As [`EngineHandle::submit`].
     pub fn embed(&self, request: EmbedRequest) -> Result<(), EngineError> {
-        let limits = &self.shared.limits;
-        limits.check_tokens(request.lane, &request.tokens)?;
-        limits.check_blocks(request.tokens.len())?;
+        self.check_embed(request.lane, &request.tokens)?;
         self.enqueue(request.lane, Command::Embed(request))
+    }
+
+    /// Whether `lane` could embed these tokens, which are not queued.
+    ///
+    /// # Errors
+    /// What is wrong with them.
+    pub fn check_embed(&self, lane: Lane, tokens: &[TokenId]) -> Result<(), EngineError> {
+        let limits = &self.shared.limits;
+        limits.check_tokens(lane, tokens)?;
+        limits.check_blocks(tokens.len())
     }
 
     fn enqueue(&self, lane: Lane, command: Command) -> Result<(), EngineError> {

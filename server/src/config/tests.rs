@@ -42,7 +42,7 @@ fn flag_beats_environment_beats_file_beats_default() {
 
 #[test]
 fn every_setting_can_be_set_in_the_file_and_in_the_environment() {
-    let values = [
+    let mut values = [
         ("host", "0.0.0.0"),
         ("port", "0"),
         ("target", "./t"),
@@ -75,7 +75,7 @@ fn every_setting_can_be_set_in_the_file_and_in_the_environment() {
         ("log", "debug"),
     ];
     assert_eq!(values.map(|(key, _)| key).to_vec(), SETTINGS.iter().map(|s| s.key).collect::<Vec<_>>());
-    let expected = Config {
+    let mut expected = Config {
         host: "0.0.0.0".to_owned(),
         port: 0,
         target: Some("./t".to_owned()),
@@ -107,12 +107,44 @@ fn every_setting_can_be_set_in_the_file_and_in_the_environment() {
         otlp_traces_endpoint: Some("http://localhost:4318".parse().expect("an address")),
         log: Some("debug".to_owned()),
     };
+    // Publishing and no prefix cache exclude each other: first without the former, then without the latter.
+    let events = |key: &str| key.starts_with("kv-events");
+    let without_events = Config {
+        kv_events_endpoint: None,
+        kv_events_replay_endpoint: None,
+        kv_events_topic: String::new(),
+        ..expected.clone()
+    };
+    is_set_everywhere(values.iter().copied().filter(|(key, _)| !events(key)), &without_events);
+    values.iter_mut().filter(|(key, _)| *key == "no-prefix-cache").for_each(|(_, value)| *value = "false");
+    expected.prefix_cache = true;
+    is_set_everywhere(values.into_iter(), &expected);
+}
+
+/// Holds the file, the environment and the flags to it that these values make that of the settings.
+fn is_set_everywhere(values: impl Iterator<Item = (&'static str, &'static str)>, expected: &Config) {
+    let values: Vec<_> = values.collect();
     let text: String = values.iter().map(|(key, value)| format!("{key} = \"{value}\"\n")).collect();
     let file = file(&text);
-    let from_env = values.map(|(key, value)| (env_name(key), value.to_owned()));
-    assert_eq!(load(&[], Some(file.path()), env(&[])).expect("file").config, expected);
-    assert_eq!(load(&[], None, from_env).expect("environment").config, expected);
-    assert_eq!(load(&flags(&values), None, env(&[])).expect("flags").config, expected);
+    let from_env = values.iter().map(|(key, value)| (env_name(key), (*value).to_owned()));
+    assert_eq!(&load(&[], Some(file.path()), env(&[])).expect("file").config, expected);
+    assert_eq!(&load(&[], None, from_env).expect("environment").config, expected);
+    assert_eq!(&load(&flags(&values), None, env(&[])).expect("flags").config, expected);
+}
+
+#[test]
+fn settings_that_would_be_in_vain_are_refused() {
+    let message =
+        |pairs: &[(&'static str, &str)]| load(&flags(pairs), None, env(&[])).map_err(|e| e.to_string());
+    let endpoint = ("kv-events-endpoint", "tcp://*:5557");
+    for alone in [("kv-events-topic", "kv@pod@model"), ("kv-events-replay-endpoint", "tcp://*:5558")] {
+        let found = message(&[alone]).map(|loaded| loaded.config).unwrap_err();
+        assert_eq!(found, format!("{} is set and kv-events-endpoint is not; it needs both", alone.0));
+        assert!(message(&[alone, endpoint]).is_ok());
+    }
+    let found = message(&[endpoint, ("no-prefix-cache", "true")]).map(|loaded| loaded.config).unwrap_err();
+    assert!(found.starts_with("kv-events-endpoint is set and so is no-prefix-cache: "), "{found}");
+    assert!(message(&[endpoint, ("no-prefix-cache", "false")]).is_ok());
 }
 
 #[test]
@@ -162,6 +194,16 @@ fn a_wrong_api_key_is_not_printed() {
     let file = file("api-key = [\"secret\", \"\"]\n");
     let message = load(&[], Some(file.path()), env(&[])).unwrap_err().to_string();
     assert!(message.contains("api-key") && !message.contains("secret"), "{message}");
+}
+
+#[test]
+fn a_collectors_address_says_what_would_be_right_and_hides_a_password() {
+    let message =
+        |url: &str| load(&flags(&[("otlp-traces-endpoint", url)]), None, env(&[])).unwrap_err().to_string();
+    let found = message("http://c:99999/v1/traces");
+    assert!(found.contains("http://c:99999/v1/traces") && found.contains("from 1 to 65535"), "{found}");
+    let found = message("http://user:secret@c:4318/v1/traces");
+    assert!(found.contains("without a user") && !found.contains("secret"), "{found}");
 }
 
 #[test]

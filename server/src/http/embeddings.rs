@@ -9,8 +9,11 @@
 
 use std::collections::VecDeque;
 use std::sync::Arc;
+use std::time::Duration;
 
-use axum::response::{IntoResponse, Response};
+use axum::body::Body;
+use axum::response::Response;
+use http::header::CONTENT_TYPE;
 use http::{HeaderMap, HeaderValue};
 use serde::{Deserialize, Deserializer};
 use tandem_engine::{
@@ -22,6 +25,7 @@ use super::auth;
 use super::error::ApiError;
 use super::fields::in_range;
 use super::generation::Account;
+use super::heavy::HeavyWork;
 use super::lanes::{self, LANE_HEADER, lane_name};
 use super::prompt::{INLINE_TEXT_BYTES, PromptInput, check_text_fits, encode, inputs};
 use super::state::{AppState, ServedModel};
@@ -31,8 +35,17 @@ use crate::keys::Client;
 /// Most texts of a request: OpenAI's bound.
 pub(super) const MAX_INPUTS: usize = 2048;
 
+/// Answers of more values than this are scaled and written off the async thread: about a millisecond of everybody's
+/// tokens.
+const INLINE_VALUES: usize = 8 << 10;
+
 /// Texts of one request that the engine has at a time: enough that short ones fill a pass together.
 const MAX_RUNNING: usize = 8;
+
+/// How long a request that has vectors already waits for room in the queue before what it has is given up, and how
+/// often it looks.
+const ROOM_PATIENCE: Duration = Duration::from_secs(30);
+const ROOM_INTERVAL: Duration = Duration::from_millis(20);
 
 /// What is to be embedded: a string, an array of strings, an array of token ids, or an array of such arrays.
 #[derive(Debug)]
@@ -103,7 +116,7 @@ impl<'a> Embedder<'a> {
         Ok(asked.map_or(most, |asked| asked as usize))
     }
 
-    /// Embeds all texts. `param` names the field that they stand in; `truncates`: of a text that is longer than
+    /// Embeds all texts, once all are found to be fit for it. `param` names the field that they stand in; `truncates`: of a text that is longer than
     /// the context its beginning is taken.
     ///
     /// # Errors
@@ -127,16 +140,17 @@ impl<'a> Embedder<'a> {
             if running.len() == MAX_RUNNING {
                 vectors.extend(next(&mut running).await?);
             }
-            loop {
-                match Running::start(engine, self.served, tokens.clone()) {
-                    Ok(started) => break running.push_back(started),
-                    // There will be room when one of our own has ended.
-                    Err(EngineError::QueueFull { .. }) if !running.is_empty() => {
-                        vectors.extend(next(&mut running).await?);
-                    }
-                    Err(error) => return Err(at_input(param, index, error.into())),
-                }
+            let start = || Running::start(engine, self.served, tokens.clone());
+            let mut started = start();
+            // There will be room when one of our own has ended.
+            while matches!(started, Err(EngineError::QueueFull { .. })) && !running.is_empty() {
+                vectors.extend(next(&mut running).await?);
+                started = start();
             }
+            if !vectors.is_empty() {
+                started = with_room(started, start).await;
+            }
+            running.push_back(started.map_err(|error| at_input(param, index, error.into()))?);
         }
         while let Some(vector) = next(&mut running).await? {
             vectors.push(vector);
@@ -154,6 +168,7 @@ impl<'a> Embedder<'a> {
         Ok(Embedded { vectors, num_tokens, lane, record })
     }
 
+    /// The tokens of all texts, each of which can be embedded: nothing is spent before that is known.
     async fn tokenize(
         &self,
         param: &'static str,
@@ -163,13 +178,17 @@ impl<'a> Embedder<'a> {
         let max_model_len = self.state.engine.max_model_len();
         let mut size_bytes = 0;
         for text in &texts {
-            if let PromptInput::Text(text) = text {
-                if !truncates {
-                    check_text_fits(param, text.len(), self.served, max_model_len)?;
+            match text {
+                PromptInput::Text(text) => {
+                    if !truncates {
+                        check_text_fits(param, text.len(), self.served, max_model_len)?;
+                    }
+                    size_bytes += text.len();
                 }
-                size_bytes += text.len();
+                PromptInput::Tokens(tokens) => size_bytes += tokens.len(),
             }
         }
+        let (engine, lane) = (self.state.engine.clone(), self.served.lane);
         let tokenizer = self.served.model.tokenizer.clone();
         // A longer beginning than the context can hold is not read.
         let most_bytes = max_model_len.saturating_mul(self.served.max_token_bytes);
@@ -185,6 +204,7 @@ impl<'a> Embedder<'a> {
                 if truncates {
                     tokens.truncate(max_model_len);
                 }
+                engine.check_embed(lane, &tokens).map_err(|error| at_input(param, index, error.into()))?;
                 Ok(tokens.into())
             };
             texts.into_iter().enumerate().map(tokenize).collect()
@@ -198,6 +218,23 @@ fn beginning(text: &str, most_bytes: usize) -> &str {
     let most_bytes = most_bytes.min(text.len());
     let end = (0..=most_bytes).rev().find(|&end| text.is_char_boundary(end)).unwrap_or(0);
     &text[..end]
+}
+
+/// What `start` gives once the queue has room, of which `started` says whether it has.
+///
+/// # Errors
+/// As `start`; that the queue is full only if it stays so.
+async fn with_room<T>(
+    mut started: Result<T, EngineError>,
+    mut start: impl FnMut() -> Result<T, EngineError>,
+) -> Result<T, EngineError> {
+    let mut left = ROOM_PATIENCE;
+    while matches!(started, Err(EngineError::QueueFull { .. })) && !left.is_zero() {
+        tokio::time::sleep(ROOM_INTERVAL).await;
+        left = left.saturating_sub(ROOM_INTERVAL);
+        started = start();
+    }
+    started
 }
 
 /// The vector of the text that was begun first; `None` if none runs.
@@ -281,14 +318,31 @@ impl EventSink for VectorSink {
 }
 
 impl Embedded {
-    /// The response with this body.
-    pub(super) fn respond(&self, body: impl IntoResponse) -> Response {
-        let mut response = body.into_response();
-        response.headers_mut().insert(LANE_HEADER, HeaderValue::from_static(self.lane));
-        if let Some(record) = &self.record {
-            response.extensions_mut().insert(record.clone());
+    /// The response with the JSON that `write` appends.
+    ///
+    /// # Errors
+    /// If `write` panics on a thread of its own.
+    pub(super) async fn respond(
+        mut self,
+        heavy: &HeavyWork,
+        write: impl FnOnce(&mut Embedded, &mut Vec<u8>) + Send + 'static,
+    ) -> Result<Response, ApiError> {
+        let (lane, record) = (self.lane, self.record.take());
+        let num_values: usize = self.vectors.iter().map(Vec::len).sum();
+        let work = move || {
+            let mut body = Vec::new();
+            write(&mut self, &mut body);
+            Ok(body)
+        };
+        let body = heavy.run_if(num_values > INLINE_VALUES, work).await?;
+        let mut response = Response::new(Body::from(body));
+        let headers = response.headers_mut();
+        headers.insert(CONTENT_TYPE, HeaderValue::from_static("application/json"));
+        headers.insert(LANE_HEADER, HeaderValue::from_static(lane));
+        if let Some(record) = record {
+            response.extensions_mut().insert(record);
         }
-        response
+        Ok(response)
     }
 
     /// Makes every vector one of length 1.
@@ -314,7 +368,47 @@ pub(super) fn normalize(vector: &mut [f32]) {
 
 #[cfg(test)]
 mod tests {
-    use super::{beginning, normalize};
+    use std::sync::mpsc;
+    use std::thread::ThreadId;
+    use std::time::Duration;
+
+    use super::{Embedded, EngineError, HeavyWork, INLINE_VALUES, beginning, normalize, with_room};
+
+    /// The thread that an answer of so many values is written on.
+    async fn writer_of(num_values: usize) -> ThreadId {
+        let vectors = vec![vec![0.5; num_values]];
+        let embedded = Embedded { vectors, num_tokens: 1, lane: "fast", record: None };
+        let (sender, threads) = mpsc::channel();
+        let write = move |_: &mut Embedded, _: &mut Vec<u8>| {
+            sender.send(std::thread::current().id()).expect("somebody listens");
+        };
+        let response = embedded.respond(&HeavyWork::new(), write).await.expect("it is written");
+        assert_eq!(response.headers()["content-type"], "application/json");
+        threads.recv().expect("it was written")
+    }
+
+    #[tokio::test]
+    async fn room_in_the_queue_is_waited_for_and_nothing_else_is() {
+        let full = || Err(EngineError::QueueFull { waiting: 1, retry_after: Duration::ZERO });
+        let mut refusals = 2;
+        let start = || {
+            refusals -= 1;
+            if refusals > 0 { full() } else { Ok("started") }
+        };
+        assert_eq!(with_room(full(), start).await.expect("there is room at last"), "started");
+        assert_eq!(refusals, 0);
+        let unasked = || -> Result<(), EngineError> { unreachable!("there is nothing to wait for") };
+        assert!(with_room(Ok(()), unasked).await.is_ok());
+        let ended = with_room(Err(EngineError::ShuttingDown), unasked).await;
+        assert!(matches!(ended, Err(EngineError::ShuttingDown)));
+    }
+
+    #[tokio::test]
+    async fn large_answers_are_written_off_the_async_thread() {
+        let here = std::thread::current().id();
+        assert_eq!(writer_of(INLINE_VALUES).await, here);
+        assert_ne!(writer_of(INLINE_VALUES + 1).await, here);
+    }
 
     #[test]
     fn a_text_is_cut_between_characters() {

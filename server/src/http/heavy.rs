@@ -1,4 +1,4 @@
-//! Work too long for the async threads: parsing large bodies, rendering templates, tokenizing.
+//! Work too long for the async threads: parsing large bodies, rendering templates, tokenizing, writing vectors.
 //!
 //! A megabyte of text takes the better part of a second to tokenize and would hold up every other
 //! client's tokens. It runs on blocking threads instead, at most one job a CPU; more wait their turn,
@@ -39,7 +39,10 @@ impl HeavyWork {
         });
         match job.await {
             Ok(result) => result,
-            Err(_) => Err(ApiError::new(ErrorKind::Internal, "reading the request failed")),
+            Err(_) => Err(ApiError::new(
+                ErrorKind::Internal,
+                "an internal error in reading the request or writing its answer",
+            )),
         }
     }
 }

@@ -137,17 +137,17 @@ fn renamed(name: &str, other: &str, random: &mut Random) -> String {
 }
 
 impl Tensor {
-    /// Another shape of as many elements.
+    /// Another shape of as many elements, or of as many as can be said: an extent may have become any number.
     fn reshape(&mut self, random: &mut Random) {
         let shape = &mut self.shape;
         match random.below(5) {
             0 => shape.reverse(),
-            1 => *shape = vec![shape.iter().product()],
+            1 => *shape = vec![shape.iter().fold(1, |all, extent| all.saturating_mul(*extent))],
             2 => shape.insert(random.below(shape.len() + 1), 1),
             3 if shape.len() > 1 => {
                 let last = shape.pop().unwrap_or(1);
                 let at = random.below(shape.len());
-                shape[at] *= last;
+                shape[at] = shape[at].saturating_mul(last);
             }
             _ => {
                 let Some(at) = (0..shape.len()).find(|&at| shape[at] > 1 && shape[at].is_multiple_of(2))
@@ -260,4 +260,19 @@ fn write(tensors: Vec<Tensor>, metadata: Option<Value>, random: &mut Random) -> 
     let lies = broken && random.below(8) == 0;
     let len = if lies { random.pick(&NUMBERS) } else { header.len() as u64 };
     [&len.to_le_bytes()[..], &header, &data].concat()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::{Random, Tensor};
+
+    #[test]
+    fn a_shape_of_more_elements_than_can_be_counted_is_reshaped() {
+        for execution in 0..100 {
+            let (name, dtype) = ("weight".to_owned(), "F32".to_owned());
+            let mut tensor = Tensor { name, dtype, shape: vec![u64::MAX, 3, 1 << 63], data: vec![] };
+            tensor.reshape(&mut Random::new(103, execution));
+            assert!(!tensor.shape.is_empty());
+        }
+    }
 }

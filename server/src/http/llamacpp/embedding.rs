@@ -2,19 +2,18 @@
 
 use std::sync::Arc;
 
-use axum::Json;
 use axum::extract::State;
 use axum::response::Response;
 use http::HeaderMap;
-use serde::Deserialize;
-use serde_json::{Value, json};
+use serde::{Deserialize, Serialize};
 use utoipa::ToSchema;
 
 use crate::http::body::JsonBody;
-use crate::http::embeddings::{Embedder, EmbeddingInput};
+use crate::http::embeddings::{Embedded, Embedder, EmbeddingInput};
 use crate::http::error::ApiError;
 use crate::http::fields::{ModelField, in_range, integer};
 use crate::http::state::AppState;
+use crate::http::wire;
 
 #[derive(Deserialize, ToSchema)]
 pub(super) struct EmbeddingContent {
@@ -22,6 +21,13 @@ pub(super) struct EmbeddingContent {
     input: Option<EmbeddingInput>,
     #[serde(default, deserialize_with = "integer")]
     embd_normalize: Option<i128>,
+}
+
+#[derive(Serialize)]
+struct Item<'a> {
+    index: usize,
+    /// A vector for each of the rows that are left of a text; pooled, that is one.
+    embedding: [&'a [f32]; 1],
 }
 
 /// Length 1, as everywhere here.
@@ -43,12 +49,14 @@ pub(super) async fn embedding(
         let message = "content is missing or empty; it must be a string, an array of strings or token ids";
         return Err(ApiError::invalid("content", message));
     }
-    let mut embedded = embedder.embed("content", texts, false).await?;
-    if norm == EUCLIDEAN {
-        embedded.normalize();
-    }
-    // A vector for each of the rows that are left of a text; pooled, that is one.
-    let item = |(index, vector): (usize, &Vec<f32>)| json!({ "index": index, "embedding": [vector] });
-    let items: Vec<Value> = embedded.vectors.iter().enumerate().map(item).collect();
-    Ok(embedded.respond(Json(items)))
+    let embedded = embedder.embed("content", texts, false).await?;
+    let write = move |embedded: &mut Embedded, body: &mut Vec<u8>| {
+        if norm == EUCLIDEAN {
+            embedded.normalize();
+        }
+        let items = embedded.vectors.iter().enumerate();
+        let items: Vec<Item<'_>> = items.map(|(index, vector)| Item { index, embedding: [vector] }).collect();
+        wire::json(body, &items);
+    };
+    embedded.respond(&state.heavy, write).await
 }

@@ -1,8 +1,9 @@
 //! What is used of the keys. Names and numbers, never a key.
 //!
 //! Whoever shows a key from the settings, which may do everything, sees all keys; one from the file sees itself
-//! alone. At most [`MAX_SHOWN`] keys have series of their own, those that were seen first, as long as the
-//! server runs; all others are one. So the number of series is bounded, and none changes whom it counts.
+//! alone. For the former at most [`MAX_SHOWN`] keys have series of their own, those that were seen first, as long
+//! as the server runs; all others are one. So the number of series is bounded, no key moves from one to another,
+//! and none shrinks: what a key had used stays in the sum of the others when it is gone.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::sync::{Arc, Mutex};
@@ -22,27 +23,60 @@ const MAX_SHOWN: usize = 256;
 /// The label of the others together.
 const OTHERS: &str = "others";
 
-/// Which keys have series of their own, by number.
+/// Which keys have series of their own.
 #[derive(Debug, Default)]
-pub(super) struct ShownKeys(Mutex<BTreeSet<i64>>);
+pub(super) struct ShownKeys(Mutex<Shown>);
+
+#[derive(Debug, Default)]
+struct Shown {
+    /// Those that have, by number. A number is not given twice.
+    own: BTreeSet<i64>,
+    /// The others that there are, as they were seen last.
+    others: BTreeMap<i64, KeyUse>,
+    /// The sum of the others that are gone.
+    gone: Option<KeyUse>,
+}
+
+impl Shown {
+    /// A row for each that has series, and one for the others.
+    fn rows(&mut self, uses: Vec<KeyUse>) -> Vec<(Labels, KeyUse)> {
+        let (mut rows, mut others) = (Vec::new(), BTreeMap::new());
+        for used in uses {
+            if self.own.contains(&used.id) || (self.own.len() < MAX_SHOWN && self.own.insert(used.id)) {
+                rows.push((Labels::own(&used), used));
+            } else {
+                self.others.remove(&used.id);
+                others.insert(used.id, used);
+            }
+        }
+        for gone in std::mem::replace(&mut self.others, others).into_values() {
+            add(&mut self.gone, gone);
+        }
+        let mut sum = self.gone.clone();
+        self.others.values().for_each(|used| add(&mut sum, used.clone()));
+        rows.extend(sum.map(|sum| (Labels::others(), sum)));
+        rows
+    }
+}
+
+/// Counts one more in a sum, which has no budget.
+fn add(sum: &mut Option<KeyUse>, used: KeyUse) {
+    match sum {
+        Some(sum) => sum.add(&used),
+        None => *sum = Some(KeyUse { left: [None; 2], ..used }),
+    }
+}
 
 impl ShownKeys {
     /// The series that a client may see.
     pub(super) fn registry(&self, keys: &Keyring, client: &Client, now: u64) -> Registry {
         let mut uses = keys.uses(now);
-        if client.name().is_some() {
+        let rows = if client.name().is_some() {
             uses.retain(|used| used.id == client.id());
-        }
-        let mut rows: BTreeMap<Option<i64>, KeyUse> = BTreeMap::new();
-        let mut shown = self.0.lock().expect("no holder of this lock panics: this is a bug");
-        for used in uses {
-            let is_shown = shown.contains(&used.id) || (shown.len() < MAX_SHOWN && shown.insert(used.id));
-            match rows.get_mut(&is_shown.then_some(used.id)) {
-                Some(row) => row.add(&used),
-                None => drop(rows.insert(is_shown.then_some(used.id), used)),
-            }
-        }
-        let rows = rows.into_iter().map(|(id, used)| (Labels::of(id, &used), used)).collect();
+            uses.into_iter().map(|used| (Labels::own(&used), used)).collect()
+        } else {
+            self.0.lock().expect("no holder of this lock panics: this is a bug").rows(uses)
+        };
         let mut registry = Registry::with_prefix("tandem");
         registry.register_collector(Box::new(KeyCollector(rows)));
         registry
@@ -58,13 +92,12 @@ struct Labels {
 }
 
 impl Labels {
-    fn of(id: Option<i64>, used: &KeyUse) -> Self {
-        match id {
-            Some(id) => {
-                Labels { key: used.name.as_deref().unwrap_or_default().into(), key_id: id.to_string() }
-            }
-            None => Labels { key: "".into(), key_id: OTHERS.to_owned() },
-        }
+    fn own(used: &KeyUse) -> Self {
+        Labels { key: used.name.as_deref().unwrap_or_default().into(), key_id: used.id.to_string() }
+    }
+
+    fn others() -> Self {
+        Labels { key: "".into(), key_id: OTHERS.to_owned() }
     }
 
     fn with(&self, name: &'static str, value: &'static str) -> [(&'static str, String); 3] {
@@ -107,5 +140,42 @@ impl Collector for KeyCollector {
             }
         }
         Ok(())
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn used(id: i64, num_requests: u64) -> KeyUse {
+        let (num_tokens, num_refused) = (10 * num_requests, [num_requests, 0]);
+        KeyUse {
+            id,
+            name: Some(format!("key {id}")),
+            num_requests,
+            num_tokens,
+            num_refused,
+            left: [Some(7); 2],
+        }
+    }
+
+    #[test]
+    fn what_the_others_had_used_stays_when_they_are_gone() {
+        let mut shown = Shown::default();
+        let first = MAX_SHOWN as i64;
+        let all = |others: &[KeyUse]| [(0..first).map(|id| used(id, 1)).collect(), others.to_vec()].concat();
+        let mut others = |uses: Vec<KeyUse>| {
+            let (labels, row) = shown.rows(uses).pop().expect("rows");
+            assert_eq!((labels.key_id.as_str(), &*labels.key, row.left), (OTHERS, "", [None; 2]));
+            (row.num_requests, row.num_tokens, row.num_refused)
+        };
+        assert_eq!(others(all(&[used(first, 2)])), (2, 20, [2, 0]), "one is without a budget too");
+        assert_eq!(others(all(&[used(first, 3), used(first + 1, 4)])), (7, 70, [7, 0]));
+        assert_eq!(others(all(&[used(first + 1, 5)])), (8, 80, [8, 0]), "one was revoked");
+        // Nor does another take the place of one that had series of its own.
+        let fewer = all(&[used(first + 1, 5)]).into_iter().skip(1).collect();
+        assert_eq!(others(fewer), (8, 80, [8, 0]));
+        assert_eq!(others(all(&[])), (8, 80, [8, 0]), "all were");
+        assert_eq!(shown.rows(all(&[])).len(), MAX_SHOWN + 1);
     }
 }

@@ -3,21 +3,20 @@
 use std::sync::Arc;
 use std::time::Instant;
 
-use axum::Json;
 use axum::extract::State;
 use axum::response::Response;
 use http::HeaderMap;
-use serde::Deserialize;
-use serde_json::json;
+use serde::{Deserialize, Serialize};
 use utoipa::ToSchema;
 
 use super::fields::plain_name;
 use crate::http::body::JsonBody;
-use crate::http::embeddings::{Embedder, EmbeddingInput};
+use crate::http::embeddings::{Embedded, Embedder, EmbeddingInput};
 use crate::http::error::ApiError;
 use crate::http::fields::{ModelField, integer};
 use crate::http::prompt::PromptInput;
 use crate::http::state::AppState;
+use crate::http::wire;
 
 #[derive(Deserialize, ToSchema)]
 pub(super) struct EmbedFields {
@@ -25,6 +24,21 @@ pub(super) struct EmbedFields {
     truncate: Option<bool>,
     #[serde(default, deserialize_with = "integer")]
     dimensions: Option<i128>,
+}
+
+#[derive(Serialize)]
+struct EmbedAnswer<'a> {
+    model: Option<&'a str>,
+    embeddings: &'a [Vec<f32>],
+    /// Nanoseconds, as the next.
+    total_duration: u64,
+    load_duration: u64,
+    prompt_eval_count: u64,
+}
+
+#[derive(Serialize)]
+struct OneAnswer<'a> {
+    embedding: &'a [f32],
 }
 
 fn name(field: &ModelField) -> Result<&str, ApiError> {
@@ -48,14 +62,19 @@ pub(super) async fn embed(
             "input is missing; it must be a string or an array of strings",
         ));
     };
-    let mut embedded = embedder.embed("input", texts, fields.truncate.unwrap_or(true)).await?;
-    embedded.shorten(dimensions);
-    let body = Json(json!({
-        "model": common.model, "embeddings": embedded.vectors,
-        "total_duration": u64::try_from(start.elapsed().as_nanos()).unwrap_or(u64::MAX), "load_duration": 0,
-        "prompt_eval_count": embedded.num_tokens,
-    }));
-    Ok(embedded.respond(body))
+    let embedded = embedder.embed("input", texts, fields.truncate.unwrap_or(true)).await?;
+    let write = move |embedded: &mut Embedded, body: &mut Vec<u8>| {
+        embedded.shorten(dimensions);
+        let answer = EmbedAnswer {
+            model: common.model.as_deref(),
+            embeddings: &embedded.vectors,
+            total_duration: u64::try_from(start.elapsed().as_nanos()).unwrap_or(u64::MAX),
+            load_duration: 0,
+            prompt_eval_count: embedded.num_tokens,
+        };
+        wire::json(body, &answer);
+    };
+    embedded.respond(&state.heavy, write).await
 }
 
 #[derive(Deserialize, ToSchema)]
@@ -75,8 +94,11 @@ pub(super) async fn embed_one(
         Some(text) if text.is_empty() => vec![],
         Some(text) => vec![PromptInput::Text(text)],
     };
-    let mut embedded = embedder.embed("prompt", texts, true).await?;
-    embedded.normalize();
-    let body = Json(json!({ "embedding": embedded.vectors.first().cloned().unwrap_or_default() }));
-    Ok(embedded.respond(body))
+    let embedded = embedder.embed("prompt", texts, true).await?;
+    let write = |embedded: &mut Embedded, body: &mut Vec<u8>| {
+        embedded.normalize();
+        let embedding = embedded.vectors.first().map_or(&[][..], Vec::as_slice);
+        wire::json(body, &OneAnswer { embedding });
+    };
+    embedded.respond(&state.heavy, write).await
 }

@@ -7,12 +7,11 @@ use axum::response::Response;
 use base64::Engine as _;
 use base64::engine::general_purpose::STANDARD;
 use http::HeaderMap;
-use http::header::CONTENT_TYPE;
 use serde::{Deserialize, Serialize};
 use utoipa::ToSchema;
 
 use crate::http::body::JsonBody;
-use crate::http::embeddings::{Embedder, EmbeddingInput};
+use crate::http::embeddings::{Embedded, Embedder, EmbeddingInput};
 use crate::http::error::ApiError;
 use crate::http::fields::{ModelField, integer, one_of};
 use crate::http::state::AppState;
@@ -88,17 +87,18 @@ pub(super) async fn embeddings(
         return Err(ApiError::invalid("input", message));
     }
     let model = embedder.model().to_owned();
-    let mut embedded = embedder.embed("input", texts, false).await?;
-    embedded.shorten(dimensions);
-    let items = embedded.vectors.iter().enumerate();
-    let items = items.map(|(index, vector)| Item::of(index, vector, is_base64));
-    let list = EmbeddingList {
-        object: "list",
-        data: items.collect(),
-        model: &model,
-        usage: EmbeddingUsage { prompt_tokens: embedded.num_tokens, total_tokens: embedded.num_tokens },
+    let embedded = embedder.embed("input", texts, false).await?;
+    let write = move |embedded: &mut Embedded, body: &mut Vec<u8>| {
+        embedded.shorten(dimensions);
+        let items = embedded.vectors.iter().enumerate();
+        let items = items.map(|(index, vector)| Item::of(index, vector, is_base64));
+        let list = EmbeddingList {
+            object: "list",
+            data: items.collect(),
+            model: &model,
+            usage: EmbeddingUsage { prompt_tokens: embedded.num_tokens, total_tokens: embedded.num_tokens },
+        };
+        crate::http::wire::json(body, &list);
     };
-    let mut body = Vec::new();
-    crate::http::wire::json(&mut body, &list);
-    Ok(embedded.respond(([(CONTENT_TYPE, "application/json")], body)))
+    embedded.respond(&state.heavy, write).await
 }

@@ -40,19 +40,46 @@ pub struct CollectorUrl {
     path: String,
 }
 
-/// Text that is no [`CollectorUrl`].
+/// Why a text is no [`CollectorUrl`].
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
-#[error("{0:?} is no collector's address; it must be like http://localhost:4318/v1/traces")]
-pub struct CollectorUrlError(String);
+pub enum CollectorUrlError {
+    /// It is something else.
+    #[error("{0:?} is no collector's address; it must be like http://localhost:4318/v1/traces")]
+    Form(String),
+    /// It has a port that there is not.
+    #[error("a collector's port is {0:?}; it must be from 1 to 65535, as in http://localhost:4318/v1/traces")]
+    Port(String),
+    /// It has a user, and perhaps a password, which are not sent and therefore not shown either.
+    #[error(
+        "a collector's address has a user before its host; it must be without, as in \
+         http://localhost:4318/v1/traces, at a collector that asks for none"
+    )]
+    User,
+}
 
 impl FromStr for CollectorUrl {
     type Err = CollectorUrlError;
 
     fn from_str(text: &str) -> Result<Self, CollectorUrlError> {
-        let fault = || CollectorUrlError(text.to_owned());
+        let fault = || CollectorUrlError::Form(text.to_owned());
+        let given = text.split_once("://").map_or(text, |(_, rest)| rest);
+        // Before all else: other errors show the text.
+        if given.split(['/', '?', '#']).next().is_some_and(|authority| authority.contains('@')) {
+            return Err(CollectorUrlError::User);
+        }
         let uri: Uri = text.parse().map_err(|_| fault())?;
         let host = uri.host().filter(|host| !host.is_empty() && uri.scheme_str() == Some("http"));
-        let authority = format!("{}:{}", host.ok_or_else(fault)?, uri.port_u16().unwrap_or(80));
+        let host = host.ok_or_else(fault)?;
+        // A port that is no number of 16 bits is none to `Uri`.
+        let port = uri.authority().and_then(|authority| authority.as_str().strip_prefix(host)).unwrap_or("");
+        let port = match port.strip_prefix(':') {
+            None => 80,
+            Some(port) => match port.parse::<u16>() {
+                Ok(number) if number > 0 => number,
+                _ => return Err(CollectorUrlError::Port(port.to_owned())),
+            },
+        };
+        let authority = format!("{host}:{port}");
         let path = uri.path_and_query().map_or("/", |path| path.as_str()).to_owned();
         // Who names the host alone means the usual place.
         let path = if path == "/" { "/v1/traces".to_owned() } else { path };
@@ -167,7 +194,7 @@ async fn post(url: &CollectorUrl, body: Vec<u8>) -> Result<(), String> {
 
 #[cfg(test)]
 mod tests {
-    use super::CollectorUrl;
+    use super::{CollectorUrl, CollectorUrlError};
 
     #[test]
     fn a_collectors_address_is_plain_http() {
@@ -177,6 +204,15 @@ mod tests {
         assert_eq!(shown("http://[::1]/x").as_deref(), Ok("http://[::1]:80/x"));
         for wrong in ["", "c:4318", "https://c:4318/v1/traces", "grpc://c:4317", "http://"] {
             assert!(shown(wrong).is_err(), "{wrong}");
+        }
+        for port in ["99999", "65536", "0", ""] {
+            let found = shown(&format!("http://c:{port}/v1/traces"));
+            assert_eq!(found, Err(CollectorUrlError::Port(port.to_owned())), "{port}");
+        }
+        assert_eq!(shown("http://[::1]:4318").as_deref(), Ok("http://[::1]:4318/v1/traces"));
+        assert_eq!(shown("http://c/x@y").as_deref(), Ok("http://c:80/x@y"));
+        for secret in ["http://user:pass@c:4318", "http://user@c", "user:pass@c", "https://a:b@c"] {
+            assert_eq!(shown(secret), Err(CollectorUrlError::User), "{secret}");
         }
     }
 }

@@ -106,23 +106,26 @@ impl ChatForm<'_> {
         let lead = self.lead(served);
         let format = self.asked.map(|asked| asked.format.clone().spelled_by(&|text| pieces(served, text)));
         let format = format.as_ref();
-        let text = |calling: Option<&Calling>| {
-            grammar_text(lead.as_ref(), format, calling).map_err(|error| fault(&self.param(), &error))
-        };
+        let text = |calling: Option<&Calling>| grammar_text(lead.as_ref(), format, calling);
+        let refused = |error: GrammarError| fault(&self.param(), &error);
+        // Where nobody was promised the tools' schemas, any object will do if they cannot be kept.
+        let loose = calling.clone().filter(|_| !self.tools.iter().any(is_strict)).map(|mut loose| {
+            loose.tools.iter_mut().for_each(|tool| tool.is_exact = false);
+            loose
+        });
         let mut texts = Vec::new();
-        match (text(calling.as_ref()), calling) {
-            (Ok(exact), Some(mut loose)) if !self.tools.iter().any(is_strict) => {
-                // Nobody was promised these schemas: if they cannot be kept, any object will do.
-                loose.tools.iter_mut().for_each(|tool| tool.is_exact = false);
-                texts.extend([exact, text(Some(&loose))?]);
+        match (text(calling.as_ref()), loose) {
+            (Ok(exact), None) => texts.push(exact),
+            (Ok(exact), Some(loose)) => texts.extend([exact, text(Some(&loose)).map_err(refused)?]),
+            (Err(GrammarError::TooLarge(_)), Some(loose)) if self.asked.is_some() => {
+                texts.push(text(Some(&loose)).map_err(refused)?);
             }
-            (Err(_), Some(mut loose)) if self.asked.is_none() && !self.tools.iter().any(is_strict) => {
-                loose.tools.iter_mut().for_each(|tool| tool.is_exact = false);
+            (Err(_), Some(loose)) if self.asked.is_none() => {
                 // Nor is anybody promised a form, then: the call is as the model writes it.
                 let Ok(loose) = text(Some(&loose)) else { return Ok(None) };
                 texts.push(loose);
             }
-            (exact, _) => texts.push(exact?),
+            (Err(error), _) => return Err(refused(error)),
         }
         Ok(Some(GrammarPlan { param: self.param(), texts }))
     }

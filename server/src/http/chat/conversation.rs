@@ -140,9 +140,10 @@ impl Conversation {
                 prompt: &text,
                 is_begun: !plan.prefill.is_empty(),
             };
-            let grammar = form.plan(served)?;
             let whole = format!("{text}{}{}", plan.prefill, plan.forced);
+            // First, as it is the cheapest to find out.
             check_text_fits(path, whole.len(), served, state_there.engine.max_model_len())?;
+            let grammar = form.plan(served)?;
             // The template writes the special tokens itself.
             let tokens = encode(&served.model.tokenizer, &whole, false).map(Arc::from)?;
             Ok((Rendered { tokens, text, plan }, grammar))

@@ -9,7 +9,8 @@ use serde_json::{Map, Value};
 use super::chat::ToolChoice;
 use super::error::{ApiError, ErrorKind};
 use super::fields::{AskedFormat, fault};
-use super::state::ServedModel;
+use super::prompt::INLINE_TEXT_BYTES;
+use super::state::{AppState, ServedModel};
 use crate::text::answer::{DeepSeekCalls, MistralCalls, ToolFormat};
 use crate::text::grammar::{
     CallFormat, Calling, Grammar, GrammarError, Grammars, Lead, Piece, Token, ToolShape, answer_text,
@@ -27,14 +28,24 @@ pub(super) struct GrammarPlan {
 }
 
 impl GrammarPlan {
-    /// Of an answer that is nothing but what is asked for.
+    /// Of an answer that is nothing but what is asked for. A long form is long work.
     ///
     /// # Errors
     /// If it cannot be written as a grammar.
-    pub(super) fn plain(asked: &AskedFormat, served: &ServedModel) -> Result<Self, ApiError> {
-        let format = asked.format.clone().spelled_by(&|text| pieces(served, text));
-        let text = answer_text(&format).map_err(|error| fault(&asked.param, &error))?;
-        Ok(GrammarPlan { param: asked.param.clone(), texts: vec![text] })
+    pub(super) async fn plain(
+        asked: &AskedFormat,
+        state: &Arc<AppState>,
+        served: &ServedModel,
+    ) -> Result<Self, ApiError> {
+        let is_long = asked.format.exceeds(INLINE_TEXT_BYTES);
+        let (asked, state_there, lane) = (asked.clone(), state.clone(), served.lane);
+        let plan = move || {
+            let served = state_there.served(lane).expect("it was found before: this is a bug");
+            let format = asked.format.spelled_by(&|text| pieces(served, text));
+            let text = answer_text(&format).map_err(|error| fault(&asked.param, &error))?;
+            Ok(GrammarPlan { param: asked.param, texts: vec![text] })
+        };
+        state.heavy.run_if(is_long, plan).await
     }
 
     /// The grammar.

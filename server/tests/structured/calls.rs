@@ -370,4 +370,19 @@ fn tagged_pieces_of_a_text() {
     refuses(&grammar, "<function=a>\n12");
     assert!(of(&["<function="], tags).is_err(), "a tag without a trigger");
     assert!(of(&["x"], vec![]).is_err(), "no tags");
+    // A trigger that begins with another: the shorter one is what comes first.
+    for triggers in [["<function=", "<f"], ["<f", "<function="]] {
+        let grammar = of(&triggers, vec![tag("<function=a>", json!({ "type": "integer" }), ";")]);
+        let grammar = grammar.expect("it can be written");
+        takes(&grammar, "x <function=a>12; y");
+        refuses(&grammar, "x <f y");
+    }
+    let inside = of(&["x<fy", "<f"], vec![tag("x<fy", json!({}), "")]).expect_err("it can never be begun");
+    assert!(inside.to_string().contains("\"<f\""), "{inside}");
+    // Ordinary text is not forbidden for the sake of a token that follows it.
+    let mark = vec![Piece::Text("\n".to_owned()), Piece::Token(5)];
+    let after_text = Tag { begin: mark.clone(), schema: schema(json!({})), end: vec![] };
+    let late = Tags { triggers: vec![mark], tags: vec![after_text] };
+    let late = grammar_text(None, Some(&Format::Tags(late)), None).expect_err("it begins with text");
+    assert!(late.to_string().contains("control token"), "{late}");
 }

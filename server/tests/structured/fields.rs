@@ -88,6 +88,11 @@ async fn what_cannot_be_kept_is_refused_by_name() {
     let schema_field = |schema: Value| json!({ "response_format": { "type": "json_schema", "json_schema": { "schema": schema } } });
     let in_format = "response_format.json_schema.schema";
     let huge: Vec<String> = (0..20_000).map(|i| format!("property number {i}")).collect();
+    let tags_field =
+        |format: Value| json!({ "response_format": { "type": "structural_tag", "format": format } });
+    let tag = json!({ "begin": "<a>", "schema": {}, "end": "" });
+    let mut long_triggers: Vec<String> = (0..60).map(|i| format!("{i}{}", "/".repeat(3000))).collect();
+    long_triggers.push("<".to_owned());
     for (extra, param, word) in [
         (json!({ "response_format": { "type": "yaml" } }), "response_format.type", "json_schema"),
         (json!({ "response_format": "json" }), "response_format", "an object"),
@@ -123,6 +128,30 @@ async fn what_cannot_be_kept_is_refused_by_name() {
             json!({ "response_format": { "type": "structural_tag", "format": { "type": "sequence" } } }),
             "response_format.format.type",
             "triggered_tags",
+        ),
+        (
+            tags_field(
+                json!({ "type": "triggered_tags", "triggers": ["<"], "tags": [{ "begin": "<", "end": ">",
+                "content": { "type": "qwen_xml_parameter", "json_schema": {} } }] }),
+            ),
+            "response_format.format.tags[0].content.type",
+            "\"json_schema\"",
+        ),
+        (
+            json!({ "response_format": { "type": "structural_tag", "triggers": vec!["<"; 65], "structures": [tag] } }),
+            "response_format.triggers",
+            "at most 64",
+        ),
+        (
+            json!({ "response_format": { "type": "structural_tag", "triggers": ["<"], "structures": vec![&tag; 1001] } }),
+            "response_format.structures",
+            "at most 1000",
+        ),
+        // What is long is planned elsewhere, and refused all the same.
+        (
+            json!({ "response_format": { "type": "structural_tag", "triggers": long_triggers, "structures": [tag] } }),
+            "response_format",
+            "bytes",
         ),
         (json!({ "guided_regex": "a", "guided_choice": ["a"] }), "guided_choice", "guided_regex"),
     ] {
@@ -342,5 +371,14 @@ async fn tagged_pieces_have_a_form() {
         let city = serde_json::from_str::<Value>(json).expect("JSON")["city"].clone();
         assert!(city == "Rome" || city == "Oslo", "{answer}");
     }
+    // The token counts wherever it stands, and a line break is no trigger.
+    let nested = json!({ "type": "triggered_tags", "triggers": ["\n<tool_call>"], "tags": [
+        { "begin": "\n<tool_call>", "content": { "type": "json_schema", "json_schema": {} }, "end": "" }] });
+    let asked = json!({ "messages": [{ "role": "user", "content": "x" }],
+        "response_format": { "type": "structural_tag", "format": nested } });
+    let answer = server.post("/v1/chat/completions", &asked).await;
+    assert_eq!(answer.status, 400);
+    let message = answer.error()["message"].as_str().expect("a message").to_owned();
+    assert!(message.contains("control token") && message.contains("\\n"), "{message}");
     server.stop().await;
 }

@@ -194,7 +194,9 @@ fn json_value(parameters: &Map<String, Value>, of: &Value) -> Result<Map<String,
     find_references(of, &mut references);
     while let Some(to) = references.pop() {
         let (place, name) = definition(to).ok_or_else(elsewhere)?;
-        let Some(definitions) = parameters.get(DEFINITIONS[place]).and_then(Value::as_object) else { continue };
+        let Some(definitions) = parameters.get(DEFINITIONS[place]).and_then(Value::as_object) else {
+            continue;
+        };
         let names = match definitions.get_key_value(&name) {
             Some(found) => vec![found],
             None if std::mem::replace(&mut has_all[place], true) => continue,

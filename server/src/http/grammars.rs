@@ -25,6 +25,8 @@ pub(super) struct GrammarPlan {
     /// Who asks for it.
     param: String,
     texts: Vec<String>,
+    /// The first holds the arguments of every tool to its schema.
+    holds_calls: bool,
 }
 
 impl GrammarPlan {
@@ -43,9 +45,14 @@ impl GrammarPlan {
             let served = state_there.served(lane).expect("it was found before: this is a bug");
             let format = asked.format.spelled_by(&|text| pieces(served, text));
             let text = answer_text(&format).map_err(|error| fault(&asked.param, &error))?;
-            Ok(GrammarPlan { param: asked.param, texts: vec![text] })
+            Ok(GrammarPlan { param: asked.param, texts: vec![text], holds_calls: false })
         };
         state.heavy.run_if(is_long, plan).await
+    }
+
+    /// True if the arguments of every tool are to be what its schema says.
+    pub(super) fn holds_calls(&self) -> bool {
+        self.holds_calls
     }
 
     /// The grammar.
@@ -125,7 +132,10 @@ impl ChatForm<'_> {
             loose
         });
         let mut texts = Vec::new();
-        match (text(calling.as_ref()), loose) {
+        let exact = text(calling.as_ref());
+        let holds_calls =
+            exact.is_ok() && calling.iter().any(|calling| calling.tools.iter().all(|tool| tool.is_exact));
+        match (exact, loose) {
             (Ok(exact), None) => texts.push(exact),
             (Ok(exact), Some(loose)) => texts.extend([exact, text(Some(&loose)).map_err(refused)?]),
             (Err(GrammarError::TooLarge(_)), Some(loose)) if self.asked.is_some() => {
@@ -138,7 +148,7 @@ impl ChatForm<'_> {
             }
             (Err(error), _) => return Err(refused(error)),
         }
-        Ok(Some(GrammarPlan { param: self.param(), texts }))
+        Ok(Some(GrammarPlan { param: self.param(), texts, holds_calls }))
     }
 
     fn param(&self) -> String {

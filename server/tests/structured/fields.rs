@@ -336,6 +336,32 @@ async fn strict_tools_in_every_familys_calls() {
     }
 }
 
+/// A call that is forced is held to its schema, and so it is read as a strict one: a mark inside of a JSON string
+/// ends nothing.
+#[tokio::test]
+async fn forced_calls_in_xml_are_read_whole() {
+    const XML: &str = "{% if tools %}Tools: {{ tools | tojson }}\n{% endif %}{% for message in messages %}\
+        <|im_start|>{{ message.role }}\n{{ message.content or '' }}{% for call in message.tool_calls or [] %}\
+        <tool_call>\n<function={{ call.function.name }}>\n{% for key, value in call.function.arguments | items %}\
+        <parameter={{ key }}>\n{{ value }}\n</parameter>\n{% endfor %}</function>\n</tool_call>{% endfor %}<|im_end|>\n\
+        {% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}";
+    let server = TestServer::scripted(XML, &["<tool_call>", "</tool_call>"]).await;
+    server.say("Rather not.");
+    let parameters = json!({ "type": "object", "properties": { "list": { "const": ["a</parameter>b", "</function>"] } },
+        "required": ["list"], "additionalProperties": false });
+    let tool = json!({ "type": "function", "function": { "name": "t", "parameters": parameters } });
+    for choice in [json!("required"), json!({ "type": "function", "function": { "name": "t" } })] {
+        let asked = json!({ "messages": [{ "role": "user", "content": "x" }], "tools": [tool], "temperature": 0,
+            "max_tokens": 200, "tool_choice": choice, "parallel_tool_calls": false });
+        let answer = server.post("/v1/chat/completions", &asked).await.json();
+        let call = &answer["choices"][0]["message"]["tool_calls"][0]["function"];
+        let arguments: Value =
+            serde_json::from_str(call["arguments"].as_str().expect("a call")).expect("JSON");
+        assert_eq!(arguments, json!({ "list": ["a</parameter>b", "</function>"] }), "{answer}");
+    }
+    server.stop().await;
+}
+
 const DEEPSEEK: &[&str] = &[
     "<｜tool▁calls▁begin｜>",
     "<｜tool▁calls▁end｜>",

@@ -9,7 +9,8 @@ use serde_json::{Map, Value};
 use super::chat::ToolChoice;
 use super::error::{ApiError, ErrorKind};
 use super::fields::{AskedFormat, fault};
-use super::state::ServedModel;
+use super::prompt::INLINE_TEXT_BYTES;
+use super::state::{AppState, ServedModel};
 use crate::text::answer::{DeepSeekCalls, MistralCalls, ToolFormat};
 use crate::text::grammar::{
     CallFormat, Calling, Grammar, GrammarError, Grammars, Lead, Piece, Token, ToolShape, answer_text,
@@ -24,17 +25,34 @@ pub(super) struct GrammarPlan {
     /// Who asks for it.
     param: String,
     texts: Vec<String>,
+    /// The first holds the arguments of every tool to its schema.
+    holds_calls: bool,
 }
 
 impl GrammarPlan {
-    /// Of an answer that is nothing but what is asked for.
+    /// Of an answer that is nothing but what is asked for. A long form is long work.
     ///
     /// # Errors
     /// If it cannot be written as a grammar.
-    pub(super) fn plain(asked: &AskedFormat, served: &ServedModel) -> Result<Self, ApiError> {
-        let format = asked.format.clone().spelled_by(&|text| pieces(served, text));
-        let text = answer_text(&format).map_err(|error| fault(&asked.param, &error))?;
-        Ok(GrammarPlan { param: asked.param.clone(), texts: vec![text] })
+    pub(super) async fn plain(
+        asked: &AskedFormat,
+        state: &Arc<AppState>,
+        served: &ServedModel,
+    ) -> Result<Self, ApiError> {
+        let is_long = asked.format.exceeds(INLINE_TEXT_BYTES);
+        let (asked, state_there, lane) = (asked.clone(), state.clone(), served.lane);
+        let plan = move || {
+            let served = state_there.served(lane).expect("it was found before: this is a bug");
+            let format = asked.format.spelled_by(&|text| pieces(served, text));
+            let text = answer_text(&format).map_err(|error| fault(&asked.param, &error))?;
+            Ok(GrammarPlan { param: asked.param, texts: vec![text], holds_calls: false })
+        };
+        state.heavy.run_if(is_long, plan).await
+    }
+
+    /// True if the arguments of every tool are to be what its schema says.
+    pub(super) fn holds_calls(&self) -> bool {
+        self.holds_calls
     }
 
     /// The grammar.
@@ -106,25 +124,31 @@ impl ChatForm<'_> {
         let lead = self.lead(served);
         let format = self.asked.map(|asked| asked.format.clone().spelled_by(&|text| pieces(served, text)));
         let format = format.as_ref();
-        let text = |calling: Option<&Calling>| {
-            grammar_text(lead.as_ref(), format, calling).map_err(|error| fault(&self.param(), &error))
-        };
+        let text = |calling: Option<&Calling>| grammar_text(lead.as_ref(), format, calling);
+        let refused = |error: GrammarError| fault(&self.param(), &error);
+        // Where nobody was promised the tools' schemas, any object will do if they cannot be kept.
+        let loose = calling.clone().filter(|_| !self.tools.iter().any(is_strict)).map(|mut loose| {
+            loose.tools.iter_mut().for_each(|tool| tool.is_exact = false);
+            loose
+        });
         let mut texts = Vec::new();
-        match (text(calling.as_ref()), calling) {
-            (Ok(exact), Some(mut loose)) if !self.tools.iter().any(is_strict) => {
-                // Nobody was promised these schemas: if they cannot be kept, any object will do.
-                loose.tools.iter_mut().for_each(|tool| tool.is_exact = false);
-                texts.extend([exact, text(Some(&loose))?]);
+        let exact = text(calling.as_ref());
+        let holds_calls =
+            exact.is_ok() && calling.iter().any(|calling| calling.tools.iter().all(|tool| tool.is_exact));
+        match (exact, loose) {
+            (Ok(exact), None) => texts.push(exact),
+            (Ok(exact), Some(loose)) => texts.extend([exact, text(Some(&loose)).map_err(refused)?]),
+            (Err(GrammarError::TooLarge(_)), Some(loose)) if self.asked.is_some() => {
+                texts.push(text(Some(&loose)).map_err(refused)?);
             }
-            (Err(_), Some(mut loose)) if self.asked.is_none() && !self.tools.iter().any(is_strict) => {
-                loose.tools.iter_mut().for_each(|tool| tool.is_exact = false);
+            (Err(_), Some(loose)) if self.asked.is_none() => {
                 // Nor is anybody promised a form, then: the call is as the model writes it.
                 let Ok(loose) = text(Some(&loose)) else { return Ok(None) };
                 texts.push(loose);
             }
-            (exact, _) => texts.push(exact?),
+            (Err(error), _) => return Err(refused(error)),
         }
-        Ok(Some(GrammarPlan { param: self.param(), texts }))
+        Ok(Some(GrammarPlan { param: self.param(), texts, holds_calls }))
     }
 
     fn param(&self) -> String {

@@ -123,7 +123,7 @@ impl<'a> Intake<'a> {
             record: None,
         };
         let plan = match (self.common.grammar.take(), &self.common.format) {
-            (None, Some(asked)) => Some(GrammarPlan::plain(asked, self.served)?),
+            (None, Some(asked)) => Some(GrammarPlan::plain(asked, self.state, self.served).await?),
             (plan, _) => plan,
         };
         let grammar = match plan {

@@ -2,10 +2,11 @@
 
 use std::path::Path;
 
-use serde_json::{Value, json};
+use serde_json::{Map, Value, json};
 use tandem::text::answer::{DeepSeekCalls, Dialect, MistralCalls, ToolFormat};
 use tandem::text::grammar::{
-    CallFormat, Calling, Format, Lead, Piece, Tag, Tags, Token, ToolShape, grammar_text,
+    CallFormat, Calling, Format, GrammarError, Lead, Piece, Tag, Tags, Token, ToolShape, answer_text,
+    grammar_text,
 };
 use tandem_models::{ChatTemplate, Tokenizer};
 
@@ -189,6 +190,70 @@ fn bare_strings_in_xml() {
     assert!(GRAMMARS.compile(&is(json!({ "type": "nothing" }))).is_err());
 }
 
+fn xml_of(parameters: Value) -> Result<String, GrammarError> {
+    let tool = ToolShape { name: "t".to_owned(), parameters: schema(parameters), is_exact: true };
+    let calls = Calling { format: qwen_xml(), tools: vec![tool], begun: None, is_parallel: false };
+    grammar_text(None, None, Some(&calls))
+}
+
+/// Each value is a schema of its own, with the definitions that it leads to and no others.
+#[test]
+fn definitions_are_written_where_they_are_needed() {
+    let mut definitions = schema(json!({
+        "a": { "type": "array", "items": { "$ref": "#/$defs/b~1c" } },
+        "b/c": { "oneOf": [{ "const": 1 }, { "$ref": "#/definitions/d" }] },
+        "lost": { "$ref": "#/elsewhere", "description": "unused" },
+    }));
+    for i in 0..200 {
+        definitions.insert(format!("unused {i}"), json!({ "description": "x".repeat(100) }));
+    }
+    let mut properties: Map<String, Value> =
+        (0..15).map(|i| (format!("o{i}"), json!({ "type": "object" }))).collect();
+    properties.insert("a".to_owned(), json!({ "$ref": "#/$defs/a" }));
+    let text = xml_of(json!({ "type": "object", "properties": properties, "required": ["a"],
+        "$defs": definitions, "definitions": { "d": { "const": "</parameter>" } } }));
+    let text = text.expect("it can be written");
+    assert!(text.len() < 20_000 && !text.contains("unused"), "{} bytes", text.len());
+    takes(&text, &xml_call("t", &[("a", "[1, \"</parameter>\"]")]));
+    refuses(&text, &xml_call("t", &[("a", "[2]")]));
+    // Recursion, another spelling of a key, and one that is not there.
+    let of = |value: Value| {
+        xml_of(json!({ "type": "object", "properties": { "a": value }, "required": ["a"],
+            "$defs": { "x y": { "type": "array", "items": { "$ref": "#/$defs/x y" } } } }))
+        .expect("it can be written")
+    };
+    takes(&of(json!({ "$ref": "#/$defs/x y" })), &xml_call("t", &[("a", "[[], [[]]]")]));
+    takes(&of(json!({ "$ref": "#/$defs/x%20y" })), &xml_call("t", &[("a", "[[]]")]));
+    assert!(GRAMMARS.compile(&of(json!({ "$ref": "#/$defs/z" }))).is_err());
+}
+
+/// What a small schema stands for, by copies of definitions above all, is refused before it is all written:
+/// these would be gigabytes, or as many comparisons.
+#[test]
+fn parameters_that_would_be_huge_are_refused_at_once() {
+    let big = "x".repeat(1 << 20);
+    let refers: Map<String, Value> =
+        (0..10_000).map(|i| (format!("p{i}"), json!({ "$ref": "#/$defs/big" }))).collect();
+    let many: Map<String, Value> =
+        (0..130_000).map(|i| (format!("p{i}"), json!({ "type": "string" }))).collect();
+    let lost: Map<String, Value> =
+        (0..20_000).map(|i| (format!("p{i}"), json!({ "$ref": format!("#/$defs/lost{i}") }))).collect();
+    let all: Vec<&String> = many.keys().collect();
+    for parameters in [
+        json!({ "properties": refers, "$defs": { "big": { "const": big } } }),
+        json!({ "properties": many, "required": all }),
+        json!({ "properties": { "lost": { "properties": lost } }, "$defs": lost }),
+    ] {
+        let error = xml_of(parameters).expect_err("it is too large");
+        assert!(matches!(&error, GrammarError::TooLarge(text) if text.len() < 200), "{error}");
+    }
+    // An alternative may be long, too.
+    let alternatives = vec![json!({ "$ref": "#/$defs/big" }); 10_000];
+    let long = json!({ "oneOf": alternatives, "$defs": { "big": { "const": "x".repeat(50_000) } } });
+    let text = answer_text(&Format::Json(schema(long))).expect("it can be written");
+    assert!(text.len() < 1 << 20, "{} bytes", text.len());
+}
+
 #[test]
 fn names_that_nothing_quotes_are_plain() {
     for name in ["a>b", "a b", "", "a[ARGS]"] {
@@ -305,4 +370,19 @@ fn tagged_pieces_of_a_text() {
     refuses(&grammar, "<function=a>\n12");
     assert!(of(&["<function="], tags).is_err(), "a tag without a trigger");
     assert!(of(&["x"], vec![]).is_err(), "no tags");
+    // A trigger that begins with another: the shorter one is what comes first.
+    for triggers in [["<function=", "<f"], ["<f", "<function="]] {
+        let grammar = of(&triggers, vec![tag("<function=a>", json!({ "type": "integer" }), ";")]);
+        let grammar = grammar.expect("it can be written");
+        takes(&grammar, "x <function=a>12; y");
+        refuses(&grammar, "x <f y");
+    }
+    let inside = of(&["x<fy", "<f"], vec![tag("x<fy", json!({}), "")]).expect_err("it can never be begun");
+    assert!(inside.to_string().contains("\"<f\""), "{inside}");
+    // Ordinary text is not forbidden for the sake of a token that follows it.
+    let mark = vec![Piece::Text("\n".to_owned()), Piece::Token(5)];
+    let after_text = Tag { begin: mark.clone(), schema: schema(json!({})), end: vec![] };
+    let late = Tags { triggers: vec![mark], tags: vec![after_text] };
+    let late = grammar_text(None, Some(&Format::Tags(late)), None).expect_err("it begins with text");
+    assert!(late.to_string().contains("control token"), "{late}");
 }

@@ -88,6 +88,11 @@ async fn what_cannot_be_kept_is_refused_by_name() {
     let schema_field = |schema: Value| json!({ "response_format": { "type": "json_schema", "json_schema": { "schema": schema } } });
     let in_format = "response_format.json_schema.schema";
     let huge: Vec<String> = (0..20_000).map(|i| format!("property number {i}")).collect();
+    let tags_field =
+        |format: Value| json!({ "response_format": { "type": "structural_tag", "format": format } });
+    let tag = json!({ "begin": "<a>", "schema": {}, "end": "" });
+    let mut long_triggers: Vec<String> = (0..60).map(|i| format!("{i}{}", "/".repeat(3000))).collect();
+    long_triggers.push("<".to_owned());
     for (extra, param, word) in [
         (json!({ "response_format": { "type": "yaml" } }), "response_format.type", "json_schema"),
         (json!({ "response_format": "json" }), "response_format", "an object"),
@@ -123,6 +128,30 @@ async fn what_cannot_be_kept_is_refused_by_name() {
             json!({ "response_format": { "type": "structural_tag", "format": { "type": "sequence" } } }),
             "response_format.format.type",
             "triggered_tags",
+        ),
+        (
+            tags_field(
+                json!({ "type": "triggered_tags", "triggers": ["<"], "tags": [{ "begin": "<", "end": ">",
+                "content": { "type": "qwen_xml_parameter", "json_schema": {} } }] }),
+            ),
+            "response_format.format.tags[0].content.type",
+            "\"json_schema\"",
+        ),
+        (
+            json!({ "response_format": { "type": "structural_tag", "triggers": vec!["<"; 65], "structures": [tag] } }),
+            "response_format.triggers",
+            "at most 64",
+        ),
+        (
+            json!({ "response_format": { "type": "structural_tag", "triggers": ["<"], "structures": vec![&tag; 1001] } }),
+            "response_format.structures",
+            "at most 1000",
+        ),
+        // What is long is planned elsewhere, and refused all the same.
+        (
+            json!({ "response_format": { "type": "structural_tag", "triggers": long_triggers, "structures": [tag] } }),
+            "response_format",
+            "bytes",
         ),
         (json!({ "guided_regex": "a", "guided_choice": ["a"] }), "guided_choice", "guided_regex"),
     ] {
@@ -307,6 +336,32 @@ async fn strict_tools_in_every_familys_calls() {
     }
 }
 
+/// A call that is forced is held to its schema, and so it is read as a strict one: a mark inside of a JSON string
+/// ends nothing.
+#[tokio::test]
+async fn forced_calls_in_xml_are_read_whole() {
+    const XML: &str = "{% if tools %}Tools: {{ tools | tojson }}\n{% endif %}{% for message in messages %}\
+        <|im_start|>{{ message.role }}\n{{ message.content or '' }}{% for call in message.tool_calls or [] %}\
+        <tool_call>\n<function={{ call.function.name }}>\n{% for key, value in call.function.arguments | items %}\
+        <parameter={{ key }}>\n{{ value }}\n</parameter>\n{% endfor %}</function>\n</tool_call>{% endfor %}<|im_end|>\n\
+        {% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}";
+    let server = TestServer::scripted(XML, &["<tool_call>", "</tool_call>"]).await;
+    server.say("Rather not.");
+    let parameters = json!({ "type": "object", "properties": { "list": { "const": ["a</parameter>b", "</function>"] } },
+        "required": ["list"], "additionalProperties": false });
+    let tool = json!({ "type": "function", "function": { "name": "t", "parameters": parameters } });
+    for choice in [json!("required"), json!({ "type": "function", "function": { "name": "t" } })] {
+        let asked = json!({ "messages": [{ "role": "user", "content": "x" }], "tools": [tool], "temperature": 0,
+            "max_tokens": 200, "tool_choice": choice, "parallel_tool_calls": false });
+        let answer = server.post("/v1/chat/completions", &asked).await.json();
+        let call = &answer["choices"][0]["message"]["tool_calls"][0]["function"];
+        let arguments: Value =
+            serde_json::from_str(call["arguments"].as_str().expect("a call")).expect("JSON");
+        assert_eq!(arguments, json!({ "list": ["a</parameter>b", "</function>"] }), "{answer}");
+    }
+    server.stop().await;
+}
+
 const DEEPSEEK: &[&str] = &[
     "<｜tool▁calls▁begin｜>",
     "<｜tool▁calls▁end｜>",
@@ -342,5 +397,14 @@ async fn tagged_pieces_have_a_form() {
         let city = serde_json::from_str::<Value>(json).expect("JSON")["city"].clone();
         assert!(city == "Rome" || city == "Oslo", "{answer}");
     }
+    // The token counts wherever it stands, and a line break is no trigger.
+    let nested = json!({ "type": "triggered_tags", "triggers": ["\n<tool_call>"], "tags": [
+        { "begin": "\n<tool_call>", "content": { "type": "json_schema", "json_schema": {} }, "end": "" }] });
+    let asked = json!({ "messages": [{ "role": "user", "content": "x" }],
+        "response_format": { "type": "structural_tag", "format": nested } });
+    let answer = server.post("/v1/chat/completions", &asked).await;
+    assert_eq!(answer.status, 400);
+    let message = answer.error()["message"].as_str().expect("a message").to_owned();
+    assert!(message.contains("control token") && message.contains("\\n"), "{message}");
     server.stop().await;
 }

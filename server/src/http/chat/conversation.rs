@@ -7,7 +7,7 @@ use tandem_models::{ChatTemplate, Tokenizer};
 
 use super::messages::normalise;
 use crate::http::error::ApiError;
-use crate::http::grammars::ChatForm;
+use crate::http::grammars::{ChatForm, GrammarPlan};
 use crate::http::intake::Intake;
 use crate::http::prompt::{INLINE_TEXT_BYTES, check_text_fits, encode};
 use crate::text::answer::{AnswerReader, Dialect, ToolFormat, ToolSet};
@@ -140,9 +140,16 @@ impl Conversation {
                 prompt: &text,
                 is_begun: !plan.prefill.is_empty(),
             };
-            let grammar = form.plan(served)?;
             let whole = format!("{text}{}{}", plan.prefill, plan.forced);
+            // First, as it is the cheapest to find out.
             check_text_fits(path, whole.len(), served, state_there.engine.max_model_len())?;
+            let grammar = form.plan(served)?;
+            // A forced call is held to its schema, strict or not.
+            if grammar.as_ref().is_some_and(GrammarPlan::holds_calls)
+                && let Some(tools) = plan.tools.as_mut().and_then(Arc::get_mut)
+            {
+                tools.hold_all();
+            }
             // The template writes the special tokens itself.
             let tokens = encode(&served.model.tokenizer, &whole, false).map(Arc::from)?;
             Ok((Rendered { tokens, text, plan }, grammar))

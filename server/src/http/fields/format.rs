@@ -15,6 +15,12 @@ const MAX_FORMAT_BYTES: usize = 200 << 10;
 /// Most strings to choose from.
 const MAX_CHOICES: usize = 4096;
 
+/// Most triggers of tagged pieces: the text before one is checked for all of them.
+const MAX_TRIGGERS: usize = 64;
+
+/// Most tags of tagged pieces.
+const MAX_TAGS: usize = 1000;
+
 /// A form, and the field that asks for it.
 #[derive(Clone, Debug)]
 pub(in crate::http) struct AskedFormat {
@@ -197,6 +203,14 @@ fn tags(param: &str, value: Value) -> Result<Format, ApiError> {
             return wrong(&format!("format.{switch}"), "false", &holder[switch]);
         }
     }
+    let at_most = |path: &str, list: &Value, most: usize, things: &str| {
+        let path = format!("{param}.{path}");
+        let count = list.as_array().map_or(0, Vec::len);
+        let message = format!("{path} holds {count} {things}; at most {most} are taken");
+        if count <= most { Ok(()) } else { Err(ApiError::invalid(path, message)) }
+    };
+    at_most("triggers", &holder["triggers"], MAX_TRIGGERS, "triggers")?;
+    at_most(path, &holder[list], MAX_TAGS, "tags")?;
     let piece = |text: &str| vec![Piece::Text(text.to_owned())];
     let triggers: Option<Vec<&str>> =
         holder["triggers"].as_array().and_then(|all| all.iter().map(Value::as_str).collect());
@@ -214,6 +228,10 @@ fn tags(param: &str, value: Value) -> Result<Format, ApiError> {
         let (Some(begin), Some(end)) = (item["begin"].as_str(), item["end"].as_str()) else {
             return wrong(&at("begin"), "a string, and so must be its end", &item["begin"]);
         };
+        let kind = &item["content"]["type"];
+        if is_nested && kind != "json_schema" {
+            return wrong(&at("content.type"), "\"json_schema\"", kind);
+        }
         let Some(schema) = schema.as_object() else {
             return wrong(
                 &at(if is_nested { "content.json_schema" } else { "schema" }),

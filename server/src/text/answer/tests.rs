@@ -163,6 +163,31 @@ fn strict_values_in_xml_are_whole() {
     assert_ne!(read(false, 0), read(true, 0));
 }
 
+/// Where only the call is held and not its values, what is no JSON ends where it seems to.
+#[test]
+fn held_values_in_xml_that_are_no_json_end() {
+    let function = json!({ "name": "t", "parameters": { "type": "object", "properties": {} } });
+    let mut tools = ToolSet::new(&[json!({ "type": "function", "function": function })]);
+    tools.hold_all();
+    let tools = Arc::new(tools);
+    for (value, wanted) in [
+        ("words", "\"words\""),
+        ("", "\"\""),
+        ("True", "true"),
+        ("[words]", "\"[words]\""),
+        ("[\"</parameter>\"]", "[\"</parameter>\"]"),
+    ] {
+        let mut reader = AnswerReader::new(Some(Box::new(Xml::new(tools.clone()))), None, None, false);
+        let mut events = Vec::new();
+        let answer = format!("<function=t>\n<parameter=a>\n{value}\n</parameter>\n</function>");
+        reader.push(&answer, &mut events);
+        reader.finish(&mut events);
+        let mut message = AnswerMessage::default();
+        events.into_iter().for_each(|event| message.absorb(event));
+        assert_eq!(message.calls[0].arguments, format!("{{\"a\": {wanted}}}"), "{value}");
+    }
+}
+
 #[test]
 fn calls_between_tags() {
     let weather = &[("weather", PARIS)][..];

@@ -34,6 +34,11 @@ impl ToolSet {
         ToolSet { tools: tools.iter().filter_map(one).collect() }
     }
 
+    /// The arguments of every tool are held to its schema, as those of strict ones are.
+    pub fn hold_all(&mut self) {
+        self.tools.values_mut().for_each(|tool| tool.is_strict = true);
+    }
+
     /// True if the request has a tool of this name.
     pub fn contains(&self, name: &str) -> bool {
         self.tools.contains_key(name)

@@ -88,7 +88,7 @@ impl Xml {
         // Where a grammar keeps values whole, what looks like the end of one may stand inside of a string in it.
         if let Some(held) = held
             && self.tools.is_strict(&self.name)
-            && serde_json::from_str::<IgnoredAny>(held).is_err()
+            && is_unfinished(held)
         {
             held.push_str(VALUE_ENDS[end]);
             return true;
@@ -103,6 +103,13 @@ impl Xml {
         }
         true
     }
+}
+
+/// True if this may be the beginning of JSON that goes on. Of a forced call's values not all need be JSON: those
+/// that are none end where they seem to.
+fn is_unfinished(text: &str) -> bool {
+    let can_hold_strings = text.trim_start().starts_with(['"', '[', '{']);
+    can_hold_strings && serde_json::from_str::<IgnoredAny>(text).is_err_and(|error| error.is_eof())
 }
 
 /// As inside a JSON string.

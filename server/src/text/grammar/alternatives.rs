@@ -6,18 +6,20 @@
 
 use serde_json::{Map, Value};
 
+use super::compile::MAX_TEXT_BYTES;
+
 /// A `oneOf` inside what an alternative of another one refers to, and so on.
 const MAX_DEPTH: usize = 4;
 
 /// Keys whose values are no schemas, whatever they look like.
 const DATA: [&str; 5] = ["const", "enum", "default", "example", "examples"];
 
-/// Most values that are copied.
-const MAX_VALUES: usize = 20_000;
+/// About how many bytes are copied at most: more is no grammar anyway.
+const MAX_COPIED_BYTES: usize = MAX_TEXT_BYTES;
 
 /// The schema with the references in its `oneOf`s replaced.
 pub(super) fn inline_alternatives(schema: &Map<String, Value>) -> Map<String, Value> {
-    let mut inliner = Inliner { root: schema, room: MAX_VALUES };
+    let mut inliner = Inliner { root: schema, room: MAX_COPIED_BYTES };
     schema.iter().map(|(key, value)| (key.clone(), inliner.copy(key == "oneOf", value, 0))).collect()
 }
 
@@ -76,19 +78,28 @@ impl Inliner<'_> {
 }
 
 /// A part of a JSON pointer as a key.
-fn unescape(part: &str) -> String {
+pub(super) fn unescape(part: &str) -> String {
     part.replace("~1", "/").replace("~0", "~")
 }
 
-/// Takes a value's count of values from `room`; false if there is not so much.
-fn takes_room(value: &Value, room: &mut usize) -> bool {
-    if *room == 0 {
-        return false;
-    }
-    *room -= 1;
+/// Takes about a value's bytes from `room`; false if there are not so many.
+pub(super) fn takes_room(value: &Value, room: &mut usize) -> bool {
     match value {
-        Value::Array(items) => items.iter().all(|item| takes_room(item, room)),
-        Value::Object(entries) => entries.values().all(|item| takes_room(item, room)),
-        _ => true,
+        Value::Array(items) => take(1, room) && items.iter().all(|item| takes_room(item, room)),
+        Value::Object(entries) => take(1, room) && entries_take_room(entries, room),
+        Value::String(text) => take(1 + text.len(), room),
+        _ => take(1, room),
     }
+}
+
+/// The same of a schema's entries.
+pub(super) fn entries_take_room(entries: &Map<String, Value>, room: &mut usize) -> bool {
+    entries.iter().all(|(key, value)| take(key.len(), room) && takes_room(value, room))
+}
+
+/// Takes so many bytes from `room`.
+pub(super) fn take(num_bytes: usize, room: &mut usize) -> bool {
+    let left = room.checked_sub(num_bytes);
+    *room = left.unwrap_or(0);
+    left.is_some()
 }

@@ -6,6 +6,7 @@
 use serde_json::{Map, Value, json};
 
 use super::GrammarError;
+use super::compile::check_length;
 use super::format::{Token, json_rule, literal};
 use super::xml_calls::write_parameters;
 
@@ -215,7 +216,7 @@ impl Calling {
     /// `talk` (text with calls in it).
     ///
     /// # Errors
-    /// If a tool's name or its parameters cannot be written in this format.
+    /// If a tool's name or its parameters cannot be written in this format, or are too long.
     pub(super) fn write_rules(&self, out: &mut String) -> Result<(), GrammarError> {
         for (i, tool) in self.tools.iter().enumerate() {
             if self.format.has_bare_names() && !is_bare(&tool.name) {
@@ -226,6 +227,7 @@ impl Calling {
                 CallFormat::QwenXml { .. } => write_parameters(i, tool, out)?,
                 _ => out.push_str(&format!("arguments_{i}: {}\n", json_rule(&tool.schema()))),
             }
+            check_length(out.len())?;
         }
         if matches!(self.format, CallFormat::Named { call_id: Some(_), .. }) {
             out.push_str("CALL_ID: /[a-zA-Z0-9]{9}/\n");

@@ -206,13 +206,17 @@ pub(super) fn reason(message: &str) -> String {
     }
 }
 
-fn check_size(text: &str) -> Result<(), GrammarError> {
-    if text.len() > MAX_TEXT_BYTES {
-        return Err(GrammarError::TooLarge(format!(
-            "the grammar has {} bytes; at most {MAX_TEXT_BYTES} are taken",
-            text.len()
-        )));
+/// Refuses a text that has so many bytes, or so many already.
+pub(super) fn check_length(num_bytes: usize) -> Result<(), GrammarError> {
+    if num_bytes <= MAX_TEXT_BYTES {
+        return Ok(());
     }
+    let message = format!("the grammar has {num_bytes} bytes or more; at most {MAX_TEXT_BYTES} are taken");
+    Err(GrammarError::TooLarge(message))
+}
+
+fn check_size(text: &str) -> Result<(), GrammarError> {
+    check_length(text.len())?;
     let (mut depth, mut deepest, mut num_negations) = (0usize, 0, 0);
     for byte in text.bytes() {
         match byte {

@@ -3,7 +3,7 @@
 use serde_json::{Map, Value, json};
 
 use super::GrammarError;
-use super::alternatives::inline_alternatives;
+use super::alternatives::{entries_take_room, inline_alternatives, take};
 use super::calls::Calling;
 use super::gbnf::gbnf_to_lark;
 use super::tags::{Piece, Tags};
@@ -62,6 +62,18 @@ impl Format {
             Format::Tags(tags) => Format::Tags(tags.spelled_by(cut)),
             other => other,
         }
+    }
+
+    /// True if it has more than about so many bytes.
+    pub fn exceeds(&self, num_bytes: usize) -> bool {
+        let mut room = num_bytes;
+        let fits = match self {
+            Format::Json(schema) => entries_take_room(schema, &mut room),
+            Format::Regex(text) | Format::Lark(text) => take(text.len(), &mut room),
+            Format::Choice(choices) => choices.iter().all(|choice| take(choice.len(), &mut room)),
+            Format::Tags(tags) => tags.takes_room(&mut room),
+        };
+        !fits
     }
 
     /// What the rule `answer` is.

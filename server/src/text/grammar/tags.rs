@@ -7,6 +7,8 @@
 use serde_json::{Map, Value};
 
 use super::GrammarError;
+use super::alternatives::{entries_take_room, take};
+use super::compile::check_length;
 use super::format::{escaped, json_rule, literal};
 
 /// A part of a mark.
@@ -56,29 +58,48 @@ impl Tags {
         }
     }
 
+    /// Takes about its bytes from `room`; false if there are not so many.
+    pub(super) fn takes_room(&self, room: &mut usize) -> bool {
+        let marks_take = |pieces: &[Piece], room: &mut usize| {
+            pieces.iter().all(|piece| take(spelled(piece).map_or(1, str::len), room))
+        };
+        self.triggers.iter().all(|trigger| marks_take(trigger, room))
+            && self.tags.iter().all(|tag| {
+                marks_take(&tag.begin, room)
+                    && marks_take(&tag.end, room)
+                    && entries_take_room(&tag.schema, room)
+            })
+    }
+
     /// The right side of a rule.
     ///
     /// # Errors
-    /// If a tag begins with no trigger, or nothing is a trigger.
+    /// If a trigger cannot be told from text, a tag begins with no trigger or can never be begun, nothing is
+    /// tagged, or all that is too long.
     pub(super) fn rule(&self) -> Result<String, GrammarError> {
-        let triggers: Vec<&Piece> = self.triggers.iter().filter_map(|trigger| trigger.first()).collect();
-        let texts: Vec<String> =
-            triggers.iter().filter_map(|trigger| spelled(trigger)).map(pattern).collect();
+        let triggers = self.first_pieces()?;
+        let texts: Vec<&str> = triggers.iter().filter_map(|trigger| spelled(trigger)).collect();
         let mut tags_of: Vec<Vec<String>> = vec![Vec::new(); triggers.len()];
         let mut rules = String::new();
         for (index, tag) in self.tags.iter().enumerate() {
-            let found =
-                triggers.iter().enumerate().find_map(|(i, trigger)| Some((i, after(trigger, &tag.begin)?)));
+            let fits = |(i, trigger): (usize, &&Piece)| Some((i, after(trigger, &tag.begin)?));
+            // The shortest, where one is the beginning of another: what comes after that is a tag already.
+            let found = triggers.iter().enumerate().filter_map(fits);
+            let found = found.min_by_key(|&(i, _)| spelled(triggers[i]).map_or(0, str::len));
             let Some((trigger, rest)) = found else {
                 let message = format!("the tag {index} begins with no trigger");
                 return Err(GrammarError::Unsupported(message));
             };
             rules.push_str(&format!("json_{index}: {}\n", json_rule(&tag.schema)));
+            check_length(rules.len())?;
             tags_of[trigger].push(format!("{} json_{index} {}", sequence(&rest), sequence(&tag.end)));
         }
-        let never = |end: &str| -> String {
-            texts.iter().map(|text| format!(" & ~/(?s:.*){text}(?s:{end})/")).collect()
+        let never = |end: &str| -> Result<String, GrammarError> {
+            let all = texts.iter().map(|text| format!(" & ~/(?s:.*){}(?s:{end})/", pattern(text)));
+            let all: String = all.collect();
+            check_length(all.len()).map(|()| all)
         };
+        let never_before = never(".+")?;
         let mut tagged = Vec::new();
         for (index, (trigger, tags)) in triggers.iter().zip(&tags_of).enumerate() {
             // A trigger that nothing begins with only forbids itself.
@@ -89,8 +110,16 @@ impl Tags {
                 Piece::Token(id) => format!("TALK? <[{id}]>"),
                 // The first trigger in a text ends it, so that no such text is the beginning of another.
                 Piece::Text(text) => {
-                    let text = pattern(text);
-                    rules.push_str(&format!("OPEN_{index}: /(?s:.*){text}/{}\n", never(".+")));
+                    if let Some(other) = texts.iter().find(|other| ends_early(text, other)) {
+                        let message = format!(
+                            "no tag can begin with the trigger {}, because the trigger {} comes before its end",
+                            shown(text),
+                            shown(other)
+                        );
+                        return Err(GrammarError::Unsupported(message));
+                    }
+                    rules.push_str(&format!("OPEN_{index}: /(?s:.*){}/{never_before}\n", pattern(text)));
+                    check_length(rules.len())?;
                     format!("OPEN_{index}")
                 }
             };
@@ -99,9 +128,38 @@ impl Tags {
         if tagged.is_empty() {
             return Err(GrammarError::Unsupported("there is no tag".to_owned()));
         }
-        let start = format!("start: ({})* TALK?\nTALK: /(?s:.+)/{}\n", tagged.join(" | "), never(".*"));
+        let start = format!("start: ({})* TALK?\nTALK: /(?s:.+)/{}\n", tagged.join(" | "), never(".*")?);
         Ok(format!("%lark {{\n{start}{rules}}}"))
     }
+
+    /// What each trigger is known by.
+    fn first_pieces(&self) -> Result<Vec<&Piece>, GrammarError> {
+        let is_token = |piece: &Piece| matches!(piece, Piece::Token(_));
+        let mut pieces = Vec::with_capacity(self.triggers.len());
+        for trigger in &self.triggers {
+            let Some((first, rest)) = trigger.split_first() else { continue };
+            // Its text alone would be forbidden everywhere else, and may be as common as a line break.
+            if let Some(text) = spelled(first).filter(|_| rest.iter().any(is_token)) {
+                let message = format!(
+                    "a trigger holds a control token of this model after {}; let it begin with the control token",
+                    shown(text)
+                );
+                return Err(GrammarError::Unsupported(message));
+            }
+            pieces.push(first);
+        }
+        Ok(pieces)
+    }
+}
+
+/// The beginning of a text, for a message.
+fn shown(text: &str) -> String {
+    format!("{:?}", text.chars().take(40).collect::<String>())
+}
+
+/// True if in a text another one ends before the text's own end.
+fn ends_early(text: &str, other: &str) -> bool {
+    text.find(other).is_some_and(|at| at + other.len() < text.len())
 }
 
 /// A text as a part of a regular expression in Lark.

@@ -4,10 +4,14 @@
 //! Bare text cannot hold the marks that end it, so what a schema promises of a string is kept by regular
 //! expressions: each is one lexeme up to and with its end mark, and none is the beginning of another.
 
+use std::collections::HashSet;
+
 use serde_json::{Map, Value};
 
 use super::GrammarError;
+use super::alternatives::unescape;
 use super::calls::ToolShape;
+use super::compile::check_length;
 use super::format::{json_rule, literal};
 
 const END: &str = "\n</parameter>";
@@ -40,7 +44,7 @@ const NOTES: &[&str] = &[
 /// Writes the rule `arguments_TOOL`.
 ///
 /// # Errors
-/// If the tool's schema asks for something that cannot be kept in this format.
+/// If the tool's schema asks for something that cannot be kept in this format, or becomes too long in it.
 pub(super) fn write_parameters(index: usize, tool: &ToolShape, out: &mut String) -> Result<(), GrammarError> {
     if !tool.is_exact {
         let value = format!("/(?s:.*)\\n<\\/parameter>/ & {TEXT}");
@@ -55,9 +59,9 @@ pub(super) fn write_parameters(index: usize, tool: &ToolShape, out: &mut String)
     }
     let none = Map::new();
     let properties = schema.get("properties").and_then(Value::as_object).unwrap_or(&none);
-    let required: Vec<&str> = match schema.get("required") {
+    let required: HashSet<&str> = match schema.get("required") {
         Some(Value::Array(keys)) => keys.iter().filter_map(Value::as_str).collect(),
-        _ => Vec::new(),
+        _ => HashSet::new(),
     };
     if let Some(key) = required.iter().find(|key| !properties.contains_key(**key)) {
         return Err(unsupported(tool, "the parameters", &format!("a required {key:?} of no schema")));
@@ -82,6 +86,8 @@ pub(super) fn write_parameters(index: usize, tool: &ToolShape, out: &mut String)
         let is_required = required.contains(&key.as_str());
         let begin = literal(&format!("<parameter={key}>\n"));
         sequence.push_str(&format!("({begin} {rule} \"\\n\"){} ", if is_required { "" } else { "?" }));
+        // Definitions are written with each parameter that refers to them.
+        check_length(out.len() + sequence.len())?;
     }
     let rule = if sequence.is_empty() { "\"\"" } else { sequence.trim_end() };
     out.push_str(&format!("arguments_{index}: {rule}\n"));
@@ -171,38 +177,67 @@ fn searched(pattern: &str) -> Result<String, String> {
     Ok(format!("/{before}(?:{body}){after}\\n<\\/parameter>/"))
 }
 
-/// The schema of one value, which may refer to definitions beside the parameters.
+/// Where definitions stand.
+const DEFINITIONS: [&str; 2] = ["$defs", "definitions"];
+
+/// The schema of one value, with those definitions beside the parameters that it leads to.
 fn json_value(parameters: &Map<String, Value>, of: &Value) -> Result<Map<String, Value>, String> {
     let mut schema = match of {
         Value::Object(schema) => schema.clone(),
         Value::Bool(true) => Map::new(),
         _ => return Err("a schema that is no object".to_owned()),
     };
-    if refers_elsewhere(of) {
-        return Err("`$ref` to something but `$defs`".to_owned());
-    }
-    for key in ["$defs", "definitions"] {
-        if let Some(definitions) = parameters.get(key) {
-            if refers_elsewhere(definitions) {
-                return Err("`$ref` to something but `$defs`".to_owned());
+    let elsewhere = || "`$ref` to something but `$defs`".to_owned();
+    let mut reached: [Map<String, Value>; 2] = Default::default();
+    let mut has_all = [false; 2];
+    let mut references = Vec::new();
+    find_references(of, &mut references);
+    while let Some(to) = references.pop() {
+        let (place, name) = definition(to).ok_or_else(elsewhere)?;
+        let Some(definitions) = parameters.get(DEFINITIONS[place]).and_then(Value::as_object) else {
+            continue;
+        };
+        let names = match definitions.get_key_value(&name) {
+            Some(found) => vec![found],
+            None if std::mem::replace(&mut has_all[place], true) => continue,
+            // What is spelled in yet another way is somewhere among all.
+            None => definitions.iter().collect(),
+        };
+        for (name, found) in names {
+            if !reached[place].contains_key(name) {
+                reached[place].insert(name.clone(), found.clone());
+                find_references(found, &mut references);
             }
-            schema.entry(key).or_insert_with(|| definitions.clone());
+        }
+    }
+    for (key, definitions) in DEFINITIONS.into_iter().zip(reached).filter(|(_, all)| !all.is_empty()) {
+        match schema.get_mut(key) {
+            Some(Value::Object(own)) => own.extend(definitions),
+            _ => {
+                schema.insert(key.to_owned(), Value::Object(definitions));
+            }
         }
     }
     Ok(schema)
 }
 
-/// True if a reference leads to what is not written along with a value's own schema.
-fn refers_elsewhere(schema: &Value) -> bool {
+/// Which of [`DEFINITIONS`] a reference leads to, and the key there; `None`: it leads to what is not written
+/// along with a value's own schema.
+fn definition(to: &str) -> Option<(usize, String)> {
+    let (place, path) = to.strip_prefix("#/")?.split_once('/')?;
+    let place = DEFINITIONS.iter().position(|known| *known == place)?;
+    Some((place, unescape(path.split('/').next().unwrap_or_default())))
+}
+
+/// All references in a schema.
+fn find_references<'a>(schema: &'a Value, out: &mut Vec<&'a str>) {
     match schema {
-        Value::Object(fields) => fields.iter().any(|(key, value)| match value {
-            Value::String(to) if key == "$ref" => {
-                !["#/$defs/", "#/definitions/"].iter().any(|known| to.starts_with(known))
-            }
-            value => refers_elsewhere(value),
+        Value::Object(fields) => fields.iter().for_each(|(key, value)| match value {
+            Value::String(to) if key == "$ref" => out.push(to),
+            value => find_references(value, out),
         }),
-        Value::Array(items) => items.iter().any(refers_elsewhere),
-        _ => false,
+        Value::Array(items) => items.iter().for_each(|item| find_references(item, out)),
+        _ => {}
     }
 }
 

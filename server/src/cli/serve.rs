@@ -80,7 +80,7 @@ pub(super) fn run(settings: &ServeSettings) -> anyhow::Result<ExitCode> {
             tokio::task::spawn_blocking(move || runtime::start_publishing(&config, kv_events)).await??
         };
         let _publishing = match publisher.zip(outgoing) {
-            Some((publisher, outgoing)) => Some(publisher.start(outgoing, runtime.kv.block_size).await?),
+            Some((publisher, outgoing)) => Some(publisher.start(outgoing, runtime.kv.block_size)?),
             None => None,
         };
         print(&greeting(&config, &runtime, address, started.elapsed()));

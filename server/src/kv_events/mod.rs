@@ -9,7 +9,9 @@
 //! which everybody may.
 
 mod encode;
+mod latest;
 mod publisher;
+mod zmtp;
 
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
@@ -18,6 +20,7 @@ use tandem_engine::{KvEvent, KvEventSink, KvEvents};
 use tokio::sync::mpsc;
 
 pub use publisher::{Endpoint, EndpointError, Publisher, PublisherSettings, Publishing};
+pub use zmtp::MAX_CONNECTIONS;
 
 /// Batches on their way from the engine: seconds of the busiest server.
 const MAX_QUEUED_BATCHES: usize = 4096;

@@ -5,33 +5,36 @@
 //! empty frame and the number to begin with; the answer is a message (empty, number, batch) for each batch that
 //! is still kept, and one with the number -1 and nothing at the end.
 //!
+//! Every reader has a task of its own and a place in the latest batches ([`Latest`]), so that none of them waits
+//! for another, and the engine for none.
+//!
 //! Batch 0 says that all blocks are gone: a router may remember what an earlier process at this address had.
 
-use std::collections::VecDeque;
+use std::collections::BTreeSet;
 use std::io;
 use std::net::{Ipv4Addr, SocketAddr, TcpListener, ToSocketAddrs as _};
 use std::str::FromStr;
+use std::sync::Arc;
 use std::sync::atomic::Ordering;
-use std::sync::{Arc, Mutex};
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
 use bytes::Bytes;
+use tokio::net::TcpStream;
 use tokio::task::JoinHandle;
-use zeromq::{PubSocket, RouterSocket, Socket as _, SocketRecv as _, SocketSend as _, ZmqMessage};
+use tokio::time::timeout;
 
+use super::latest::Latest;
+use super::zmtp::{self, Peer, Received, SocketType};
 use super::{Outgoing, encode};
-
-/// Batches that can be asked for again.
-const MAX_KEPT_BATCHES: usize = 10_000;
-
-/// Their bytes, together.
-const MAX_KEPT_BYTES: usize = 64 << 20;
 
 /// The number that ends a replay.
 const END: [u8; 8] = (-1_i64).to_be_bytes();
 
-/// A reader that takes a message of a replay no sooner is left alone.
-const REPLAY_PATIENCE: Duration = Duration::from_secs(5);
+/// A reader that has not taken a whole replay by then is disconnected.
+const REPLAY_TIME: Duration = Duration::from_secs(60);
+
+/// So is one that asks for nothing: its machine may be gone.
+const REPLAY_IDLE_TIME: Duration = Duration::from_secs(3600);
 
 /// An address to listen at: `tcp://*:5557`, `tcp://127.0.0.1:5557`, `tcp://[::]:5557`.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -133,118 +136,121 @@ impl Publisher {
     ///
     /// # Errors
     /// If the sockets cannot be used.
-    pub async fn start(self, outgoing: Outgoing, block_size: usize) -> io::Result<Publishing> {
-        let kept = Arc::new(Mutex::new(Kept::default()));
-        let mut batches = PubSocket::new();
-        batches.bind_listener(self.batches).await.map_err(io::Error::other)?;
+    ///
+    /// # Panics
+    /// Outside a Tokio runtime.
+    pub fn start(self, outgoing: Outgoing, block_size: usize) -> io::Result<Publishing> {
+        let latest = Arc::new(Latest::new());
+        let listener = listener_of(self.batches)?;
+        let replay = self.replay.map(listener_of).transpose()?;
         let mut tasks = Vec::new();
-        if let Some(listener) = self.replay {
-            let mut replay = RouterSocket::new();
-            replay.bind_listener(listener).await.map_err(io::Error::other)?;
-            tasks.push(tokio::spawn(answer_replays(replay, kept.clone())));
+        let shared = latest.clone();
+        let topic = self.topic;
+        let subscriber = move |stream| serve_subscriber(stream, topic.clone(), shared.clone());
+        tasks.push(tokio::spawn(zmtp::serve(listener, subscriber)));
+        if let Some(listener) = replay {
+            let shared = latest.clone();
+            let replayer = move |stream| answer_replays(stream, shared.clone());
+            tasks.push(tokio::spawn(zmtp::serve(listener, replayer)));
         }
-        tasks.push(tokio::spawn(publish(batches, self.topic, outgoing, block_size, kept)));
+        tasks.push(tokio::spawn(publish(outgoing, block_size, latest)));
         Ok(Publishing { tasks })
     }
 }
 
-/// The latest batches.
-#[derive(Default)]
-struct Kept {
-    batches: VecDeque<(u64, Bytes)>,
-    size_bytes: usize,
+fn listener_of(listener: TcpListener) -> io::Result<tokio::net::TcpListener> {
+    listener.set_nonblocking(true)?;
+    tokio::net::TcpListener::from_std(listener)
 }
 
-impl Kept {
-    fn push(&mut self, number: u64, batch: Bytes) {
-        self.size_bytes += batch.len();
-        self.batches.push_back((number, batch));
-        while self.batches.len() > MAX_KEPT_BATCHES || self.size_bytes > MAX_KEPT_BYTES {
-            let Some((_, oldest)) = self.batches.pop_front() else { return };
-            self.size_bytes -= oldest.len();
-        }
-    }
-
-    /// The first of them from this number on.
-    fn from(&self, number: u64) -> Option<(u64, Bytes)> {
-        let index = self.batches.partition_point(|(kept, _)| *kept < number);
-        self.batches.get(index).cloned()
-    }
-}
-
-fn message<const N: usize>(frames: [Bytes; N]) -> ZmqMessage {
-    ZmqMessage::try_from(frames.to_vec()).expect("there are frames: this is a bug")
-}
-
-fn number_frame(number: u64) -> Bytes {
-    Bytes::copy_from_slice(&number.to_be_bytes())
-}
-
-async fn publish(
-    mut socket: PubSocket,
-    topic: Bytes,
-    mut outgoing: Outgoing,
-    block_size: usize,
-    kept: Arc<Mutex<Kept>>,
-) {
+async fn publish(mut outgoing: Outgoing, block_size: usize, latest: Arc<Latest>) {
     let now = || SystemTime::now().duration_since(UNIX_EPOCH).map_or(0.0, |time| time.as_secs_f64());
     let mut num_lost = 0;
-    let mut next = Some((0, encode::cleared(now())));
-    while let Some((number, batch)) = next {
-        kept.lock().expect("no holder of this lock panics: this is a bug").push(number, batch.clone());
-        // A reader that is too slow loses what it cannot take, and asks for it again.
-        if let Err(error) = socket.send(message([topic.clone(), number_frame(number), batch])).await {
-            tracing::warn!(%error, "a batch of KV events could not be sent");
-        }
+    latest.push(0, encode::cleared(now()));
+    while let Some(batch) = outgoing.batches.recv().await {
+        latest.push(batch.number, encode::batch(now(), &batch.events, block_size));
         let lost = outgoing.num_lost.load(Ordering::Relaxed);
         if lost > num_lost {
             tracing::warn!("{} batches of KV events were lost: they came too fast", lost - num_lost);
             num_lost = lost;
         }
-        next = outgoing
-            .batches
-            .recv()
-            .await
-            .map(|batch| (batch.number, encode::batch(now(), &batch.events, block_size)));
     }
 }
 
-async fn answer_replays(mut socket: RouterSocket, kept: Arc<Mutex<Kept>>) {
+/// Sends what comes from a subscription on. One that is too slow loses the oldest, which it sees by the numbers.
+async fn serve_subscriber(stream: TcpStream, topic: Bytes, latest: Arc<Latest>) -> io::Result<()> {
+    let mut peer = Peer::accept(stream, SocketType::Pub).await?;
+    // There is one topic: of what may be subscribed to, only its own beginnings matter. These are few, whatever
+    // a peer sends.
+    let mut prefixes = BTreeSet::new();
+    let mut place = latest.end();
+    let mut num_lost = 0;
     loop {
-        let request = match socket.recv().await {
-            Ok(request) => request.into_vec(),
-            Err(error) => {
-                tracing::debug!(%error, "a request for KV events could not be read");
-                // It may say so again at once.
-                tokio::time::sleep(Duration::from_millis(100)).await;
+        let (is_subscription, prefix) = tokio::select! {
+            received = peer.receive() => match received? {
+                Received::Subscribe(prefix) => (true, prefix),
+                Received::Cancel(prefix) => (false, prefix),
+                Received::Message(frames) => match frames.as_slice() {
+                    [frame] if frame.first() == Some(&1) => (true, frame[1..].to_vec()),
+                    [frame] if frame.first() == Some(&0) => (false, frame[1..].to_vec()),
+                    _ => continue,
+                },
+                Received::Ping(context) => {
+                    peer.pong(&context).await?;
+                    continue;
+                }
+                Received::Other => continue,
+            },
+            (number, batch) = latest.next(&mut place), if !prefixes.is_empty() => {
+                // Told of as it doubles: it may go on at every message.
+                if place.num_lost > 2 * num_lost {
+                    num_lost = place.num_lost;
+                    tracing::warn!("a reader of KV events is slow: it has lost {num_lost} batches");
+                }
+                peer.send(&[&topic, &number.to_be_bytes()], batch).await?;
                 continue;
             }
         };
-        let [reader, delimiter, start] = request.as_slice() else { continue };
-        let Ok(start) = <[u8; 8]>::try_from(start.as_ref()) else { continue };
-        let answer = async {
-            let mut start = u64::from_be_bytes(start);
-            loop {
-                let batch = kept.lock().expect("no holder of this lock panics: this is a bug").from(start);
-                let Some((number, batch)) = batch else { break };
-                start = number + 1;
-                let frames = [reader.clone(), delimiter.clone(), number_frame(number), batch];
-                send_in_time(&mut socket, message(frames)).await?;
-            }
-            let end = [reader.clone(), delimiter.clone(), Bytes::from_static(&END), Bytes::new()];
-            send_in_time(&mut socket, message(end)).await
-        };
-        if let Err(error) = answer.await {
-            tracing::debug!(error, "a reader of KV events left during a replay");
+        if !topic.starts_with(&prefix) {
+            continue;
+        }
+        if !is_subscription {
+            prefixes.remove(&prefix.len());
+        } else if prefixes.is_empty() {
+            place.skip_to(&latest.end());
+            prefixes.insert(prefix.len());
+        } else {
+            prefixes.insert(prefix.len());
         }
     }
 }
 
-async fn send_in_time(socket: &mut RouterSocket, message: ZmqMessage) -> Result<(), String> {
-    match tokio::time::timeout(REPLAY_PATIENCE, socket.send(message)).await {
-        Ok(sent) => sent.map_err(|error| error.to_string()),
-        Err(_) => Err("it takes too long".to_owned()),
+/// Answers one reader's requests, one after the other.
+async fn answer_replays(stream: TcpStream, latest: Arc<Latest>) -> io::Result<()> {
+    let mut peer = Peer::accept(stream, SocketType::Router).await?;
+    loop {
+        match timeout(REPLAY_IDLE_TIME, peer.receive()).await?? {
+            Received::Message(request) => {
+                timeout(REPLAY_TIME, replay(&mut peer, &request, &latest)).await??;
+            }
+            Received::Ping(context) => peer.pong(&context).await?,
+            Received::Subscribe(_) | Received::Cancel(_) | Received::Other => {}
+        }
     }
+}
+
+/// Sends what is kept from the number on that is asked for, up to what there was at the time of the request:
+/// what comes after it is published too.
+async fn replay(peer: &mut Peer, request: &[Vec<u8>], latest: &Latest) -> io::Result<()> {
+    let [delimiter, start] = request else { return Ok(()) };
+    let Ok(start) = <[u8; 8]>::try_from(start.as_slice()) else { return Ok(()) };
+    let end = latest.end();
+    let mut place = latest.from(u64::from_be_bytes(start));
+    while place.is_before(&end) {
+        let Some((number, batch)) = latest.take(&mut place) else { break };
+        peer.send(&[delimiter, &number.to_be_bytes()], batch).await?;
+    }
+    peer.send(&[delimiter, &END], Bytes::new()).await
 }
 
 #[cfg(test)]
@@ -261,24 +267,5 @@ mod tests {
         for wrong in ["", "5557", "*:5557", "tcp://:5557", "tcp://*", "tcp://*:70000", "ipc:///tmp/x"] {
             assert!(endpoint(wrong).is_err(), "{wrong}");
         }
-    }
-
-    #[test]
-    fn the_latest_batches_are_kept() {
-        let mut kept = Kept::default();
-        for number in 0..MAX_KEPT_BATCHES as u64 + 5 {
-            if number != 8 {
-                kept.push(number, Bytes::from_static(b"ab"));
-            }
-        }
-        assert_eq!(kept.batches.len(), MAX_KEPT_BATCHES);
-        assert_eq!(kept.size_bytes, 2 * MAX_KEPT_BATCHES);
-        let first = |number| kept.from(number).map(|(number, _)| number);
-        assert_eq!((first(0), first(8), first(1_000_000)), (Some(4), Some(9), None));
-        let mut large = Kept::default();
-        for number in 0..3 {
-            large.push(number, vec![0; MAX_KEPT_BYTES / 2].into());
-        }
-        assert_eq!((large.batches.len(), large.from(0).map(|(number, _)| number)), (2, Some(1)));
     }
 }

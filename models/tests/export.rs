@@ -2,13 +2,13 @@
 //! with its tokenizer, its chat template and its end tokens; and what GGUF cannot say is refused.
 
 use std::path::{Path, PathBuf};
-use std::sync::Arc;
 
 use safetensors::SafeTensors;
 use serde_json::{Value, json};
-use tandem_kernels::ThreadPool;
 use tandem_models::export::to_gguf;
-use tandem_models::{BackendKind, ChatTemplate, Checkpoint, Dtype, FileType, ForwardBatch, Tokenizer, load};
+use tandem_models::{BackendKind, ChatTemplate, Checkpoint, Dtype, FileType, Tokenizer};
+
+mod support;
 
 /// As in `golden.rs`: f32 sums in another order, and factors of the rotation that were written as f32.
 const TOLERANCE: f32 = 1e-4;
@@ -97,17 +97,6 @@ fn golden(case: &str) -> (Vec<u32>, Vec<f32>) {
     )
 }
 
-fn logits(checkpoint: &Checkpoint, kind: BackendKind, tokens: &[u32]) -> Vec<f32> {
-    let mut model = load(checkpoint, kind, Arc::new(ThreadPool::new(2))).unwrap();
-    let num_blocks = tokens.len().div_ceil(4);
-    model.allocate_kv_cache(num_blocks, 4).unwrap();
-    let block_table: Vec<u32> = (0..num_blocks as u32).collect();
-    let (mut batch, mut logits) = (ForwardBatch::new(), Vec::new());
-    batch.push_sequence(tokens, 0, &block_table, 4, tokens.len());
-    model.forward(&batch, &mut logits).unwrap();
-    logits
-}
-
 fn distance(a: &[f32], b: &[f32]) -> f32 {
     assert_eq!(a.len(), b.len());
     a.iter().zip(b).fold(0.0, |worst: f32, (a, b)| worst.max((a - b).abs()))
@@ -121,7 +110,7 @@ fn same_model(case: &str, tokenizer: &Value) -> Result<(), String> {
     let file = out.path().join("model.gguf");
     to_gguf(folder.path(), FileType::F32, &file).map_err(|error| format!("{case}: {error}"))?;
     let (tokens, wanted) = golden(case);
-    let found = logits(&Checkpoint::open(&file).unwrap(), BackendKind::Cpu, &tokens);
+    let found = support::logits(&Checkpoint::open(&file).unwrap(), BackendKind::Cpu, &tokens);
     let distance = distance(&found, &wanted);
     if distance.is_nan() || distance > TOLERANCE {
         return Err(format!("{case}: logits differ by {distance}"));
@@ -179,7 +168,8 @@ fn a_written_file_is_stretched_as_its_folder() {
         assert_eq!(wanted.config.rope.scaling, found.config.rope.scaling, "{case}");
         assert_eq!(wanted.config.max_position_embeddings, found.config.max_position_embeddings, "{case}");
         let (tokens, _) = golden(case);
-        let logits = [&wanted, &found].map(|checkpoint| logits(checkpoint, BackendKind::Cpu, &tokens));
+        let logits =
+            [&wanted, &found].map(|checkpoint| support::logits(checkpoint, BackendKind::Cpu, &tokens));
         assert!(distance(&logits[0], &logits[1]) <= TOLERANCE, "{case}");
         if case == "llama_rope_llama3" {
             let error = Checkpoint::open_with(&file, Some(&"yarn:4".parse().unwrap())).unwrap_err();
@@ -208,7 +198,7 @@ fn packed_folders_are_written() {
         let types = |name: &String| checkpoint.weights.tensor(name).unwrap().dtype.name();
         assert!(names.iter().any(|name| types(name) == block), "{case}");
         let (tokens, wanted) = golden(case);
-        let found = distance(&logits(&checkpoint, BackendKind::Reference, &tokens), &wanted);
+        let found = distance(&support::logits(&checkpoint, BackendKind::Reference, &tokens), &wanted);
         assert!(found <= TOLERANCE, "{case}: {found}");
     }
 }

@@ -2,13 +2,13 @@
 //! values of all heads in one tensor, head sizes those of whole keys and values. They are the same models.
 
 use std::path::Path;
-use std::sync::Arc;
 
 use safetensors::SafeTensors;
-use tandem_kernels::ThreadPool;
 use tandem_models::weights::gguf::GgufBuilder;
 use tandem_models::weights::quantize::encode;
-use tandem_models::{BackendKind, Checkpoint, Dtype, FileType, ForwardBatch, load};
+use tandem_models::{BackendKind, Checkpoint, Dtype, FileType};
+
+mod support;
 
 const CASE: &str = "deepseek_v2";
 /// As in `golden.rs`: f32 sums in another order.
@@ -130,17 +130,6 @@ fn write(checkpoint: &Checkpoint, dtype: Dtype, to: &Path) {
     std::fs::write(to, writer.finish().unwrap()).unwrap();
 }
 
-fn logits(checkpoint: &Checkpoint, kind: BackendKind, tokens: &[u32]) -> Vec<f32> {
-    let mut model = load(checkpoint, kind, Arc::new(ThreadPool::new(2))).unwrap();
-    let num_blocks = tokens.len().div_ceil(4);
-    model.allocate_kv_cache(num_blocks, 4).unwrap();
-    let block_table: Vec<u32> = (0..num_blocks as u32).collect();
-    let (mut batch, mut logits) = (ForwardBatch::new(), Vec::new());
-    batch.push_sequence(tokens, 0, &block_table, 4, tokens.len());
-    model.forward(&batch, &mut logits).unwrap();
-    logits
-}
-
 fn distances(a: &[f32], b: &[f32]) -> Vec<f32> {
     assert_eq!(a.len(), b.len());
     let mut distances: Vec<f32> = a.iter().zip(b).map(|(a, b)| (a - b).abs()).collect();
@@ -164,7 +153,7 @@ fn files_of_before_the_absorbed_form_are_the_same_models() {
     let opened = Checkpoint::open(&path).unwrap();
     assert_eq!(opened.config, checkpoint.config);
     for kind in [BackendKind::Cpu, BackendKind::Reference] {
-        let worst = distances(&logits(&opened, kind, &tokens), &wanted).pop().unwrap();
+        let worst = distances(&support::logits(&opened, kind, &tokens), &wanted).pop().unwrap();
         assert!(worst <= TOLERANCE, "{kind:?}: {worst}");
     }
 
@@ -173,7 +162,7 @@ fn files_of_before_the_absorbed_form_are_the_same_models() {
     let mut quantized = checkpoint;
     quantized.quantize = Some(FileType::Q8_0);
     for kind in [BackendKind::Cpu, BackendKind::Reference] {
-        let distances = distances(&logits(&quantized, kind, &tokens), &wanted);
+        let distances = distances(&support::logits(&quantized, kind, &tokens), &wanted);
         let most = distances[distances.len() * 9 / 10];
         assert!(most <= 0.5 && most > 0.0, "{kind:?}: {most}");
     }

@@ -2,13 +2,13 @@
 //! the same, bit for bit, and computes what transformers computes for that one.
 
 use std::path::{Path, PathBuf};
-use std::sync::Arc;
 
 use safetensors::SafeTensors;
 use serde_json::{Value, json};
-use tandem_kernels::ThreadPool;
-use tandem_models::{BackendKind, Checkpoint, ForwardBatch, ModelError, RopeOverride, RopeScaling, load};
+use tandem_models::{BackendKind, Checkpoint, ModelError, RopeOverride, RopeScaling};
 use tempfile::TempDir;
+
+mod support;
 
 /// As in `golden.rs`: f32 sums in another order.
 const TOLERANCE: f32 = 1e-4;
@@ -31,17 +31,6 @@ fn changed(case: &str, change: impl FnOnce(&mut Value)) -> TempDir {
 
 fn asked(text: &str) -> RopeOverride {
     text.parse().unwrap_or_else(|error| panic!("{text}: {error}"))
-}
-
-fn logits(checkpoint: &Checkpoint, tokens: &[u32]) -> Vec<f32> {
-    let mut model = load(checkpoint, BackendKind::Cpu, Arc::new(ThreadPool::new(1))).unwrap();
-    let num_blocks = tokens.len().div_ceil(4);
-    model.allocate_kv_cache(num_blocks, 4).unwrap();
-    let block_table: Vec<u32> = (0..num_blocks as u32).collect();
-    let (mut batch, mut logits) = (ForwardBatch::new(), Vec::new());
-    batch.push_sequence(tokens, 0, &block_table, 4, tokens.len());
-    model.forward(&batch, &mut logits).unwrap();
-    logits
 }
 
 fn golden(case: &str) -> (Vec<u32>, Vec<f32>) {
@@ -77,16 +66,20 @@ fn what_transformers_computes_with_a_scaling_comes_of_asking_for_it() {
         });
         let (tokens, wanted) = golden(case);
         let checkpoint = Checkpoint::open_with(plain.path(), Some(&asked(text))).unwrap();
-        let found = logits(&checkpoint, &tokens);
+        let found = support::logits(&checkpoint, BackendKind::Cpu, &tokens);
         let distance = found.iter().zip(&wanted).fold(0.0, |worst: f32, (a, b)| worst.max((a - b).abs()));
         assert!(distance <= TOLERANCE, "{case}: {distance}");
-        let without = logits(&Checkpoint::open(plain.path()).unwrap(), &tokens[..original.min(16)]);
+        let without = support::logits(
+            &Checkpoint::open(plain.path()).unwrap(),
+            BackendKind::Cpu,
+            &tokens[..original.min(16)],
+        );
         assert!(without.iter().zip(&wanted).any(|(a, b)| (a - b).abs() > 100.0 * TOLERANCE), "{case}");
         // The same bits as of the file that says it.
         let own = Checkpoint::open(&golden_dir(case)).unwrap();
         assert_eq!(checkpoint.config.rope, own.config.rope, "{case}");
         let bits = |logits: &[f32]| logits.iter().map(|logit| logit.to_bits()).collect::<Vec<_>>();
-        assert_eq!(bits(&found), bits(&logits(&own, &tokens)), "{case}");
+        assert_eq!(bits(&found), bits(&support::logits(&own, BackendKind::Cpu, &tokens)), "{case}");
     }
 }
 

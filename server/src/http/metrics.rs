@@ -10,13 +10,11 @@ use std::sync::Arc;
 use std::sync::atomic::AtomicI64;
 use std::time::{Duration, Instant};
 
-use axum::body::{Body, Bytes};
 use axum::extract::{MatchedPath, Request, State};
 use axum::middleware::Next;
 use axum::response::{IntoResponse, Response};
 use http::HeaderMap;
 use http::header::CONTENT_TYPE;
-use http_body::{Frame, SizeHint};
 use prometheus_client::collector::Collector;
 use prometheus_client::encoding::{DescriptorEncoder, EncodeLabelSet, EncodeMetric, text};
 use prometheus_client::metrics::counter::{ConstCounter, Counter};
@@ -33,6 +31,7 @@ use super::auth;
 use super::error::{ApiError, ErrorKind};
 use super::generation::Shared;
 use super::lanes::lane_name;
+use super::response_end::{CLIENT_LEFT, OnEnd, note_end};
 use super::state::{AppState, unix_seconds};
 
 /// Everything that `/metrics` shows.
@@ -219,7 +218,7 @@ pub(super) async fn measure(State(state): State<Arc<AppState>>, request: Request
         .map_or_else(|| "unmatched".to_owned(), |path| path.as_str().to_owned());
     let metrics = &state.metrics;
     metrics.in_flight.inc();
-    let mut guard = RequestGuard {
+    let guard = RequestGuard {
         in_flight: metrics.in_flight.clone(),
         seconds: metrics.request_seconds.get_or_create_owned(&RouteLabels { route: route.clone() }),
         status: CLIENT_LEFT,
@@ -227,19 +226,8 @@ pub(super) async fn measure(State(state): State<Arc<AppState>>, request: Request
         start: Instant::now(),
         requests: metrics.requests.clone(),
     };
-    let response = next.run(request).await;
-    let status = response.status().as_u16();
-    response.map(|inner| {
-        // Nobody polls a body that is empty.
-        if http_body::Body::is_end_stream(&inner) {
-            guard.status = status;
-        }
-        Body::new(MeasuredBody { inner, status, guard })
-    })
+    note_end(next.run(request).await, guard)
 }
-
-/// Nginx's code for a client that left before it had the whole answer.
-const CLIENT_LEFT: u16 = 499;
 
 struct RequestGuard {
     route: String,
@@ -260,34 +248,9 @@ impl Drop for RequestGuard {
     }
 }
 
-struct MeasuredBody {
-    inner: Body,
-    /// The response's.
-    status: u16,
-    guard: RequestGuard,
-}
-
-impl http_body::Body for MeasuredBody {
-    type Data = Bytes;
-    type Error = axum::Error;
-
-    fn poll_frame(
-        mut self: std::pin::Pin<&mut Self>,
-        cx: &mut std::task::Context<'_>,
-    ) -> std::task::Poll<Option<Result<Frame<Bytes>, axum::Error>>> {
-        let polled = std::pin::Pin::new(&mut self.inner).poll_frame(cx);
-        if matches!(polled, std::task::Poll::Ready(None)) || self.inner.is_end_stream() {
-            self.guard.status = self.status;
-        }
-        polled
-    }
-
-    fn is_end_stream(&self) -> bool {
-        self.inner.is_end_stream()
-    }
-
-    fn size_hint(&self) -> SizeHint {
-        self.inner.size_hint()
+impl OnEnd for RequestGuard {
+    fn ended(&mut self, status: u16) {
+        self.status = status;
     }
 }
 

@@ -28,6 +28,7 @@ pub mod openai;
 mod origin;
 mod prompt;
 mod request_id;
+mod response_end;
 mod responses;
 mod router;
 mod server;

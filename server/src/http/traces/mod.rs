@@ -14,15 +14,14 @@ mod otlp;
 use std::sync::{Arc, Mutex};
 use std::time::{Instant, SystemTime};
 
-use axum::body::{Body, Bytes};
 use axum::extract::{MatchedPath, Request, State};
 use axum::middleware::Next;
 use axum::response::Response;
 use http::Method;
-use http_body::{Frame, SizeHint};
 
 use super::error::ApiError;
 use super::generation::{Account, EndReason};
+use super::response_end::{CLIENT_LEFT, OnEnd, note_end};
 use super::state::AppState;
 use context::TraceContext;
 pub use exporter::{CollectorUrl, CollectorUrlError, Exporting, Tracer};
@@ -77,9 +76,6 @@ struct Span {
     work: Option<ModelWork>,
 }
 
-/// Nginx's code for a client that left before it had the whole answer.
-const CLIENT_LEFT: u16 = 499;
-
 /// Stands behind the check of keys, so that nobody without one makes spans.
 pub(super) async fn trace(State(state): State<Arc<AppState>>, request: Request, next: Next) -> Response {
     let Some(tracer) = state.tracer.clone().filter(|_| request.method() == Method::POST) else {
@@ -106,17 +102,11 @@ pub(super) async fn trace(State(state): State<Arc<AppState>>, request: Request, 
         since: Instant::now(),
     };
     let mut response = next.run(request).await;
-    let status = response.status().as_u16();
     open.record = response.extensions_mut().remove::<WorkRecord>();
     if let Some(span) = &mut open.span {
         span.error = response.extensions().get::<ApiError>().map(|error| error.kind.name());
     }
-    response.map(|inner| {
-        if http_body::Body::is_end_stream(&inner) {
-            open.ended(status);
-        }
-        Body::new(TracedBody { inner, status, open })
-    })
+    note_end(response, open)
 }
 
 /// Sends its span when it is dropped.
@@ -128,7 +118,7 @@ struct OpenSpan {
     since: Instant,
 }
 
-impl OpenSpan {
+impl OnEnd for OpenSpan {
     fn ended(&mut self, status: u16) {
         if let Some(span) = &mut self.span {
             span.status = status;
@@ -143,37 +133,5 @@ impl Drop for OpenSpan {
         span.end = span.start + self.since.elapsed();
         span.work = self.record.as_ref().map(WorkRecord::take);
         self.tracer.send(span);
-    }
-}
-
-struct TracedBody {
-    inner: Body,
-    /// The response's.
-    status: u16,
-    open: OpenSpan,
-}
-
-impl http_body::Body for TracedBody {
-    type Data = Bytes;
-    type Error = axum::Error;
-
-    fn poll_frame(
-        mut self: std::pin::Pin<&mut Self>,
-        cx: &mut std::task::Context<'_>,
-    ) -> std::task::Poll<Option<Result<Frame<Bytes>, axum::Error>>> {
-        let polled = std::pin::Pin::new(&mut self.inner).poll_frame(cx);
-        if matches!(polled, std::task::Poll::Ready(None)) || self.inner.is_end_stream() {
-            let status = self.status;
-            self.open.ended(status);
-        }
-        polled
-    }
-
-    fn is_end_stream(&self) -> bool {
-        self.inner.is_end_stream()
-    }
-
-    fn size_hint(&self) -> SizeHint {
-        self.inner.size_hint()
     }
 }

@@ -310,7 +310,7 @@ vector_kernels!(
 vector_kernels!(
     NeonDot, Isa::NeonDot, "neon", crate::simd::neon::Neon<true>,
     matmul: { rows: 6 },
-    quantized: { rows: [1, 2, 3, 4, 5], many: 5, two_panels: false, features: "neon,dotprod" },
+    quantized: { rows: [1, 2, 3, 4, 5, 6], many: 6, two_panels: false, features: "neon,dotprod" },
     attention: {
         1 rows: 2 vectors, 2 rows: 2 vectors, 3 rows: 1 vectors, 4 rows: 1 vectors,
         5 rows: 1 vectors, 6 rows: 1 vectors

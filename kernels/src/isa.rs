@@ -169,6 +169,12 @@ mod tests {
     }
 
     #[test]
+    fn what_the_environment_asks_for_is_there() {
+        detect().expect("run the tests with an instruction set that this processor has, or with none");
+        assert!(cfg!(not(target_arch = "aarch64")) || Isa::Neon.is_available(), "all 64-bit Arm has NEON");
+    }
+
+    #[test]
     fn an_available_choice_is_taken_and_a_missing_one_names_the_best() {
         for isa in Isa::ALL {
             match choose(isa.name()) {

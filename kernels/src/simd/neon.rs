@@ -29,7 +29,9 @@ fn both<A: Copy, B: Copy, C>(a: [A; 4], b: [B; 4], op: impl Fn(A, B) -> C) -> [C
 #[inline(always)]
 pub(crate) fn prefetch(at: *const u8) {
     // SAFETY: every processor has the instruction; it is a hint, and faults on no address.
-    unsafe { asm!("prfm pldl1keep, [{at}]", at = in(reg) at, options(nomem, nostack, preserves_flags)) }
+    unsafe {
+        asm!("prfm pldl1keep, [{at}]", at = in(reg) at.addr(), options(nomem, nostack, preserves_flags))
+    }
 }
 
 /// Four f16.

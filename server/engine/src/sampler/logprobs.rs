@@ -1,5 +1,7 @@
 //! Log-probabilities of the model's own distribution: log-softmax of the untouched logits.
 
+use tandem_kernels::sampling::log_sum_exp;
+
 use crate::api::{TokenId, TokenLogprobs};
 
 /// Scratch for picking the likeliest tokens.
@@ -11,9 +13,7 @@ pub(crate) struct LogprobScratch {
 impl LogprobScratch {
     /// The log-probability of `chosen` and of the `num_top` likeliest tokens.
     pub(crate) fn compute(&mut self, logits: &[f32], chosen: TokenId, num_top: usize) -> TokenLogprobs {
-        let max = logits.iter().copied().fold(f32::NEG_INFINITY, f32::max);
-        let sum: f64 = logits.iter().map(|&l| f64::from(l - max).exp()).sum();
-        let log_sum = f64::from(max) + sum.ln();
+        let log_sum = log_sum_exp(logits);
         let logprob = |logit: f32| (f64::from(logit) - log_sum) as f32;
         let num_top = num_top.min(logits.len());
         let mut top = Vec::with_capacity(num_top);

@@ -10,30 +10,68 @@ use crate::api::{SamplingParams, TokenId};
 /// More than any rounding of a logit over a temperature.
 const SLACK: f64 = 1e-3;
 
-/// Candidates of a draw; buffers that are used again and again.
+/// The likeliest first; of equal logits the lower id.
+fn by_rank(a: &(TokenId, f32), b: &(TokenId, f32)) -> std::cmp::Ordering {
+    b.1.total_cmp(&a.1).then(a.0.cmp(&b.0))
+}
+
+/// Some tokens of a row; buffers that are used again and again.
 #[derive(Debug, Default)]
-pub(super) struct Candidates {
-    /// Likeliest first; of equal logits the lower id.
-    ranked: Vec<(TokenId, f32)>,
-    /// In the order of ids.
-    weights: Vec<f64>,
+pub(super) struct Ranking {
+    tokens: Vec<(TokenId, f32)>,
     /// Of chunks of the row.
     maxima: Vec<f32>,
 }
 
-/// The likeliest first.
-fn by_rank(a: &(TokenId, f32), b: &(TokenId, f32)) -> std::cmp::Ordering {
-    b.1.total_cmp(&a.1).then(a.0.cmp(&b.0))
+impl Ranking {
+    /// The `num_top` likeliest tokens, in order; fewer where not so many logits are above negative infinity.
+    pub(super) fn top(&mut self, logits: &[f32], num_top: usize) -> &[(TokenId, f32)] {
+        self.take_top(logits, num_top);
+        self.tokens.sort_unstable_by(by_rank);
+        &self.tokens
+    }
+
+    /// The same tokens in any order.
+    fn take_top(&mut self, logits: &[f32], num_top: usize) {
+        self.tokens.clear();
+        if num_top == 0 {
+            return;
+        }
+        self.maxima.clear();
+        maxima(logits, &mut self.maxima);
+        let mut least = f32::NEG_INFINITY;
+        if num_top <= self.maxima.len() {
+            // So many chunks have a token that is at least this likely.
+            least = *self.maxima.select_nth_unstable_by(num_top - 1, |a, b| b.total_cmp(a)).1;
+        }
+        self.take_from(logits, least);
+        if num_top < self.tokens.len() {
+            self.tokens.select_nth_unstable_by(num_top - 1, by_rank);
+            self.tokens.truncate(num_top);
+        }
+    }
+
+    /// Tokens whose logit is at least `least`, and above negative infinity, in the order of their ids.
+    fn take_from(&mut self, logits: &[f32], least: f32) {
+        self.tokens.clear();
+        collect(logits, least.max(f32::MIN), &mut self.tokens);
+    }
+}
+
+/// Candidates of a draw; buffers that are used again and again.
+#[derive(Debug, Default)]
+pub(super) struct Candidates {
+    ranking: Ranking,
+    /// In the order of ids.
+    weights: Vec<f64>,
 }
 
 impl Candidates {
     /// Scratch for a vocabulary of `vocab_size` tokens.
     pub(super) fn new(vocab_size: usize) -> Self {
-        Candidates {
-            ranked: Vec::with_capacity(vocab_size),
-            weights: Vec::new(),
-            maxima: Vec::with_capacity(vocab_size.div_ceil(MAXIMUM_OF)),
-        }
+        let tokens = Vec::with_capacity(vocab_size);
+        let maxima = Vec::with_capacity(vocab_size.div_ceil(MAXIMUM_OF));
+        Candidates { ranking: Ranking { tokens, maxima }, weights: Vec::new() }
     }
 
     /// The tokens that stay, likeliest first; at least one, if a logit is above negative infinity.
@@ -45,17 +83,18 @@ impl Candidates {
     ) -> &[(TokenId, f32)] {
         let max = logits[argmax(logits)];
         let weight = |logit: f32| (f64::from(logit - max) * inverse_temperature).exp();
+        let Candidates { ranking, weights } = self;
         let top_k = params.top_k as usize;
         // What top-p is a share of.
         let mut total = 0.0;
         if top_k > 0 {
-            self.take_top(logits, top_k);
+            ranking.take_top(logits, top_k);
             if params.top_p < 1.0 {
                 // In id order, so that the sum does not depend on how the selection moved things.
-                self.ranked.sort_unstable_by_key(|c| c.0);
-                self.weights.clear();
-                self.weights.extend(self.ranked.iter().map(|c| weight(c.1)));
-                total = self.weights.iter().sum();
+                ranking.tokens.sort_unstable_by_key(|c| c.0);
+                weights.clear();
+                weights.extend(ranking.tokens.iter().map(|c| weight(c.1)));
+                total = weights.iter().sum();
             }
         } else {
             let mut least = f64::from(params.min_p);
@@ -65,46 +104,23 @@ impl Candidates {
                 least = least.max((1.0 - f64::from(params.top_p)) * total / logits.len() as f64);
             }
             let least = f64::from(max) + (least.ln() - SLACK) / inverse_temperature;
-            self.take_from(logits, (least as f32).next_down());
+            ranking.take_from(logits, (least as f32).next_down());
         }
-        self.ranked.sort_unstable_by(by_rank);
+        ranking.tokens.sort_unstable_by(by_rank);
         if params.top_p < 1.0 {
             let wanted = f64::from(params.top_p) * total;
             let mut sum = 0.0;
-            let last = self.ranked.iter().position(|c| {
+            let last = ranking.tokens.iter().position(|c| {
                 sum += weight(c.1);
                 sum >= wanted
             });
-            self.ranked.truncate(last.map_or(self.ranked.len(), |last| last + 1));
+            ranking.tokens.truncate(last.map_or(ranking.tokens.len(), |last| last + 1));
         }
         if params.min_p > 0.0 {
             let least = f64::from(params.min_p);
-            let keep = self.ranked.partition_point(|c| weight(c.1) >= least);
-            self.ranked.truncate(keep.max(1));
+            let keep = ranking.tokens.partition_point(|c| weight(c.1) >= least);
+            ranking.tokens.truncate(keep.max(1));
         }
-        &self.ranked
-    }
-
-    /// The `top_k` likeliest tokens, in any order.
-    fn take_top(&mut self, logits: &[f32], top_k: usize) {
-        self.maxima.clear();
-        maxima(logits, &mut self.maxima);
-        let mut least = f32::NEG_INFINITY;
-        if top_k <= self.maxima.len() {
-            // So many chunks have a token that is at least this likely.
-            let descending = |a: &f32, b: &f32| b.total_cmp(a);
-            least = *self.maxima.select_nth_unstable_by(top_k - 1, descending).1;
-        }
-        self.take_from(logits, least);
-        if top_k < self.ranked.len() {
-            self.ranked.select_nth_unstable_by(top_k - 1, by_rank);
-            self.ranked.truncate(top_k);
-        }
-    }
-
-    /// Tokens whose logit is at least `least`, and above negative infinity, in the order of their ids.
-    fn take_from(&mut self, logits: &[f32], least: f32) {
-        self.ranked.clear();
-        collect(logits, least.max(f32::MIN), &mut self.ranked);
+        &ranking.tokens
     }
 }

@@ -4,6 +4,7 @@
 use crate::isa::Isa;
 use crate::matmul::quantized;
 use crate::pack::memory::Line;
+use crate::sampling::choice::{Best, Mass, Race};
 use crate::{attention, experts, gate, head_norm, layer_norm, matmul, norm, roof, rope, sampling, scaling};
 
 /// One compiled version of every kernel.
@@ -23,6 +24,11 @@ pub(crate) struct Kernels {
     pub(crate) argmax: unsafe fn(&[f32]) -> usize,
     pub(crate) all_finite: unsafe fn(&[f32]) -> bool,
     pub(crate) exp_sub: unsafe fn(x: &[f32], max: f32, out: &mut [f32]),
+    pub(crate) greatest: unsafe fn(logits: &[f32], first: u32, best: &mut Best),
+    pub(crate) race: unsafe fn(logits: &[f32], first: u32, race: &Race, best: &mut Best),
+    pub(crate) mass: unsafe fn(logits: &[f32], factor: f32) -> Mass,
+    pub(crate) maxima: unsafe fn(logits: &[f32], out: &mut Vec<f32>),
+    pub(crate) collect: unsafe fn(logits: &[f32], least: f32, out: &mut Vec<(u32, f32)>),
     pub(crate) read: unsafe fn(&[Line]) -> u64,
     pub(crate) dot_products: unsafe fn(rounds: usize) -> i32,
     pub(crate) multiply_adds: unsafe fn(rounds: usize) -> f32,
@@ -48,6 +54,11 @@ static SCALAR: Kernels = Kernels {
     argmax: sampling::scalar::argmax,
     all_finite: sampling::scalar::all_finite,
     exp_sub: sampling::scalar::exp_sub,
+    greatest: sampling::scalar::greatest,
+    race: sampling::scalar::race,
+    mass: sampling::scalar::mass,
+    maxima: sampling::scalar::maxima,
+    collect: sampling::scalar::collect,
     read: roof::scalar::read,
     dot_products: roof::scalar::dot_products,
     multiply_adds: roof::scalar::multiply_adds,
@@ -183,6 +194,10 @@ macro_rules! vector_kernels {
                 rope = rope::vector::rope(head: &mut [f32], cos: &[f32], sin: &[f32]);
                 merge = attention::vector::merge(parts: &[f32], sink: Option<f32>, out: &mut [f32]);
                 exp_sub = sampling::vector::exp_sub(x: &[f32], max: f32, out: &mut [f32]);
+                greatest = sampling::vector::greatest(logits: &[f32], first: u32, best: &mut Best);
+                race = sampling::vector::race(logits: &[f32], first: u32, race: &Race, best: &mut Best);
+                maxima = sampling::vector::maxima(logits: &[f32], out: &mut Vec<f32>);
+                collect = sampling::vector::collect(logits: &[f32], least: f32, out: &mut Vec<(u32, f32)>);
                 layer_norm = layer_norm::vector::layer_norm(
                     x: &[f32], weight: &[f32], bias: &[f32], eps: f32, out: &mut [f32]
                 );
@@ -230,6 +245,12 @@ macro_rules! vector_kernels {
                 unsafe { sampling::vector::all_finite::<$simd>(values) }
             }
 
+            #[target_feature(enable = $features)]
+            unsafe fn mass(logits: &[f32], factor: f32) -> Mass {
+                // SAFETY: the caller's promise.
+                unsafe { sampling::vector::mass::<$simd>(logits, factor) }
+            }
+
             const KERNELS: Kernels = Kernels {
                 isa: $isa,
                 matmul: matmul::vector::matmul::<$table>,
@@ -243,6 +264,11 @@ macro_rules! vector_kernels {
                 argmax: Self::argmax,
                 all_finite: Self::all_finite,
                 exp_sub: Self::exp_sub,
+                greatest: Self::greatest,
+                race: Self::race,
+                mass: Self::mass,
+                maxima: Self::maxima,
+                collect: Self::collect,
                 read: Self::read,
                 dot_products: Self::dot_products,
                 multiply_adds: Self::multiply_adds,

@@ -2,8 +2,10 @@
 //! the other, with offsets. Built by the engine, read by [`crate::Model::forward`]. Buffers keep
 //! their capacity between passes, so building a batch does not allocate in the steady state.
 
+use crate::outputs::Wanted;
+
 /// One pass over `num_seqs` sequences of any mix of prefill, decode and verification.
-#[derive(Clone, Debug, Default, PartialEq, Eq)]
+#[derive(Clone, Debug, Default, PartialEq)]
 pub struct ForwardBatch {
     /// `[num_tokens]`
     pub token_ids: Vec<u32>,
@@ -21,6 +23,11 @@ pub struct ForwardBatch {
     pub block_table_offsets: Vec<u32>,
     /// Rows whose logits are wanted, ascending. Only these pass through the head.
     pub logits_rows: Vec<u32>,
+    /// `[logits_rows.len()]`: what is wanted of each; a row of which one token is wanted is never written to memory,
+    /// where the backend can do without.
+    pub wanted: Vec<Wanted>,
+    /// Ids below this are tokens, of which those are chosen; logits beyond are padding.
+    pub num_token_ids: usize,
     /// Rows whose last hidden state is wanted, ascending; see [`crate::Model::hidden_states`]. They need no
     /// logits.
     pub hidden_rows: Vec<u32>,
@@ -49,12 +56,14 @@ impl ForwardBatch {
         self.block_table_offsets.clear();
         self.block_table_offsets.push(0);
         self.logits_rows.clear();
+        self.wanted.clear();
+        self.num_token_ids = usize::MAX;
         self.hidden_rows.clear();
         self.short_head = false;
     }
 
     /// Appends `tokens`, which stand at `start_position..` of a sequence whose earlier tokens are in
-    /// the KV cache, and asks for the logits of the last `num_logits` of them.
+    /// the KV cache, and asks for the logits of the last `num_logits` of them, whole.
     ///
     /// # Panics
     /// If `block_table` does not cover the sequence's context, or `num_logits > tokens.len()`.
@@ -82,6 +91,15 @@ impl ForwardBatch {
         self.block_tables.extend_from_slice(&block_table[..num_blocks]);
         self.block_table_offsets.push(self.block_tables.len() as u32);
         self.logits_rows.extend((end - num_logits..end).map(|row| row as u32));
+        self.wanted.resize(self.logits_rows.len(), Wanted::Whole);
+    }
+
+    /// What is wanted of the rows that [`ForwardBatch::push_sequence`] asked for last; the last of them if `wanted` is
+    /// shorter.
+    pub fn want(&mut self, wanted: impl DoubleEndedIterator<Item = Wanted>) {
+        for (row, wanted) in self.wanted.iter_mut().rev().zip(wanted.rev()) {
+            *row = wanted;
+        }
     }
 
     /// Asks for the last hidden state of every token of the sequence that was pushed last.

@@ -5,12 +5,13 @@
 //! Query, key and value projections are one matrix, and so are gate and up: small models are bound by
 //! the number of operations, and larger ones lose nothing.
 
-use crate::backend::{Attention, Backend, Heads, Linear, Norm, Share};
+use crate::backend::{Attention, Backend, Heads, Norm, OutputHead, Share};
 use crate::batch::ForwardBatch;
 use crate::config::{DecoderConfig, NormKind, Positions};
 use crate::error::ModelError;
 use crate::kv_cache::{KvLayout, kv_bytes_per_token};
 use crate::model::{Model, WeightMemory};
+use crate::outputs::{Outputs, Wanted};
 use crate::rope::RopeTable;
 use crate::validate::Bounds;
 
@@ -40,9 +41,16 @@ pub struct Decoder<B: Backend> {
     cache: Option<Cache<B>>,
     workspace: Option<Workspace<B>>,
     pass: Pass,
-    /// Of the pass's batch.
-    hidden_rows: Vec<u32>,
+    asked: Asked,
     backend: B,
+}
+
+/// What the pass's batch asks for.
+#[derive(Default)]
+struct Asked {
+    hidden_rows: Vec<u32>,
+    wanted: Vec<Wanted>,
+    num_token_ids: usize,
 }
 
 /// The head over the first tokens of the vocabulary.
@@ -171,26 +179,24 @@ impl<B: Backend> Model for Decoder<B> {
     fn hidden_states(&mut self, hidden: &mut Vec<f32>) -> Result<(), ModelError> {
         hidden.clear();
         let Pass { shape, num_layers_done } = self.pass;
-        if self.hidden_rows.is_empty() || num_layers_done < self.weights.layers.len() {
+        if self.asked.hidden_rows.is_empty() || num_layers_done < self.weights.layers.len() {
             return Ok(());
         }
-        let Decoder { config, workspace, backend, .. } = self;
+        let Decoder { config, workspace, asked, backend, .. } = self;
         let width = config.hidden_size;
         backend.download(&ready(workspace).normed, shape.num_tokens * width, hidden)?;
         // They ascend, so none is overwritten before it is read.
-        for (to, &from) in self.hidden_rows.iter().enumerate() {
+        for (to, &from) in asked.hidden_rows.iter().enumerate() {
             let from = from as usize * width;
             hidden.copy_within(from..from + width, to * width);
         }
-        hidden.truncate(self.hidden_rows.len() * width);
+        hidden.truncate(asked.hidden_rows.len() * width);
         Ok(())
     }
 
-    fn finish(&mut self, logits: &mut Vec<f32>) -> Result<(), ModelError> {
+    fn finish(&mut self) -> Result<Outputs<'_>, ModelError> {
         let Pass { shape, .. } = std::mem::take(&mut self.pass);
-        self.head(shape, logits)?;
-        self.spread_logits(logits);
-        Ok(())
+        self.outputs(shape)
     }
 }
 
@@ -219,7 +225,9 @@ impl<B: Backend> Decoder<B> {
             short_head: batch.short_head,
         };
         self.backend.upload(batch, &mut cache.inputs)?;
-        self.hidden_rows.clone_from(&batch.hidden_rows);
+        self.asked.hidden_rows.clone_from(&batch.hidden_rows);
+        self.asked.wanted.clone_from(&batch.wanted);
+        self.asked.num_token_ids = batch.num_token_ids;
         self.reserve(shape)?;
         Ok(shape)
     }
@@ -290,31 +298,33 @@ impl<B: Backend> Decoder<B> {
     }
 
     /// The head, and the one moment at which the host waits.
-    fn head(&mut self, shape: PassShape, logits: &mut Vec<f32>) -> Result<(), ModelError> {
+    fn outputs(&mut self, shape: PassShape) -> Result<Outputs<'_>, ModelError> {
         if shape.num_logits_rows == 0 {
-            logits.clear();
-            return Ok(());
+            return Ok(Outputs::default());
         }
         let num_outputs = self.num_outputs();
-        let Decoder { config, weights, short_head, workspace, cache, backend, .. } = self;
+        let Decoder { config, weights, start, short_head, workspace, cache, asked, backend, .. } = self;
         let ws = ready(workspace);
         if shape.keeps_rows && shape.num_logits_rows < shape.num_tokens {
             backend.pick_logits_rows(&ready(cache).inputs, config.hidden_size, &mut ws.normed)?;
         }
-        let (weight, num_tokens) = match short_head {
+        let (weight, num_outputs) = match short_head {
             Some(short) if shape.short_head => (&short.weight, short.num_tokens),
             _ => (weights.head(), num_outputs),
         };
-        let len = shape.num_logits_rows * num_tokens;
-        let head = Linear { weight, bias: None };
-        backend.matmul(shape.num_logits_rows, &ws.normed, head, &mut ws.logits)?;
-        if config.logits_scale != 1.0 {
-            backend.scale(len, &mut ws.logits, config.logits_scale)?;
+        let num_token_ids = asked.num_token_ids.min(num_outputs);
+        let (scale, soft_cap) = (config.logits_scale, config.logits_soft_cap);
+        let head = OutputHead { weight, num_outputs, num_token_ids, scale, soft_cap };
+        let Asked { wanted, num_token_ids, .. } = asked;
+        match start.as_mut().and_then(HeadStart::own_outputs) {
+            None => backend.outputs(&ws.normed, head, wanted, &mut ws.outputs),
+            Some(own) => {
+                own.all_whole.resize(wanted.len(), Wanted::Whole);
+                let outputs = backend.outputs(&ws.normed, head, &own.all_whole, &mut ws.outputs)?;
+                own.spread(outputs.logits, config.vocab_size);
+                Ok(own.spread.outputs(wanted, *num_token_ids))
+            }
         }
-        if let Some(cap) = config.logits_soft_cap {
-            backend.soft_cap(len, &mut ws.logits, cap)?;
-        }
-        backend.download(&ws.logits, len, logits)
     }
 
     /// Makes the workspace at least as large as the pass.

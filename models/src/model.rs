@@ -4,6 +4,7 @@
 use crate::batch::ForwardBatch;
 use crate::config::DecoderConfig;
 use crate::error::ModelError;
+use crate::outputs::Outputs;
 use crate::weights::{Dtype, TensorView};
 
 /// Weights as they were handed to the backend, after everything that loading made of them.
@@ -84,7 +85,7 @@ pub trait Model: Send {
         None
     }
 
-    /// Starts a pass that stores the batch's keys and values and yields the logits of its
+    /// Starts a pass that stores the batch's keys and values and yields what is wanted of its
     /// `logits_rows`. A pass that was not finished is forgotten; its keys and values may be half written.
     ///
     /// Does not allocate once it has seen a batch as large as this one.
@@ -113,19 +114,23 @@ pub trait Model: Send {
         Err(ModelError::Backend { context: "hidden states", reason })
     }
 
-    /// Ends the pass: overwrites `logits` with `[batch.logits_rows.len(), vocab_size]`, row-major.
+    /// Ends the pass: what was wanted of the batch's `logits_rows`. What a row gives is a function of its logits and of
+    /// [`Wanted`](crate::Wanted) alone: a token is the one that would be chosen of the whole row.
     ///
     /// # Errors
     /// As [`Model::advance`].
-    fn finish(&mut self, logits: &mut Vec<f32>) -> Result<(), ModelError>;
+    fn finish(&mut self) -> Result<Outputs<'_>, ModelError>;
 
-    /// Runs one pass from begin to finish.
+    /// Runs one pass from begin to finish and overwrites `logits` with the rows that are wanted whole.
     ///
     /// # Errors
     /// As [`Model::begin`].
     fn forward(&mut self, batch: &ForwardBatch, logits: &mut Vec<f32>) -> Result<(), ModelError> {
         self.begin(batch)?;
         while self.advance()? {}
-        self.finish(logits)
+        let outputs = self.finish()?;
+        logits.clear();
+        logits.extend_from_slice(outputs.logits);
+        Ok(())
     }
 }

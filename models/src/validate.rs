@@ -32,6 +32,10 @@ impl Bounds {
         below("block", &batch.block_tables, self.kv.num_blocks)?;
         below("logits row", &batch.logits_rows, num_tokens)?;
         below("hidden row", &batch.hidden_rows, num_tokens)?;
+        require(batch.wanted.len() == batch.logits_rows.len() && batch.num_token_ids > 0, || {
+            let (wanted, rows) = (batch.wanted.len(), batch.logits_rows.len());
+            format!("{wanted} wants of {rows} logits rows, of {} tokens", batch.num_token_ids)
+        })?;
         for (name, rows) in [("logits_rows", &batch.logits_rows), ("hidden_rows", &batch.hidden_rows)] {
             require(rows.is_sorted_by(|a, b| a < b), || format!("{name} {rows:?} are not ascending"))?;
         }
@@ -122,13 +126,15 @@ mod tests {
     #[test]
     fn every_bad_number_is_named() {
         type Break = fn(&mut ForwardBatch);
-        let cases: [(&str, Break); 13] = [
+        let cases: [(&str, Break); 15] = [
             ("token id 10", |batch| batch.token_ids[0] = 10),
             ("row 2 of sequence 0 has position 7", |batch| batch.positions[2] = 7),
             ("row 3 of sequence 1 has position 0 and slot 11", |batch| batch.slot_mapping[3] = 11),
             ("block 4", |batch| batch.block_tables[2] = 4),
             ("logits row 4", |batch| batch.logits_rows[1] = 4),
             ("ascending", |batch| batch.logits_rows[0] = 3),
+            ("1 wants of 2 logits rows", |batch| batch.wanted.truncate(1)),
+            ("of 0 tokens", |batch| batch.num_token_ids = 0),
             ("cu_seqlens_q", |batch| batch.cu_seqlens_q[1] = 5),
             ("block_table_offsets", |batch| batch.block_table_offsets[0] = 1),
             ("2 blocks for a context of 9", |batch| batch.context_lens[0] = 9),

@@ -39,13 +39,13 @@ fn load(case: &str, kind: BackendKind) -> (Box<dyn Model>, Vec<u32>) {
 
 /// Hidden states and logits of a pass.
 fn pass(model: &mut dyn Model, batch: &ForwardBatch) -> (Vec<f32>, Vec<f32>) {
-    let (mut hidden, mut logits) = (Vec::new(), Vec::new());
+    let mut hidden = Vec::new();
     model.begin(batch).unwrap();
     while model.advance().unwrap() {}
     if !batch.hidden_rows.is_empty() {
         model.hidden_states(&mut hidden).unwrap();
     }
-    model.finish(&mut logits).unwrap();
+    let logits = model.finish().unwrap().logits.to_vec();
     (hidden, logits)
 }
 

@@ -5,6 +5,7 @@
 //! and threads run over outputs only.
 
 pub mod gated;
+pub mod head;
 pub mod heads;
 pub mod quantized;
 pub(crate) mod scalar;

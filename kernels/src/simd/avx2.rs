@@ -3,6 +3,7 @@
 use std::arch::x86_64::*;
 
 use super::{Integers, Simd};
+use crate::sampling::noise::{BITS_TO_LOG2, FACTORS, GAMMA, LOG2_OF_ZERO, SHIFTS};
 
 /// Two `__m256` as [`Simd`]: lanes 0..8 and 8..16.
 #[derive(Clone, Copy)]
@@ -46,6 +47,49 @@ unsafe fn mask(len: usize) -> __m256i {
     unsafe {
         let lanes = _mm256_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7);
         _mm256_cmpgt_epi32(_mm256_set1_epi32(len as i32), lanes)
+    }
+}
+
+/// The low 64 bits of the products of four lanes with `factor`.
+///
+/// # Safety
+/// The processor has AVX2.
+#[inline(always)]
+unsafe fn mul_u64(x: __m256i, factor: u64) -> __m256i {
+    // SAFETY: the caller's promise.
+    unsafe {
+        let low = _mm256_set1_epi64x((factor & 0xffff_ffff) as i64);
+        let high = _mm256_set1_epi64x((factor >> 32) as i64);
+        let crossed =
+            _mm256_add_epi64(_mm256_mul_epu32(_mm256_srli_epi64::<32>(x), low), _mm256_mul_epu32(x, high));
+        _mm256_add_epi64(_mm256_mul_epu32(x, low), _mm256_slli_epi64::<32>(crossed))
+    }
+}
+
+/// Eight lanes of [`Simd::noise_log2`].
+///
+/// # Safety
+/// The processor has AVX2 and FMA.
+#[inline(always)]
+unsafe fn noise_log2(counter: u64) -> __m256 {
+    // SAFETY: the caller's promise.
+    unsafe {
+        let step = |lane: u64| GAMMA.wrapping_mul(lane) as i64;
+        let steps = _mm256_setr_epi64x(0, step(1), step(2), step(3));
+        let mixed = |counter: u64| {
+            let z = _mm256_add_epi64(_mm256_set1_epi64x(counter as i64), steps);
+            let z = _mm256_xor_si256(z, _mm256_srli_epi64::<{ SHIFTS[0] as i32 }>(z));
+            let z = mul_u64(z, FACTORS[0]);
+            let z = _mm256_xor_si256(z, _mm256_srli_epi64::<{ SHIFTS[1] as i32 }>(z));
+            // The last step of the generator leaves the upper 31 bits as they are.
+            _mm256_castsi256_ps(_mm256_srli_epi64::<33>(mul_u64(z, FACTORS[1])))
+        };
+        let (low, high) = (mixed(counter), mixed(counter.wrapping_add(GAMMA.wrapping_mul(4))));
+        // The lower halves of all lanes; shuffling works within 128 bits.
+        let halves = _mm256_castps_si256(_mm256_shuffle_ps::<0b10_00_10_00>(low, high));
+        let uniform = _mm256_permute4x64_epi64::<0b11_01_10_00>(halves);
+        let log2 = _mm256_cvtepi32_ps(_mm256_castps_si256(_mm256_cvtepi32_ps(uniform)));
+        _mm256_fmadd_ps(log2, _mm256_set1_ps(BITS_TO_LOG2), _mm256_set1_ps(LOG2_OF_ZERO))
     }
 }
 
@@ -222,6 +266,19 @@ impl Simd for Avx2 {
             let second = _mm256_movemask_ps(_mm256_cmp_ps::<_CMP_EQ_OQ>(self.1, other.1));
             (first | second << 8) as u32
         }
+    }
+
+    #[inline(always)]
+    unsafe fn at_least(self, other: Self) -> u32 {
+        unsafe {
+            let first = _mm256_movemask_ps(_mm256_cmp_ps::<_CMP_GE_OQ>(self.0, other.0));
+            let second = _mm256_movemask_ps(_mm256_cmp_ps::<_CMP_GE_OQ>(self.1, other.1));
+            (first | second << 8) as u32
+        }
+    }
+    #[inline(always)]
+    unsafe fn noise_log2(counter: u64) -> Self {
+        unsafe { Avx2(noise_log2(counter), noise_log2(counter.wrapping_add(GAMMA.wrapping_mul(8)))) }
     }
 
     #[inline(always)]

@@ -3,6 +3,7 @@
 use std::arch::x86_64::*;
 
 use super::{Integers, Simd};
+use crate::sampling::noise::{BITS_TO_LOG2, FACTORS, GAMMA, LOG2_OF_ZERO, SHIFTS};
 
 /// `__m512` as [`Simd`]; needs AVX-512 F, BW, DQ and VL.
 #[derive(Clone, Copy)]
@@ -108,6 +109,32 @@ impl Simd for Avx512 {
     #[inline(always)]
     unsafe fn equal(self, other: Self) -> u32 {
         unsafe { u32::from(_mm512_cmp_ps_mask::<_CMP_EQ_OQ>(self.0, other.0)) }
+    }
+
+    #[inline(always)]
+    unsafe fn at_least(self, other: Self) -> u32 {
+        unsafe { u32::from(_mm512_cmp_ps_mask::<_CMP_GE_OQ>(self.0, other.0)) }
+    }
+    #[inline(always)]
+    unsafe fn noise_log2(counter: u64) -> Self {
+        unsafe {
+            let lanes = _mm512_setr_epi64(0, 1, 2, 3, 4, 5, 6, 7);
+            let steps = _mm512_mullo_epi64(lanes, _mm512_set1_epi64(GAMMA as i64));
+            let mixed = |counter: u64| {
+                let z = _mm512_add_epi64(_mm512_set1_epi64(counter as i64), steps);
+                let z = _mm512_xor_si512(z, _mm512_srli_epi64::<{ SHIFTS[0] }>(z));
+                let z = _mm512_mullo_epi64(z, _mm512_set1_epi64(FACTORS[0] as i64));
+                let z = _mm512_xor_si512(z, _mm512_srli_epi64::<{ SHIFTS[1] }>(z));
+                let z = _mm512_mullo_epi64(z, _mm512_set1_epi64(FACTORS[1] as i64));
+                // The last step of the generator leaves the upper 31 bits as they are.
+                _mm512_cvtepi64_epi32(_mm512_srli_epi64::<33>(z))
+            };
+            let (low, high) = (mixed(counter), mixed(counter.wrapping_add(GAMMA.wrapping_mul(8))));
+            let uniform = _mm512_inserti64x4::<1>(_mm512_castsi256_si512(low), high);
+            let bits = _mm512_castps_si512(_mm512_cvtepi32_ps(uniform));
+            let log2 = Avx512(_mm512_cvtepi32_ps(bits));
+            log2.fma(Self::splat(BITS_TO_LOG2), Self::splat(LOG2_OF_ZERO))
+        }
     }
 
     #[inline(always)]

@@ -13,7 +13,9 @@ pub(crate) mod avx512;
 #[cfg(target_arch = "aarch64")]
 pub(crate) mod neon;
 
+use crate::LANES;
 use crate::math::{EXP_OVERFLOW, EXP_POLY, EXP_UNDERFLOW, LN2_HI, LN2_LO, LOG2_E, TANH_POLY, TANH_SMALL};
+use crate::sampling::noise::{self, GAMMA};
 
 /// Sixteen lanes of f32.
 ///
@@ -60,6 +62,26 @@ pub(crate) trait Simd: Copy {
     unsafe fn if_less(self, limit: Self, value: Self, other: Self) -> Self;
     /// A bit for every lane where `self == other`.
     unsafe fn equal(self, other: Self) -> u32;
+    /// A bit for every lane where `self >= other`; none where either is NaN.
+    unsafe fn at_least(self, other: Self) -> u32 {
+        let (mut these, mut others) = ([0.0f32; LANES], [0.0f32; LANES]);
+        // SAFETY: the caller's promise; the arrays have 16 elements.
+        unsafe {
+            self.store(these.as_mut_ptr());
+            other.store(others.as_mut_ptr());
+        }
+        (0..LANES).map(|lane| u32::from(these[lane] >= others[lane]) << lane).sum()
+    }
+
+    /// Bounds from below, good to 0.1, of `log2` of the numbers in (0, 1) that [`crate::sampling::noise`] makes of
+    /// `counter + GAMMA * lane`: at least -158, which stands for 0.
+    unsafe fn noise_log2(counter: u64) -> Self {
+        let bounds: [f32; LANES] = std::array::from_fn(|lane| {
+            noise::log2_bound(counter.wrapping_add(GAMMA.wrapping_mul(lane as u64)))
+        });
+        // SAFETY: the caller's promise; the array has 16 elements.
+        unsafe { Self::load(bounds.as_ptr()) }
+    }
 
     /// All lanes added, folded in halves.
     unsafe fn sum(self) -> f32;

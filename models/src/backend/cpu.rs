@@ -9,6 +9,7 @@ use std::sync::Arc;
 use tandem_kernels::attention::{PagedAttention, paged_attention};
 use tandem_kernels::kv::{self, KvRows, KvType, Values, write_kv};
 use tandem_kernels::matmul::gated::{FeedForward, feed_forward};
+use tandem_kernels::matmul::head;
 use tandem_kernels::matmul::heads::{HeadProducts, head_matmul};
 use tandem_kernels::pack::{WeightType, Weights};
 use tandem_kernels::pages::{PageWarmer, ZeroedPages};
@@ -16,13 +17,14 @@ use tandem_kernels::rope::{Rope, rope};
 use tandem_kernels::{PackedMatrix, ThreadPool, experts, gate, head_norm, layer_norm, matmul, norm, scaling};
 
 use super::{
-    Attention, Backend, Columns, ExpertLinear, GatedFeedForward, Heads, Linear, Norm, QkNormWeights, Rows,
-    Share,
+    Attention, Backend, Columns, ExpertLinear, GatedFeedForward, Heads, Linear, Norm, OutputHead, OutputRoom,
+    QkNormWeights, Rows, Share,
 };
 use crate::batch::ForwardBatch;
 use crate::config::{Activation, Experts, NormKind};
 use crate::error::ModelError;
 use crate::kv_cache::{KvLayout, try_zeros};
+use crate::outputs::{Outputs, Wanted};
 use crate::rope::RopeTable;
 use crate::weights::{Dtype, TensorView};
 
@@ -178,6 +180,28 @@ impl Backend for CpuBackend {
         out.clear();
         out.extend_from_slice(&x[..len]);
         Ok(())
+    }
+
+    /// Rows of which a token is wanted are chosen from as they are computed; whole rows are lent.
+    fn outputs<'a>(
+        &mut self,
+        x: &Vec<f32>,
+        head: OutputHead<'_, PackedMatrix>,
+        wanted: &[Wanted],
+        room: &'a mut OutputRoom<Vec<f32>>,
+    ) -> Result<Outputs<'a>, ModelError> {
+        let num_whole = wanted.iter().filter(|wanted| **wanted == Wanted::Whole).count();
+        let len = num_whole * head.num_outputs;
+        if num_whole == wanted.len() {
+            self.logits(num_whole, x, &head, &mut room.logits)?;
+            return Ok(Outputs { logits: &room.logits[..len], chosen: &[] });
+        }
+        let OutputHead { weight, num_token_ids, scale, soft_cap, .. } = head;
+        let x = &x[..wanted.len() * weight.in_features()];
+        let head = head::Head { weights: weight, scale, soft_cap, num_token_ids };
+        let OutputRoom { logits, head: scratch, .. } = room;
+        head::head(&self.pool, x, &head, wanted, scratch, &mut logits[..len]);
+        Ok(Outputs { logits: &logits[..len], chosen: scratch.chosen() })
     }
 
     fn embed(

@@ -3,9 +3,9 @@
 //!
 //! **Architecture invariant**: no operation here waits for the device or copies to the host. A pass is
 //! [`Backend::upload`], then any number of operations that are merely put in order, then
-//! [`Backend::download`]. So a backend may queue them on a stream or record them as a graph: which
-//! operations run, and on which buffers, depends only on the *counts* of a batch (tokens, logits
-//! rows), never on its contents, which reach the operations through [`Backend::Inputs`].
+//! [`Backend::outputs`], before it [`Backend::download`] if hidden states are wanted. So a backend may queue them on a
+//! stream or record them as a graph: which operations run, and on which buffers, depends only on the *counts* of a
+//! batch (tokens, logits rows), never on its contents, which reach the operations through [`Backend::Inputs`].
 //!
 //! Activations are f32 in row-major `[rows, width]`; a buffer may be longer than what an operation
 //! uses of it. Weights keep the element type of their file where the device can.
@@ -14,11 +14,13 @@ pub mod cpu;
 pub mod reference;
 
 use tandem_kernels::kv::{KvType, Values};
+use tandem_kernels::matmul::head::HeadRoom;
 
 use crate::batch::ForwardBatch;
 use crate::config::{Activation, DecoderConfig, Experts, NormKind};
 use crate::error::ModelError;
 use crate::kv_cache::KvLayout;
+use crate::outputs::{Outputs, Wanted, WholeRows};
 use crate::rope::RopeTable;
 use crate::weights::TensorView;
 
@@ -148,6 +150,42 @@ pub trait Backend: Send {
     /// Device to host: waits for the operations so far and overwrites `out` with the first `len`
     /// elements of `x`.
     fn download(&mut self, x: &Self::Buffer, len: usize, out: &mut Vec<f32>) -> Result<(), ModelError>;
+
+    /// The last product and what is made of it, and the moment at which the host waits: of every row of
+    /// `x: [wanted.len(), in_features]` what is wanted. `room` is for nothing else.
+    ///
+    /// As it stands here the device computes whole rows and the host chooses.
+    fn outputs<'a>(
+        &mut self,
+        x: &Self::Buffer,
+        head: OutputHead<'_, Self::Matrix>,
+        wanted: &[Wanted],
+        room: &'a mut OutputRoom<Self::Buffer>,
+    ) -> Result<Outputs<'a>, ModelError> {
+        let len = wanted.len() * head.num_outputs;
+        self.logits(wanted.len(), x, &head, &mut room.logits)?;
+        self.download(&room.logits, len, &mut room.rows.logits)?;
+        Ok(room.rows.outputs(wanted, head.num_token_ids))
+    }
+
+    /// `out` = the logits of `rows` rows of `x`, whole.
+    fn logits(
+        &mut self,
+        rows: usize,
+        x: &Self::Buffer,
+        head: &OutputHead<'_, Self::Matrix>,
+        out: &mut Self::Buffer,
+    ) -> Result<(), ModelError> {
+        let len = rows * head.num_outputs;
+        self.matmul(rows, x, Linear { weight: head.weight, bias: None }, out)?;
+        if head.scale != 1.0 {
+            self.scale(len, out, head.scale)?;
+        }
+        match head.soft_cap {
+            None => Ok(()),
+            Some(cap) => self.soft_cap(len, out, cap),
+        }
+    }
 
     /// `out[token] = table[token_ids[token]]` for every token of the pass.
     fn embed(
@@ -457,6 +495,32 @@ pub struct GatedFeedForward<'a, M, V> {
     pub activation: Activation,
     /// `[out_features, width]`
     pub down: Linear<'a, M, V>,
+}
+
+/// The output head.
+#[derive(Debug)]
+pub struct OutputHead<'a, M> {
+    /// `[num_outputs, in_features]`
+    pub weight: &'a M,
+    /// Logits of a row.
+    pub num_outputs: usize,
+    /// Of which the first so many are tokens; at most `num_outputs`.
+    pub num_token_ids: usize,
+    /// What logits are multiplied by.
+    pub scale: f32,
+    /// What they are capped at after that.
+    pub soft_cap: Option<f32>,
+}
+
+/// Room for [`Backend::outputs`].
+#[derive(Debug)]
+pub struct OutputRoom<B> {
+    /// `[rows, num_outputs]`
+    pub logits: B,
+    /// The host's copy of them, of backends that choose on the host.
+    pub rows: WholeRows,
+    /// Of those that choose as they compute.
+    pub head: HeadRoom,
 }
 
 /// A projection's parameters.

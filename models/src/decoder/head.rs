@@ -21,7 +21,7 @@ use tandem_kernels::kv::KvType;
 
 use super::load::Loader;
 use super::weights::{NormWeights, Weights};
-use super::{Decoder, Pass, PassShape, ready};
+use super::{Asked, Decoder, Pass, PassShape, ready};
 use crate::backend::{Backend, BackendKind, Columns, CpuBackend, Heads, Linear, ReferenceBackend, Rows};
 use crate::checkpoint::Checkpoint;
 use crate::error::ModelError;
@@ -29,6 +29,7 @@ use crate::family::Role;
 use crate::heads::{Features, Head, Input};
 use crate::kv_cache::KvLayout;
 use crate::model::{Model, WeightMemory};
+use crate::outputs::{Wanted, WholeRows};
 use crate::rope::row_order;
 
 /// A logit that is never drawn, and still a number.
@@ -45,9 +46,18 @@ pub(super) struct HeadStart<B: Backend> {
     features: Option<B::Buffer>,
     /// `[rows, 2 * hidden_size]`: normed embedding and features side by side.
     joined: Option<B::Buffer>,
-    /// The target's token of every output, where they are not the same ones.
-    to_target: Option<Vec<u32>>,
-    scratch: Vec<f32>,
+    /// Of a head whose outputs are some of the target's tokens.
+    own_outputs: Option<OwnOutputs>,
+}
+
+/// Outputs that are some of the target's tokens.
+pub(super) struct OwnOutputs {
+    /// The target's token of every output.
+    to_target: Vec<u32>,
+    /// Rows in the target's vocabulary.
+    pub(super) spread: WholeRows,
+    /// `[rows]`: the head's own rows, of which those are made.
+    pub(super) all_whole: Vec<Wanted>,
 }
 
 /// A head at its target.
@@ -122,7 +132,7 @@ impl<B: Backend> Decoder<B> {
             cache: None,
             workspace: None,
             pass: Pass::default(),
-            hidden_rows: Vec::new(),
+            asked: Asked::default(),
             backend,
             config,
         };
@@ -187,8 +197,7 @@ impl<B: Backend> Decoder<B> {
             projection: input,
             features: None,
             joined: None,
-            to_target: head.to_target.clone(),
-            scratch: Vec::new(),
+            own_outputs: head.to_target.clone().map(OwnOutputs::new),
         };
         Ok((Weights { embed, layers, final_norm, lm_head: Some(lm_head) }, start))
     }
@@ -318,26 +327,30 @@ impl<B: Backend> Decoder<B> {
 
     /// Rows of the output matrix.
     pub(super) fn num_outputs(&self) -> usize {
-        let own = self.start.as_ref().and_then(|start| start.to_target.as_ref());
-        own.map_or(self.config.vocab_size, Vec::len)
+        let own = self.start.as_ref().and_then(|start| start.own_outputs.as_ref());
+        own.map_or(self.config.vocab_size, |own| own.to_target.len())
     }
 
     /// True of a head whose outputs are some of the target's tokens.
     pub(super) fn has_own_vocabulary(&self) -> bool {
-        self.start.as_ref().is_some_and(|start| start.to_target.is_some())
+        self.start.as_ref().is_some_and(|start| start.own_outputs.is_some())
+    }
+}
+
+impl OwnOutputs {
+    fn new(to_target: Vec<u32>) -> Self {
+        OwnOutputs { to_target, spread: WholeRows::default(), all_whole: Vec::new() }
     }
 
-    /// Rows of a head's outputs as rows of the target's vocabulary; tokens that it has no output for are never
-    /// drawn.
-    pub(super) fn spread_logits(&mut self, logits: &mut Vec<f32>) {
-        let Some(HeadStart { to_target: Some(to_target), scratch, .. }) = &mut self.start else { return };
-        std::mem::swap(scratch, logits);
-        let num_rows = scratch.len() / to_target.len();
+    /// Makes of rows of the head's outputs rows of the target's vocabulary; tokens that it has no output for are
+    /// never drawn.
+    pub(super) fn spread(&mut self, outputs: &[f32], vocab_size: usize) {
+        let logits = &mut self.spread.logits;
         logits.clear();
-        logits.resize(num_rows * self.config.vocab_size, NEVER);
-        let rows = logits.chunks_exact_mut(self.config.vocab_size);
-        for (outputs, row) in scratch.chunks_exact(to_target.len()).zip(rows) {
-            for (&output, &id) in outputs.iter().zip(&*to_target) {
+        logits.resize(outputs.len() / self.to_target.len() * vocab_size, NEVER);
+        let rows = logits.chunks_exact_mut(vocab_size);
+        for (outputs, row) in outputs.chunks_exact(self.to_target.len()).zip(rows) {
+            for (&output, &id) in outputs.iter().zip(&self.to_target) {
                 row[id as usize] = output;
             }
         }
@@ -345,6 +358,11 @@ impl<B: Backend> Decoder<B> {
 }
 
 impl<B: Backend> HeadStart<B> {
+    /// Of a head whose outputs are some of the target's tokens.
+    pub(super) fn own_outputs(&mut self) -> Option<&mut OwnOutputs> {
+        self.own_outputs.as_mut()
+    }
+
     /// What the attention reads instead of the normed stream.
     pub(super) fn attention_input(&self) -> Option<&B::Buffer> {
         self.joined.as_ref().filter(|_| self.projection.is_none())

@@ -12,7 +12,7 @@ use super::weights::{
     AttentionWeights, Dense, ExpertProjection, FeedForward, LayerWeights, NormWeights, Projection,
     QkNormVectors, Weights,
 };
-use super::{Decoder, Pass};
+use super::{Asked, Decoder, Pass};
 use crate::backend::{Backend, BackendKind, CpuBackend, Heads, ReferenceBackend};
 use crate::checkpoint::Checkpoint;
 use crate::config::{DecoderConfig, Experts, NormKind, NormPlacement, QkNorm};
@@ -84,7 +84,7 @@ impl<B: Backend> Decoder<B> {
             cache: None,
             workspace: None,
             pass: Pass::default(),
-            hidden_rows: Vec::new(),
+            asked: Asked::default(),
             backend,
         })
     }

@@ -1,8 +1,11 @@
 //! The activations of a pass: allocated for the largest pass so far, used by all.
 
-use crate::backend::{Backend, Heads};
+use tandem_kernels::matmul::head::HeadRoom;
+
+use crate::backend::{Backend, Heads, OutputRoom};
 use crate::config::DecoderConfig;
 use crate::error::ModelError;
+use crate::outputs::WholeRows;
 
 /// Activations of one pass, `[rows, _]`.
 pub(super) struct Workspace<B: Backend> {
@@ -24,7 +27,7 @@ pub(super) struct Workspace<B: Backend> {
     /// The same after the nonlinearity.
     pub(super) activated: B::Buffer,
     /// `vocab_size`, for logits rows only.
-    pub(super) logits: B::Buffer,
+    pub(super) outputs: OutputRoom<B::Buffer>,
     pub(super) experts: Option<ExpertWorkspace<B>>,
 }
 
@@ -83,7 +86,11 @@ impl<B: Backend> Workspace<B> {
             },
             gate_up: rows_of(projections * ffn_width)?,
             activated: rows_of(ffn_width)?,
-            logits: backend.allocate_buffer(max_logits_rows * config.vocab_size)?,
+            outputs: OutputRoom {
+                logits: backend.allocate_buffer(max_logits_rows * config.vocab_size)?,
+                rows: WholeRows::default(),
+                head: HeadRoom::default(),
+            },
             experts: None,
         };
         let Some(experts) = &config.experts else { return Ok(buffers) };

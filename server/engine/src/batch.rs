@@ -11,6 +11,7 @@ use std::time::Duration;
 use tandem_models::{ForwardBatch, VocabMap};
 
 use crate::api::{Lane, SequenceId};
+use crate::rows::wanted;
 use crate::scheduler::Scheduler;
 use crate::sequence::{ModelRole, Sequence};
 
@@ -93,6 +94,7 @@ pub(crate) struct ScheduledSequence {
 pub(crate) struct ScheduledBatch {
     pub(crate) sequences: Vec<ScheduledSequence>,
     pub(crate) inputs: ForwardBatch,
+    num_token_ids: usize,
     /// Of the draft's passes, if it has another vocabulary than the deep lane's sequences.
     vocab_map: Option<Arc<VocabMap>>,
     /// Scratch: who may be in it, most urgent first.
@@ -157,9 +159,15 @@ impl Want {
 }
 
 impl ScheduledBatch {
-    /// For the draft's passes.
-    pub(crate) fn of_draft(vocab_map: Option<Arc<VocabMap>>) -> Self {
-        ScheduledBatch { vocab_map, ..ScheduledBatch::default() }
+    /// For passes of a model of whose vocabulary the first `num_token_ids` are tokens.
+    pub(crate) fn new(num_token_ids: usize, vocab_map: Option<Arc<VocabMap>>) -> Self {
+        ScheduledBatch { num_token_ids, vocab_map, ..ScheduledBatch::default() }
+    }
+
+    fn clear(&mut self) {
+        self.sequences.clear();
+        self.inputs.clear();
+        self.inputs.num_token_ids = self.num_token_ids;
     }
 
     /// Builds the pass. Makes sure of the blocks first, most urgent sequence first; others may be
@@ -171,8 +179,7 @@ impl ScheduledBatch {
         limits: &PassLimits,
         now: Duration,
     ) {
-        self.sequences.clear();
-        self.inputs.clear();
+        self.clear();
         let role = kind.role();
         let mut seats = std::mem::take(&mut self.seats);
         seats.clear();
@@ -233,13 +240,14 @@ impl ScheduledBatch {
                     () if role == ModelRole::Target => 1 + sequence.draft_tokens().len(),
                     () => 1,
                 };
-                self.push(seat, scheduler, want.computed, num_tokens, num_logits);
+                self.push(role, seat, scheduler, want.computed, num_tokens, num_logits);
             }
         }
     }
 
     fn push(
         &mut self,
+        role: ModelRole,
         seat: usize,
         scheduler: &Scheduler,
         start: usize,
@@ -264,6 +272,12 @@ impl ScheduledBatch {
             for id in &mut self.inputs.token_ids[first..] {
                 *id = map.to_draft(*id);
             }
+        } else {
+            // (Rows of another vocabulary are translated before a token is drawn.)
+            let proposes = role != sequence.lane.answered_by();
+            let num_provisional = if proposes { sequence.draft_tokens().len() } else { 0 };
+            let rows = num_provisional..num_provisional + num_logits;
+            self.inputs.want(rows.map(|after| wanted(sequence, after, proposes)));
         }
         let is_embedding = sequence.is_embedding();
         self.sequences.push(ScheduledSequence {
@@ -282,11 +296,10 @@ impl ScheduledBatch {
         role: ModelRole,
         scheduler: &Scheduler,
     ) {
-        self.sequences.clear();
-        self.inputs.clear();
+        self.clear();
         if let Some(sequence) = &scheduler.seats[scheduled.seat] {
             let start = sequence.num_computed(role);
-            self.push(scheduled.seat, scheduler, start, scheduled.num_tokens, scheduled.num_logits);
+            self.push(role, scheduled.seat, scheduler, start, scheduled.num_tokens, scheduled.num_logits);
         }
     }
 }

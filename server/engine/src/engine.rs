@@ -122,7 +122,6 @@ pub struct Engine {
     pub(crate) draft_batch: ScheduledBatch,
     /// The target's pass, which may be under way while the draft runs.
     pub(crate) target_batch: ScheduledBatch,
-    pub(crate) logits: Vec<f32>,
     /// The hidden states of a pass, of those that want them.
     pub(crate) hidden: Vec<f32>,
     /// By [`Lane`].
@@ -186,12 +185,11 @@ impl Engine {
             sampler: Sampler::new(num_token_ids[0].max(num_token_ids[1])),
             logprobs: LogprobScratch::default(),
             phase: Phase::default(),
-            draft_batch: ScheduledBatch::of_draft(config.vocab_map.clone()),
+            draft_batch: ScheduledBatch::new(num_token_ids[0], config.vocab_map.clone()),
             vocab_map: config.vocab_map.clone(),
             has_head,
             translated: Vec::new(),
-            target_batch: ScheduledBatch::default(),
-            logits: Vec::new(),
+            target_batch: ScheduledBatch::new(num_token_ids[1], None),
             hidden: Vec::new(),
             num_token_ids,
             lane_isolation: config.lane_isolation,

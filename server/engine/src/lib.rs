@@ -16,6 +16,7 @@ mod pass;
 mod plan;
 mod prefix_cache;
 mod profile;
+mod rows;
 mod sampler;
 mod scheduler;
 mod sequence;

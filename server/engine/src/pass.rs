@@ -8,12 +8,14 @@
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::time::Duration;
 
-use tandem_models::{ForwardBatch, Model, VocabMap};
+use tandem_models::VocabMap;
 
 use crate::api::{EngineError, EngineStats, FinishReason, Lane};
 use crate::batch::ScheduledSequence;
 use crate::engine::Engine;
+use crate::rows::{Row, Rows};
 use crate::sampler::{LogprobScratch, Sampler};
+use crate::scheduler::Scheduler;
 use crate::sequence::{ModelRole, Sequence};
 use crate::speculation::{DraftPolicy, HeadPolicy, verify};
 
@@ -60,36 +62,73 @@ impl Engine {
         guard(|| model.advance().map_err(forward_error)).ok()
     }
 
-    /// Ends the pass and gives every sequence its logits; runs it again one by one if it is not whole.
-    /// Returns the time for what the sequences made of their logits.
+    /// Ends the pass and gives every sequence its rows; runs it again one by one if it is not whole.
+    /// Returns the time for what the sequences made of their rows.
     pub(crate) fn end_pass(
         &mut self,
         role: ModelRole,
         is_whole: bool,
         clock: &dyn Fn() -> Duration,
     ) -> Duration {
-        let mut rows =
-            PassRows { logits: std::mem::take(&mut self.logits), hidden: std::mem::take(&mut self.hidden) };
-        let batch = match role {
-            ModelRole::Target => &self.target_batch,
-            ModelRole::Draft => &self.draft_batch,
+        let sequences = std::mem::take(&mut self.batch_of(role).sequences);
+        let drawing = if is_whole { self.hand_out(role, &sequences, clock).ok() } else { None };
+        if drawing.is_none() {
+            self.run_one_by_one(role, &sequences, clock);
+        }
+        self.batch_of(role).sequences = sequences;
+        drawing.unwrap_or_default()
+    }
+
+    /// Takes from the model what its pass gives, and gives these sequences, which are those of the pass, their
+    /// parts. Returns the time for what they made of it.
+    ///
+    /// # Errors
+    /// If the model fails; nobody has been given anything then.
+    fn hand_out(
+        &mut self,
+        role: ModelRole,
+        sequences: &[ScheduledSequence],
+        clock: &dyn Fn() -> Duration,
+    ) -> Result<Duration, EngineError> {
+        let Engine { models, draft_batch, target_batch, hidden, .. } = self;
+        let inputs = match role {
+            ModelRole::Target => &target_batch.inputs,
+            ModelRole::Draft => &draft_batch.inputs,
         };
-        let model = self.models.get(role).expect("a lane has its model: this is a bug");
-        let drawing = if is_whole && rows.take(model, &batch.inputs).is_ok() {
-            let now = clock();
-            let mut rest = rows.all();
-            let sequences = std::mem::take(&mut self.batch_of(role).sequences);
-            for scheduled in &sequences {
-                rest = self.apply(role, *scheduled, rest, now);
+        let model = models.get(role).expect("a lane has its model: this is a bug");
+        let (vocab_size, hidden_size) = (model.config().vocab_size, model.config().hidden_size);
+        let room = &mut *hidden;
+        let outputs = guard(move || {
+            if !inputs.hidden_rows.is_empty() {
+                model.hidden_states(room).map_err(forward_error)?;
             }
-            self.batch_of(role).sequences = sequences;
-            clock().saturating_sub(now)
-        } else {
-            self.run_one_by_one(role, &mut rows, clock);
-            Duration::ZERO
+            model.finish().map_err(forward_error)
+        })?;
+        let now = clock();
+        let width = match self.draft_head.current() {
+            Some((length, _)) if role == ModelRole::Draft && inputs.short_head => length,
+            _ => vocab_size,
         };
-        (self.logits, self.hidden) = (rows.logits, rows.hidden);
-        drawing
+        let rows = Rows { wanted: &inputs.wanted, outputs, width };
+        let mut rest = Given { rows, hidden };
+        let mut receivers = Receivers {
+            scheduler: &mut self.scheduler,
+            sampler: &mut self.sampler,
+            logprobs: &mut self.logprobs,
+            policy: &mut self.policy,
+            draft_head: &mut self.draft_head,
+            stats: &mut self.stats,
+            num_token_ids: self.num_token_ids,
+            vocab_map: self.vocab_map.as_deref(),
+            has_head: self.has_head,
+            translated: &mut self.translated,
+            hidden_size,
+            now,
+        };
+        for scheduled in sequences {
+            receivers.give(role, scheduled, &mut rest);
+        }
+        Ok(clock().saturating_sub(now))
     }
 
     fn batch_of(&mut self, role: ModelRole) -> &mut crate::batch::ScheduledBatch {
@@ -99,26 +138,25 @@ impl Engine {
         }
     }
 
-    fn run_one_by_one(&mut self, role: ModelRole, rows: &mut PassRows, clock: &dyn Fn() -> Duration) {
-        let sequences = std::mem::take(&mut self.batch_of(role).sequences);
-        for scheduled in &sequences {
+    fn run_one_by_one(
+        &mut self,
+        role: ModelRole,
+        sequences: &[ScheduledSequence],
+        clock: &dyn Fn() -> Duration,
+    ) {
+        for scheduled in sequences {
             if !self.is_seated(scheduled) {
                 continue;
             }
-            let mut alone = *scheduled;
-            let mut outcome = self.run_alone(role, alone, rows);
+            let mut outcome = self.run_alone(role, *scheduled, clock);
             if outcome.is_err()
-                && let Some(plain) = self.without_draft(role, alone)
+                && let Some(plain) = self.without_draft(role, *scheduled)
             {
                 // A draft token may have broken it, which plain decoding would never have computed.
-                alone = plain;
-                outcome = self.run_alone(role, alone, rows);
+                outcome = self.run_alone(role, plain, clock);
             }
-            match outcome {
-                Ok(()) => {
-                    self.apply(role, alone, rows.all(), clock());
-                }
-                Err(error) => self.fail_pass(role, scheduled, error),
+            if let Err(error) = outcome {
+                self.fail_pass(role, scheduled, error);
             }
         }
     }
@@ -127,7 +165,7 @@ impl Engine {
         &mut self,
         role: ModelRole,
         scheduled: ScheduledSequence,
-        rows: &mut PassRows,
+        clock: &dyn Fn() -> Duration,
     ) -> Result<(), EngineError> {
         let batch = match role {
             ModelRole::Target => &mut self.target_batch,
@@ -140,7 +178,7 @@ impl Engine {
             while model.advance().map_err(forward_error)? {}
             Ok(())
         })?;
-        rows.take(model, &batch.inputs)
+        self.hand_out(role, &[scheduled], clock).map(|_| ())
     }
 
     /// The sequence's part of the target's pass after its draft tokens are forgotten; `None` if it has
@@ -163,7 +201,7 @@ impl Engine {
     fn fail_pass(&mut self, role: ModelRole, scheduled: &ScheduledSequence, error: EngineError) {
         let Some(sequence) = &mut self.scheduler.seats[scheduled.seat] else { return };
         if role == sequence.lane.answered_by() {
-            self.fail(scheduled, error);
+            fail(&mut self.scheduler, &mut self.stats, scheduled, error);
         } else {
             sequence.num_planned_draft_tokens = 0;
         }
@@ -173,47 +211,69 @@ impl Engine {
     fn is_seated(&self, scheduled: &ScheduledSequence) -> bool {
         self.scheduler.seats[scheduled.seat].as_ref().is_some_and(|s| s.id == scheduled.id)
     }
+}
 
-    /// Gives a sequence the first of the rows and returns the others.
-    fn apply<'a>(
-        &mut self,
-        role: ModelRole,
-        scheduled: ScheduledSequence,
-        all: Rows<'a>,
-        now: Duration,
-    ) -> Rows<'a> {
-        let model = self.models.get(role).expect("a lane has its model: this is a bug");
-        let hidden_size = model.config().hidden_size;
-        let row_width = match self.draft_head.current() {
-            Some((length, _)) if role == ModelRole::Draft && self.draft_batch.inputs.short_head => length,
-            _ => model.config().vocab_size,
-        };
-        let (rows, logits) = all.logits.split_at(scheduled.num_logits * row_width);
-        let num_hidden = if scheduled.is_embedding { scheduled.num_tokens * hidden_size } else { 0 };
-        let (hidden, rest_hidden) = all.hidden.split_at(num_hidden);
-        let rest = Rows { logits, hidden: rest_hidden };
+fn fail(
+    scheduler: &mut Scheduler,
+    stats: &mut EngineStats,
+    scheduled: &ScheduledSequence,
+    error: EngineError,
+) {
+    if let Some(sequence) = scheduler.remove(scheduled.id) {
+        sequence.fail(error);
+        stats.num_failed += 1;
+    }
+}
+
+/// What a pass gives, or the part of it that has not been handed out yet.
+struct Given<'a> {
+    rows: Rows<'a>,
+    hidden: &'a [f32],
+}
+
+/// All of the engine but its models, which lend what is handed out.
+struct Receivers<'a> {
+    scheduler: &'a mut Scheduler,
+    sampler: &'a mut Sampler,
+    logprobs: &'a mut LogprobScratch,
+    policy: &'a mut DraftPolicy,
+    draft_head: &'a mut HeadPolicy,
+    stats: &'a mut EngineStats,
+    num_token_ids: [usize; 2],
+    vocab_map: Option<&'a VocabMap>,
+    /// See [`Engine`].
+    has_head: bool,
+    translated: &'a mut Vec<f32>,
+    hidden_size: usize,
+    now: Duration,
+}
+
+impl Receivers<'_> {
+    /// Gives a sequence the first of what is left.
+    fn give(&mut self, role: ModelRole, scheduled: &ScheduledSequence, rest: &mut Given<'_>) {
+        let rows = rest.rows.split_off(scheduled.num_logits);
+        let num_hidden = if scheduled.is_embedding { scheduled.num_tokens * self.hidden_size } else { 0 };
+        let (hidden, rest_hidden) = rest.hidden.split_at(num_hidden);
+        rest.hidden = rest_hidden;
         // It may have been aborted while the pass was under way.
-        if !self.is_seated(&scheduled) {
-            return rest;
-        }
-        let Some(sequence) = &mut self.scheduler.seats[scheduled.seat] else { return rest };
-        let sequence_lane = sequence.lane;
+        let seat = self.scheduler.seats[scheduled.seat].as_mut();
+        let Some(sequence) = seat.filter(|sequence| sequence.id == scheduled.id) else { return };
+        let num_token_ids = self.num_token_ids[sequence.lane as usize].min(rows.width);
         let mut pass = SequencePass {
             sequence,
-            sampler: &mut self.sampler,
-            logprobs: &mut self.logprobs,
-            policy: &mut self.policy,
-            draft_head: &mut self.draft_head,
-            stats: &mut self.stats,
-            row_width,
-            num_token_ids: self.num_token_ids[sequence_lane as usize].min(row_width),
-            vocab_map: self.vocab_map.as_deref(),
+            sampler: self.sampler,
+            logprobs: self.logprobs,
+            policy: self.policy,
+            draft_head: self.draft_head,
+            stats: self.stats,
+            num_token_ids,
+            vocab_map: self.vocab_map,
             has_head: self.has_head,
-            translated: &mut self.translated,
-            now,
+            translated: self.translated,
+            now: self.now,
         };
         let outcome = guard(|| match scheduled.is_embedding {
-            true => pass.pool(role, scheduled.num_tokens, hidden, hidden_size),
+            true => pass.pool(role, scheduled.num_tokens, hidden, self.hidden_size),
             false => pass.apply(role, scheduled.num_tokens, rows),
         });
         match outcome {
@@ -224,46 +284,8 @@ impl Engine {
                 }
                 self.scheduler.register(scheduled.seat);
             }
-            Err(error) => self.fail(&scheduled, error),
+            Err(error) => fail(self.scheduler, self.stats, scheduled, error),
         }
-        rest
-    }
-
-    fn fail(&mut self, scheduled: &ScheduledSequence, error: EngineError) {
-        if let Some(sequence) = self.scheduler.remove(scheduled.id) {
-            sequence.fail(error);
-            self.stats.num_failed += 1;
-        }
-    }
-}
-
-/// What a pass gives.
-#[derive(Default)]
-struct PassRows {
-    logits: Vec<f32>,
-    hidden: Vec<f32>,
-}
-
-/// The same, or the part of it that has not been handed out yet.
-#[derive(Clone, Copy)]
-struct Rows<'a> {
-    logits: &'a [f32],
-    hidden: &'a [f32],
-}
-
-impl PassRows {
-    /// Ends the model's pass.
-    fn take(&mut self, model: &mut dyn Model, inputs: &ForwardBatch) -> Result<(), EngineError> {
-        guard(|| {
-            if !inputs.hidden_rows.is_empty() {
-                model.hidden_states(&mut self.hidden).map_err(forward_error)?;
-            }
-            model.finish(&mut self.logits).map_err(forward_error)
-        })
-    }
-
-    fn all(&self) -> Rows<'_> {
-        Rows { logits: &self.logits, hidden: &self.hidden }
     }
 }
 
@@ -275,8 +297,7 @@ struct SequencePass<'a> {
     policy: &'a mut DraftPolicy,
     draft_head: &'a mut HeadPolicy,
     stats: &'a mut EngineStats,
-    /// Logits of a row; those of `num_token_ids` tokens, then padding.
-    row_width: usize,
+    /// Logits of a whole row that are those of tokens.
     num_token_ids: usize,
     vocab_map: Option<&'a VocabMap>,
     /// See [`Engine`].
@@ -286,7 +307,7 @@ struct SequencePass<'a> {
 }
 
 impl SequencePass<'_> {
-    fn apply(&mut self, role: ModelRole, num_tokens: usize, rows: &[f32]) -> Result<(), EngineError> {
+    fn apply(&mut self, role: ModelRole, num_tokens: usize, rows: Rows<'_>) -> Result<(), EngineError> {
         let sequence = &mut *self.sequence;
         let start = sequence.num_computed(role);
         if self.has_head && role == ModelRole::Target {
@@ -335,30 +356,30 @@ impl SequencePass<'_> {
 
     /// Takes the rows of prompt tokens whose successor is in the prompt too, if they are to be scored;
     /// returns the others. A preempted sequence sees some of them twice.
-    fn score_prompt<'r>(&mut self, start: usize, mut rows: &'r [f32]) -> &'r [f32] {
+    fn score_prompt<'r>(&mut self, start: usize, mut rows: Rows<'r>) -> Rows<'r> {
         let sequence = &mut *self.sequence;
         let Some(num_top) = sequence.params.prompt_logprobs.filter(|_| sequence.scores_prompt()) else {
             return rows;
         };
         let mut position = start;
-        while position + 1 < sequence.num_prompt_tokens() && !rows.is_empty() {
-            let (row, rest) = rows.split_at(self.row_width);
+        while position + 1 < sequence.num_prompt_tokens()
+            && let Some(row) = rows.next()
+        {
             if position >= sequence.num_scored() {
                 let next = sequence.tokens()[position + 1];
-                let scores = self.logprobs.compute(&row[..self.num_token_ids], next, num_top.into());
+                let scores = self.logprobs.compute(&row.logits()[..self.num_token_ids], next, num_top.into());
                 sequence.push_prompt_logprobs(scores);
             }
-            rows = rest;
             position += 1;
         }
         rows
     }
 
-    fn verify(&mut self, rows: &[f32]) -> Result<(), EngineError> {
+    fn verify(&mut self, rows: Rows<'_>) -> Result<(), EngineError> {
         let sequence = &mut *self.sequence;
         let before = sequence.usage;
         let num_draft_tokens = sequence.draft_tokens().len();
-        let rows = rows.chunks_exact(self.row_width).map(|row| &row[..self.num_token_ids]);
+        let rows = rows.map(|row| row.first(self.num_token_ids));
         let outcome = verify(sequence, rows, self.sampler, self.logprobs, self.now);
         let after = sequence.usage;
         let new_tokens = u64::from(after.num_output_tokens - before.num_output_tokens);
@@ -400,25 +421,25 @@ impl SequencePass<'_> {
         self.policy.record(&mut sequence.acceptance, kind, num_draft_tokens, num_accepted_tokens);
     }
 
-    /// Takes a draft token from the draft's logits. A draft that gives no usable logits costs its
+    /// Takes a draft token from the draft's row. A draft that gives no usable logits costs its
     /// sequence the speculation of this step, never the sequence.
-    fn propose(&mut self, end: usize, rows: &[f32]) -> Result<(), EngineError> {
+    fn propose(&mut self, end: usize, mut rows: Rows<'_>) -> Result<(), EngineError> {
         let sequence = &mut *self.sequence;
-        if rows.is_empty() || end < sequence.tokens().len() {
+        let Some(row) = rows.next().filter(|_| end >= sequence.tokens().len()) else {
             sequence.num_planned_draft_tokens = 0;
             return Ok(());
-        }
-        let logits = match self.vocab_map {
-            None => &rows[..self.num_token_ids],
+        };
+        let row = match self.vocab_map {
+            None => row.first(self.num_token_ids),
             Some(map) => {
-                map.translate(rows, self.translated);
-                self.translated.as_slice()
+                map.translate(row.logits(), self.translated);
+                Row::Whole(self.translated)
             }
         };
         let is_adaptive = sequence.drafting.is_adaptive;
         let drawn = sequence.draw_after(sequence.draft_tokens().len()).and_then(|draw| {
-            let id = self.sampler.draw(logits, &draw)?;
-            Ok((id, is_adaptive.then(|| draw.probability(logits, id))))
+            let id = self.sampler.draw(row, &draw)?;
+            Ok((id, is_adaptive.then(|| draw.probability(row, id))))
         });
         match drawn {
             Ok((id, confidence)) => {

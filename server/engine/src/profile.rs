@@ -4,6 +4,8 @@ use std::ops::Range;
 use std::time::Duration;
 
 use arrayvec::ArrayVec;
+use tandem_models::outputs::Choice;
+use tandem_models::{ForwardBatch, Model, ModelError, Wanted};
 
 use crate::api::{EngineError, Lane};
 use crate::block_manager::BlockTable;
@@ -233,12 +235,18 @@ impl Engine {
         let tokens = vec![0; pass.positions.len()];
         self.scheduler.blocks.push_sequence(inputs, &tokens, pass.positions.start, table, pass.num_logits);
         inputs.short_head = pass.short_head;
+        inputs.wanted.fill(Wanted::Token(Choice::default()));
         let before = clock();
-        let outcome = model.forward(inputs, &mut self.logits);
-        let time = clock().saturating_sub(before);
-        outcome.map_err(|error| EngineError::Forward(error.to_string()))?;
-        Ok(time)
+        compute(model, inputs).map_err(|error| EngineError::Forward(error.to_string()))?;
+        Ok(clock().saturating_sub(before))
     }
+}
+
+/// A pass from begin to finish.
+fn compute(model: &mut dyn Model, inputs: &ForwardBatch) -> Result<(), ModelError> {
+    model.begin(inputs)?;
+    while model.advance()? {}
+    model.finish().map(|_| ())
 }
 
 /// A pass over the tokens at these positions of one sequence, with logits for the last `num_logits`.

@@ -2,7 +2,7 @@
 
 use std::sync::{Arc, Mutex};
 
-use tandem_models::{DecoderConfig, ForwardBatch, Model, ModelError};
+use tandem_models::{DecoderConfig, ForwardBatch, Model, ModelError, Outputs};
 
 pub(crate) struct GatedModel {
     pub(crate) inner: Box<dyn Model>,
@@ -31,7 +31,7 @@ impl Model for GatedModel {
         self.inner.advance()
     }
 
-    fn finish(&mut self, logits: &mut Vec<f32>) -> Result<(), ModelError> {
-        self.inner.finish(logits)
+    fn finish(&mut self) -> Result<Outputs<'_>, ModelError> {
+        self.inner.finish()
     }
 }

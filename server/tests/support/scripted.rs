@@ -3,7 +3,8 @@
 
 use std::sync::{Arc, Mutex};
 
-use tandem_models::{DecoderConfig, ForwardBatch, Model, ModelError, Tokenizer};
+use tandem_models::outputs::WholeRows;
+use tandem_models::{DecoderConfig, ForwardBatch, Model, ModelError, Outputs, Tokenizer};
 
 /// As Qwen's, in what matters: tools first, calls as JSON between tags.
 pub(crate) const HERMES: &str = "{% if tools %}Tools: {{ tools | tojson }}\n{% endif %}\
@@ -48,6 +49,7 @@ pub(crate) struct ScriptedModel {
     /// The cache: a token for every slot.
     tokens: Vec<u32>,
     batch: ForwardBatch,
+    rows: WholeRows,
 }
 
 impl ScriptedModel {
@@ -59,6 +61,7 @@ impl ScriptedModel {
             block_size: 0,
             tokens: Vec::new(),
             batch: ForwardBatch::new(),
+            rows: WholeRows::default(),
         }
     }
 
@@ -118,9 +121,10 @@ impl Model for ScriptedModel {
         Ok(false)
     }
 
-    fn finish(&mut self, logits: &mut Vec<f32>) -> Result<(), ModelError> {
+    fn finish(&mut self) -> Result<Outputs<'_>, ModelError> {
         let vocab_size = self.inner.config().vocab_size;
-        let batch = &self.batch;
+        let mut rows = std::mem::take(&mut self.rows);
+        let (batch, logits) = (&self.batch, &mut rows.logits);
         logits.clear();
         logits.resize(batch.logits_rows.len() * vocab_size, 0.0);
         let lines = self.script.lines();
@@ -132,6 +136,7 @@ impl Model for ScriptedModel {
             let said = (0..answer.len()).rev().find(|&n| context.ends_with(&answer[..n])).unwrap_or(0);
             logits[i * vocab_size..][answer[said] as usize] = 1e4;
         }
-        Ok(())
+        self.rows = rows;
+        Ok(self.rows.outputs(&self.batch.wanted, self.batch.num_token_ids))
     }
 }

@@ -1,33 +1,23 @@
 //! Log-probabilities of the model's own distribution: log-softmax of the untouched logits.
 
+use tandem_kernels::sampling::log_sum_exp;
+
+use super::candidates::Ranking;
 use crate::api::{TokenId, TokenLogprobs};
 
 /// Scratch for picking the likeliest tokens.
 #[derive(Debug, Default)]
 pub(crate) struct LogprobScratch {
-    ranked: Vec<(TokenId, f32)>,
+    ranking: Ranking,
 }
 
 impl LogprobScratch {
     /// The log-probability of `chosen` and of the `num_top` likeliest tokens.
     pub(crate) fn compute(&mut self, logits: &[f32], chosen: TokenId, num_top: usize) -> TokenLogprobs {
-        let max = logits.iter().copied().fold(f32::NEG_INFINITY, f32::max);
-        let sum: f64 = logits.iter().map(|&l| f64::from(l - max).exp()).sum();
-        let log_sum = f64::from(max) + sum.ln();
+        let log_sum = log_sum_exp(logits);
         let logprob = |logit: f32| (f64::from(logit) - log_sum) as f32;
-        let num_top = num_top.min(logits.len());
-        let mut top = Vec::with_capacity(num_top);
-        if num_top > 0 {
-            let by_rank = |a: &(TokenId, f32), b: &(TokenId, f32)| b.1.total_cmp(&a.1).then(a.0.cmp(&b.0));
-            self.ranked.clear();
-            self.ranked.extend(logits.iter().enumerate().map(|(id, &logit)| (id as TokenId, logit)));
-            if num_top < self.ranked.len() {
-                self.ranked.select_nth_unstable_by(num_top - 1, by_rank);
-            }
-            let best = &mut self.ranked[..num_top];
-            best.sort_unstable_by(by_rank);
-            top.extend(best.iter().map(|&(id, logit)| (id, logprob(logit))));
-        }
+        let top = self.ranking.top(logits, num_top);
+        let top = top.iter().map(|&(id, logit)| (id, logprob(logit))).collect();
         TokenLogprobs { logprob: logprob(logits[chosen as usize]), top }
     }
 }

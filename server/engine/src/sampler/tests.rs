@@ -3,7 +3,7 @@ use proptest::prelude::*;
 
 fn draw_at(logits: &[f32], params: &SamplingParams, position: usize) -> TokenId {
     let draw = Draw { params, counts: None, provisional: &[], position, num_output_tokens: 0, allowed: None };
-    Sampler::default().draw(logits, &draw).expect("finite logits")
+    Sampler::default().draw(Row::Whole(logits), &draw).expect("finite logits")
 }
 
 /// The tokens that a textbook top-k, then top-p, then min-p would keep, with their probabilities.
@@ -101,7 +101,7 @@ fn logits_that_are_not_numbers_are_refused() {
             num_output_tokens: 0,
             allowed: None,
         };
-        assert_eq!(Sampler::default().draw(&logits, &draw), Err(EngineError::NonFiniteLogits));
+        assert_eq!(Sampler::default().draw(Row::Whole(&logits), &draw), Err(EngineError::NonFiniteLogits));
     }
 }
 
@@ -117,7 +117,7 @@ fn min_tokens_masks_stop_tokens() {
             num_output_tokens,
             allowed: None,
         };
-        assert_eq!(Sampler::default().draw(&[0.0, 9.0, 3.0], &draw), Ok(expected));
+        assert_eq!(Sampler::default().draw(Row::Whole(&[0.0, 9.0, 3.0]), &draw), Ok(expected));
     }
 }
 
@@ -137,14 +137,14 @@ proptest! {
         let draw = Draw {
             params: &params, counts: None, provisional: &[], position, num_output_tokens: 0, allowed: Some(&mask),
         };
-        let got = Sampler::default().draw(&logits, &draw).expect("finite logits");
+        let got = Sampler::default().draw(Row::Whole(&logits), &draw).expect("finite logits");
         prop_assert!(allowed.contains(&got));
         let mut others_unlikely = logits.clone();
         for id in (0..40).filter(|id| !allowed.contains(id)) {
             others_unlikely[id as usize] = -1e4;
         }
         prop_assert_eq!(got, draw_at(&others_unlikely, &params, position));
-        let total: f32 = allowed.iter().map(|&id| draw.probability(&logits, id)).sum();
+        let total: f32 = allowed.iter().map(|&id| draw.probability(Row::Whole(&logits), id)).sum();
         prop_assert!((total - 1.0).abs() < 1e-4);
     }
 
@@ -169,7 +169,7 @@ proptest! {
                 params: &params, counts: Some(&counts), provisional,
                 position: prompt.len() + output.len(), num_output_tokens: output.len(), allowed: None,
             };
-            Sampler::default().draw(&logits, &draw).expect("finite logits")
+            Sampler::default().draw(Row::Whole(&logits), &draw).expect("finite logits")
         };
         prop_assert_eq!(draw(&output, &[]), draw(&output[..split], &output[split..]));
     }
@@ -181,7 +181,7 @@ proptest! {
         seed in any::<u64>(), position in 0usize..10_000, temperature in 0.05f32..3.0,
     ) {
         let params = SamplingParams { temperature, seed, ..SamplingParams::default() };
-        let noise = NoiseRow::new(seed, position as u64);
+        let noise = Noise::new(seed, position as u64);
         let score = |id: usize| {
             let gumbel = -(-(-noise.complement(id as u32)).ln_1p()).ln();
             f64::from(logits[id]) / f64::from(temperature) + gumbel
@@ -189,6 +189,28 @@ proptest! {
         let expected = (0..logits.len()).max_by(|&a, &b| score(a).total_cmp(&score(b))).expect("not empty");
         let got = draw_at(&logits, &params, position) as usize;
         prop_assert!(got == expected || (score(got) - score(expected)).abs() < 1e-9);
+    }
+
+    /// Over rows of many chunks the candidates are the textbook's, in its order.
+    #[test]
+    fn candidates_of_a_long_row_are_the_textbooks(
+        seed in any::<u64>(), spread in 0.1f32..8.0, is_masked in any::<bool>(), temperature in 0.2f32..2.0,
+        top_k in prop_oneof![Just(0u32), 1u32..60, 300u32..2000], top_p in prop_oneof![Just(1.0f32), 0.05f32..1.0],
+        min_p in prop_oneof![Just(0.0f32), 0.0f32..0.5],
+    ) {
+        let noise = Noise::new(seed, 0);
+        let logits: Vec<f32> = (0..1500u32)
+            .map(|id| if is_masked && id % 3 > 0 { f32::NEG_INFINITY } else { spread * noise.complement(id / 2) as f32 })
+            .collect();
+        let params = SamplingParams { temperature, top_k, top_p, min_p, ..SamplingParams::default() };
+        let inverse_temperature = 1.0 / f64::from(temperature);
+        let mut candidates = Candidates::default();
+        let got: Vec<TokenId> = candidates.of(&logits, &params, inverse_temperature).iter().map(|c| c.0).collect();
+        let expected: Vec<TokenId> = kept(&logits, &params).iter().map(|c| c.0).collect();
+        // Where the nucleus ends to the last bit depends on how its sum is rounded.
+        let common = got.len().min(expected.len());
+        prop_assert_eq!(&got[..common], &expected[..common]);
+        prop_assert!(got.len().abs_diff(expected.len()) <= 1 + usize::from(top_p < 1.0), "{} for {}", got.len(), expected.len());
     }
 
     /// Truncation never draws what the textbook would not keep.
@@ -222,7 +244,7 @@ proptest! {
         counts.push(0);
         let draw =
             Draw { params: &params, counts: Some(&counts), provisional: &[0], position: 3, num_output_tokens: 1, allowed: None };
-        let id = Sampler::default().draw(&logits, &draw).expect("finite logits");
+        let id = Sampler::default().draw(Row::Whole(&logits), &draw).expect("finite logits");
         prop_assert!((id as usize) < logits.len());
     }
 }

@@ -9,10 +9,11 @@
 use std::time::Duration;
 
 use crate::api::{EngineError, FinishReason};
+use crate::rows::Row;
 use crate::sampler::{LogprobScratch, Sampler, margin};
 use crate::sequence::Sequence;
 
-/// Draws at each of the `1 + num_draft_tokens` rows of logits (`[num_token_ids]`, row `i` predicting the token
+/// Draws at each of the `1 + num_draft_tokens` rows (of `num_token_ids` logits if whole, row `i` predicting the token
 /// after the `i`-th draft token) until a draft token falls or the sequence ends; commits what was
 /// drawn and rolls the rest back. Without draft tokens this is plain decoding.
 ///
@@ -20,7 +21,7 @@ use crate::sequence::Sequence;
 /// If logits are not finite, or the output's form cannot be followed; the tokens before are committed.
 pub(crate) fn verify<'a>(
     sequence: &mut Sequence,
-    rows: impl Iterator<Item = &'a [f32]>,
+    rows: impl Iterator<Item = Row<'a>>,
     sampler: &mut Sampler,
     logprobs: &mut LogprobScratch,
     now: Duration,
@@ -42,7 +43,7 @@ pub(crate) fn verify<'a>(
             sequence.finished = Some(FinishReason::Stop(id));
             break;
         }
-        let reported = sequence.params.logprobs.map(|top| logprobs.compute(row, id, top.into()));
+        let reported = sequence.params.logprobs.map(|top| logprobs.compute(row.logits(), id, top.into()));
         let accepted = sequence.draft_tokens().first() == Some(&id);
         if !accepted {
             sequence.rollback();
@@ -53,7 +54,7 @@ pub(crate) fn verify<'a>(
         num_accepted_tokens += usize::from(accepted);
         sequence.take_token(id, accepted, reported, now)?;
         if is_watched {
-            sequence.push_margin(margin(row));
+            sequence.push_margin(margin(row.logits()));
         }
         if !accepted {
             break;

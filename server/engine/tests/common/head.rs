@@ -7,7 +7,8 @@
 use std::sync::{Arc, Mutex, PoisonError};
 
 use tandem_engine::TokenId;
-use tandem_models::{DecoderConfig, ForwardBatch, Model, ModelError};
+use tandem_models::outputs::WholeRows;
+use tandem_models::{DecoderConfig, ForwardBatch, Model, ModelError, Outputs};
 
 use super::model::{Fault, FaultKind, HashModel, Recipe, VOCAB_SIZE, slot_of};
 
@@ -69,7 +70,7 @@ struct HashHead {
     rows: Vec<Row>,
     batch: ForwardBatch,
     is_done: bool,
-    logits: Vec<f32>,
+    outputs: WholeRows,
     watch: Watch,
 }
 
@@ -86,7 +87,7 @@ impl HeadedModel {
             rows: Vec::new(),
             batch: ForwardBatch::new(),
             is_done: true,
-            logits: Vec::new(),
+            outputs: WholeRows::default(),
             watch,
         };
         HeadedModel { target, features_after: recipe.features_after, head }
@@ -130,8 +131,8 @@ impl Model for HeadedModel {
         self.target.hidden_states(hidden)
     }
 
-    fn finish(&mut self, logits: &mut Vec<f32>) -> Result<(), ModelError> {
-        self.target.finish(logits)
+    fn finish(&mut self) -> Result<Outputs<'_>, ModelError> {
+        self.target.finish()
     }
 }
 
@@ -156,7 +157,7 @@ impl HashHead {
     /// Looks back from each row that gives logits; then leaves the guesses.
     fn read(&mut self) {
         let mut guesses = Vec::new();
-        let mut logits = std::mem::take(&mut self.logits);
+        let mut logits = std::mem::take(&mut self.outputs.logits);
         let mut context = Vec::new();
         for seq in 0..self.batch.num_seqs() {
             let rows = self.batch.cu_seqlens_q[seq]..self.batch.cu_seqlens_q[seq + 1];
@@ -180,7 +181,7 @@ impl HashHead {
                 guesses.push((self.batch.slot_mapping[row as usize], Feature { state, is_guess: true }));
             }
         }
-        self.logits = logits;
+        self.outputs.logits = logits;
         for (slot, guess) in guesses {
             self.features[slot as usize] = guess;
         }
@@ -250,7 +251,7 @@ impl Model for HashHead {
     fn begin(&mut self, batch: &ForwardBatch) -> Result<(), ModelError> {
         self.batch.clone_from(batch);
         self.is_done = false;
-        self.logits.clear();
+        self.outputs.logits.clear();
         Ok(())
     }
 
@@ -265,10 +266,9 @@ impl Model for HashHead {
         Ok(true)
     }
 
-    fn finish(&mut self, logits: &mut Vec<f32>) -> Result<(), ModelError> {
+    fn finish(&mut self) -> Result<Outputs<'_>, ModelError> {
         assert!(self.is_done, "the pass is not complete");
         self.check_fault(true)?;
-        logits.clone_from(&self.logits);
-        Ok(())
+        Ok(self.outputs.outputs(&self.batch.wanted, self.batch.num_token_ids))
     }
 }

@@ -7,7 +7,8 @@
 //! reads all of it. A pass that ends between two layers leaves its cache half written.
 
 use tandem_engine::TokenId;
-use tandem_models::{DecoderConfig, ForwardBatch, Model, ModelError};
+use tandem_models::outputs::WholeRows;
+use tandem_models::{DecoderConfig, ForwardBatch, Model, ModelError, Outputs};
 
 pub(crate) const VOCAB_SIZE: usize = 48;
 pub(crate) const STOP: TokenId = 7;
@@ -106,7 +107,7 @@ pub(crate) struct HashModel {
     /// The pass that is under way, its layers done so far, and its logits.
     pub(super) batch: ForwardBatch,
     pub(super) num_layers_done: usize,
-    logits: Vec<f32>,
+    rows: WholeRows,
     hidden: Vec<f32>,
     context: Vec<TokenId>,
 }
@@ -142,7 +143,7 @@ impl HashModel {
             states: Vec::new(),
             batch: ForwardBatch::new(),
             num_layers_done: 0,
-            logits: Vec::new(),
+            rows: WholeRows::default(),
             hidden: Vec::new(),
             context: Vec::new(),
         }
@@ -207,7 +208,7 @@ impl HashModel {
 
     /// The whole context goes into the logits, as the block table shows it.
     fn read(&mut self) {
-        let HashModel { batch, context, logits, hidden, .. } = self;
+        let HashModel { batch, context, rows: WholeRows { logits, .. }, hidden, .. } = self;
         let mut wanted = batch.logits_rows.iter().peekable();
         let mut wanted_hidden = batch.hidden_rows.iter().peekable();
         for seq in 0..batch.num_seqs() {
@@ -273,7 +274,7 @@ impl Model for HashModel {
     fn begin(&mut self, batch: &ForwardBatch) -> Result<(), ModelError> {
         self.batch.clone_from(batch);
         self.num_layers_done = 0;
-        self.logits.clear();
+        self.rows.logits.clear();
         self.hidden.clear();
         Ok(())
     }
@@ -298,10 +299,9 @@ impl Model for HashModel {
         Ok(())
     }
 
-    fn finish(&mut self, logits: &mut Vec<f32>) -> Result<(), ModelError> {
+    fn finish(&mut self) -> Result<Outputs<'_>, ModelError> {
         assert_eq!(self.num_layers_done, NUM_LAYERS, "the pass is not complete");
         self.check_fault(NUM_LAYERS)?;
-        logits.clone_from(&self.logits);
-        Ok(())
+        Ok(self.rows.outputs(&self.batch.wanted, self.batch.num_token_ids))
     }
 }

@@ -11,7 +11,8 @@ use std::fmt;
 use clap::Args;
 use serde::Serialize;
 use tandem_engine::Models;
-use tandem_models::{DecoderConfig, ForwardBatch, Model, ModelError};
+use tandem_models::outputs::{Chosen, choose};
+use tandem_models::{DecoderConfig, ForwardBatch, Model, ModelError, Outputs, Wanted};
 
 /// The flag of the benchmarks that can do it.
 #[derive(Args, Clone, Copy, Debug)]
@@ -55,9 +56,8 @@ impl fmt::Display for Synthetic {
 impl Synthetic {
     /// The pair with this kind of target.
     pub(super) fn adapt(self, models: Models) -> Models {
-        let target = models.target.map(|real| -> Box<dyn Model> {
-            Box::new(SyntheticTarget { real, synthetic: self, verdicts: Vec::new() })
-        });
+        let target =
+            models.target.map(|real| -> Box<dyn Model> { Box::new(SyntheticTarget::new(real, self)) });
         Models { target, ..models }
     }
 
@@ -87,6 +87,25 @@ struct SyntheticTarget {
     synthetic: Synthetic,
     /// Of each row of logits of the pass under way: the draft token it judges, and how.
     verdicts: Vec<Option<(u32, bool)>>,
+    /// The pass as it was asked for, and as the real model is asked: rows with a verdict whole.
+    batch: ForwardBatch,
+    asked: ForwardBatch,
+    logits: Vec<f32>,
+    chosen: Vec<Chosen>,
+}
+
+impl SyntheticTarget {
+    fn new(real: Box<dyn Model>, synthetic: Synthetic) -> Self {
+        SyntheticTarget {
+            real,
+            synthetic,
+            verdicts: Vec::new(),
+            batch: ForwardBatch::new(),
+            asked: ForwardBatch::new(),
+            logits: Vec::new(),
+            chosen: Vec::new(),
+        }
+    }
 }
 
 impl Model for SyntheticTarget {
@@ -118,27 +137,50 @@ impl Model for SyntheticTarget {
                 (token, self.synthetic.stands(batch.positions[next], previous, token))
             })
         }));
-        self.real.begin(batch)
+        self.batch.clone_from(batch);
+        self.asked.clone_from(batch);
+        for (asked, verdict) in self.asked.wanted.iter_mut().zip(&self.verdicts) {
+            if verdict.is_some() {
+                *asked = Wanted::Whole;
+            }
+        }
+        self.real.begin(&self.asked)
     }
 
     fn advance(&mut self) -> Result<bool, ModelError> {
         self.real.advance()
     }
 
-    fn finish(&mut self, logits: &mut Vec<f32>) -> Result<(), ModelError> {
-        self.real.finish(logits)?;
-        let vocab_size = self.real.config().vocab_size;
-        for (row, verdict) in logits.chunks_exact_mut(vocab_size).zip(&self.verdicts) {
+    fn finish(&mut self) -> Result<Outputs<'_>, ModelError> {
+        let SyntheticTarget { real, verdicts, batch, asked, logits, chosen, .. } = self;
+        let vocab_size = real.config().vocab_size;
+        let outputs = real.finish()?;
+        let (mut rows, mut tokens) = (outputs.logits.chunks_exact(vocab_size), outputs.chosen.iter());
+        logits.clear();
+        chosen.clear();
+        for ((wanted, asked), verdict) in batch.wanted.iter().zip(&asked.wanted).zip(verdicts) {
+            if *asked != Wanted::Whole {
+                chosen.extend(tokens.next());
+                continue;
+            }
+            let start = logits.len();
+            logits.extend(rows.next().unwrap_or_default());
             if let Some((token, stands)) = *verdict {
-                row[token as usize] += if stands { DECISIVE } else { -DECISIVE };
+                logits[start + token as usize] += if stands { DECISIVE } else { -DECISIVE };
+            }
+            if let Wanted::Token(choice) = wanted {
+                chosen.push(choose(&logits[start..][..vocab_size.min(batch.num_token_ids)], *choice));
+                logits.truncate(start);
             }
         }
-        Ok(())
+        Ok(Outputs { logits, chosen })
     }
 }
 
 #[cfg(test)]
 mod tests {
+    use tandem_models::outputs::{Choice, WholeRows};
+
     use super::*;
 
     #[test]
@@ -156,7 +198,7 @@ mod tests {
     }
 
     /// A model that knows four tokens and likes the second.
-    struct Flat(DecoderConfig, usize);
+    struct Flat(DecoderConfig, ForwardBatch, WholeRows);
 
     impl Model for Flat {
         fn config(&self) -> &DecoderConfig {
@@ -172,7 +214,7 @@ mod tests {
         }
 
         fn begin(&mut self, batch: &ForwardBatch) -> Result<(), ModelError> {
-            self.1 = batch.logits_rows.len();
+            self.1.clone_from(batch);
             Ok(())
         }
 
@@ -180,9 +222,9 @@ mod tests {
             Ok(false)
         }
 
-        fn finish(&mut self, logits: &mut Vec<f32>) -> Result<(), ModelError> {
-            *logits = [0.0, 1.0, 0.0, 0.0].repeat(self.1);
-            Ok(())
+        fn finish(&mut self) -> Result<Outputs<'_>, ModelError> {
+            self.2.logits = [0.0, 1.0, 0.0, 0.0].repeat(self.1.wanted.len());
+            Ok(self.2.outputs(&self.1.wanted, self.1.num_token_ids))
         }
     }
 
@@ -192,7 +234,8 @@ mod tests {
         let mut config = tandem_models::Checkpoint::open(&config).expect("the demo pair is there").config;
         config.vocab_size = 4;
         for probability in [0.0, 1.0] {
-            let target: Box<dyn Model> = Box::new(Flat(config.clone(), 0));
+            let target: Box<dyn Model> =
+                Box::new(Flat(config.clone(), ForwardBatch::new(), WholeRows::default()));
             let models = Models { target: Some(target), draft: None };
             let mut target = Synthetic { probability, seed: 1 }.adapt(models).target.expect("a target");
             let mut batch = ForwardBatch::new();
@@ -206,6 +249,14 @@ mod tests {
             let plain = [0.0, 1.0, 0.0, 0.0];
             let rows: Vec<&[f32]> = logits.chunks_exact(4).collect();
             assert_eq!(rows, [&plain, &plain, &[0.0, 1.0, raised, 0.0], &[raised, 1.0, 0.0, 0.0], &plain]);
+            batch.wanted.fill(Wanted::Token(Choice::default()));
+            batch.wanted[1] = Wanted::Whole;
+            target.begin(&batch).expect("a pass");
+            let outputs = target.finish().expect("a pass");
+            let tokens: Vec<u32> = outputs.chosen.iter().map(|chosen| chosen.token).collect();
+            let stands = probability == 1.0;
+            assert_eq!(tokens, if stands { [1, 2, 0, 1] } else { [1, 1, 1, 1] });
+            assert_eq!(outputs.logits, plain);
         }
     }
 

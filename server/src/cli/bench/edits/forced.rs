@@ -3,7 +3,8 @@
 use std::sync::{Arc, Mutex, PoisonError};
 
 use tandem_engine::TokenId;
-use tandem_models::{DecoderConfig, ForwardBatch, Model, ModelError};
+use tandem_models::outputs::WholeRows;
+use tandem_models::{DecoderConfig, ForwardBatch, Model, ModelError, Outputs, Wanted};
 
 /// What a forced model has to say; shared with the one who tells it.
 #[derive(Clone, Default)]
@@ -33,13 +34,21 @@ const RAISE: f32 = 1e4;
 pub(super) struct Forced {
     real: Box<dyn Model>,
     script: Script,
-    /// Position in the sequence of each row of logits of the pass under way.
-    positions: Vec<u32>,
+    /// The pass under way, as it was asked for, and as it is asked of the real model: all rows whole.
+    batch: ForwardBatch,
+    whole: ForwardBatch,
+    rows: WholeRows,
 }
 
 impl Forced {
     pub(super) fn new(real: Box<dyn Model>, script: Script) -> Self {
-        Forced { real, script, positions: Vec::new() }
+        Forced {
+            real,
+            script,
+            batch: ForwardBatch::new(),
+            whole: ForwardBatch::new(),
+            rows: WholeRows::default(),
+        }
     }
 }
 
@@ -57,27 +66,30 @@ impl Model for Forced {
     }
 
     fn begin(&mut self, batch: &ForwardBatch) -> Result<(), ModelError> {
-        self.positions.clear();
-        self.positions.extend(batch.logits_rows.iter().map(|&row| batch.positions[row as usize]));
-        self.real.begin(batch)
+        self.batch.clone_from(batch);
+        self.whole.clone_from(batch);
+        self.whole.wanted.fill(Wanted::Whole);
+        self.real.begin(&self.whole)
     }
 
     fn advance(&mut self) -> Result<bool, ModelError> {
         self.real.advance()
     }
 
-    fn finish(&mut self, logits: &mut Vec<f32>) -> Result<(), ModelError> {
-        self.real.finish(logits)?;
+    fn finish(&mut self) -> Result<Outputs<'_>, ModelError> {
+        let Forced { batch, rows, .. } = self;
+        rows.logits.clear();
+        rows.logits.extend_from_slice(self.real.finish()?.logits);
         let vocab_size = self.real.config().vocab_size;
         let script = self.script.0.lock().unwrap_or_else(PoisonError::into_inner);
-        for (row, &position) in logits.chunks_exact_mut(vocab_size).zip(&self.positions) {
+        for (logits, &row) in rows.logits.chunks_exact_mut(vocab_size).zip(&batch.logits_rows) {
             // A row speaks of the token after its own.
-            let index = (position as usize + 1).checked_sub(script.prompt_len);
+            let index = (batch.positions[row as usize] as usize + 1).checked_sub(script.prompt_len);
             if let Some(&token) = index.and_then(|index| script.tokens.get(index)) {
-                row[token as usize] += RAISE;
+                logits[token as usize] += RAISE;
             }
         }
-        Ok(())
+        Ok(rows.outputs(&batch.wanted, batch.num_token_ids))
     }
 }
 

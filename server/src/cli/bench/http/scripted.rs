@@ -2,7 +2,8 @@
 
 use std::time::Duration;
 
-use tandem_models::{DecoderConfig, ForwardBatch, Model, ModelError, Tokenizer};
+use tandem_models::outputs::WholeRows;
+use tandem_models::{DecoderConfig, ForwardBatch, Model, ModelError, Outputs, Tokenizer};
 
 pub(super) struct ScriptedModel {
     config: DecoderConfig,
@@ -12,6 +13,8 @@ pub(super) struct ScriptedModel {
     interval: Duration,
     /// `[num_logits_rows]` of the pass that was begun: the token that each row asks for.
     wanted: Vec<u32>,
+    batch: ForwardBatch,
+    rows: WholeRows,
 }
 
 /// Tokens of the list.
@@ -25,7 +28,14 @@ impl ScriptedModel {
         };
         let words: Vec<u32> = (0..tokenizer.vocab_size() as u32).filter(is_word).take(NUM_WORDS).collect();
         assert!(!words.is_empty(), "the demo pair has words: this is a bug");
-        ScriptedModel { config, words, interval, wanted: Vec::new() }
+        ScriptedModel {
+            config,
+            words,
+            interval,
+            wanted: Vec::new(),
+            batch: ForwardBatch::new(),
+            rows: WholeRows::default(),
+        }
     }
 }
 
@@ -43,6 +53,7 @@ impl Model for ScriptedModel {
     }
 
     fn begin(&mut self, batch: &ForwardBatch) -> Result<(), ModelError> {
+        self.batch.clone_from(batch);
         self.wanted.clear();
         for &row in &batch.logits_rows {
             let position = batch.positions[row as usize] as usize;
@@ -55,14 +66,15 @@ impl Model for ScriptedModel {
         Ok(false)
     }
 
-    fn finish(&mut self, logits: &mut Vec<f32>) -> Result<(), ModelError> {
+    fn finish(&mut self) -> Result<Outputs<'_>, ModelError> {
         std::thread::sleep(self.interval);
+        let logits = &mut self.rows.logits;
         let vocab_size = self.config.vocab_size;
         logits.clear();
         logits.resize(self.wanted.len() * vocab_size, 0.0);
         for (row, &id) in self.wanted.iter().enumerate() {
             logits[row * vocab_size + id as usize] = 1.0;
         }
-        Ok(())
+        Ok(self.rows.outputs(&self.batch.wanted, self.batch.num_token_ids))
     }
 }

@@ -1,0 +1,279 @@
+//! The output head: the product whose outputs are a row's logits, of which mostly nobody wants to see more than the
+//! token they give ([`choice`](crate::sampling::choice)).
+//!
+//! A task computes [`SHARE_CHUNK`] outputs of some dozens of rows at a time into a scratch of its own, looks for the
+//! best of each row, and goes on: over a vocabulary of 152 thousand tokens that spares sixteen rows ten megabytes
+//! written and read again, and what is done with a row is done on all threads. Rows that are wanted whole are
+//! copied from the scratch. The operations on a logit are those of [`matmul`](super::matmul()),
+//! [`scale`](crate::scaling::scale) and [`soft_cap`](crate::scaling::soft_cap); those of the choice are of its own row
+//! alone, and the same however outputs are shared out.
+
+use std::cell::RefCell;
+use std::ops::Range;
+
+use super::{Input, Place, Tile, check, compute, panel_ns, with_input};
+use crate::LANES;
+use crate::pack::{PackedMatrix, Part};
+use crate::pool::ThreadPool;
+use crate::sampling::choice::{Best, Choice, Chosen, Mass, SHARE_CHUNK};
+use crate::sampling::{look_at, mass};
+use crate::shared_out::SharedOut;
+
+/// What is wanted of a row.
+#[derive(Clone, Copy, Debug, Default, PartialEq)]
+pub enum Wanted {
+    /// Every logit.
+    #[default]
+    Whole,
+    /// One token.
+    Token(Choice),
+}
+
+/// The head of a model.
+#[derive(Clone, Copy, Debug)]
+pub struct Head<'a> {
+    /// `[outputs, inputs]`
+    pub weights: &'a PackedMatrix,
+    /// What logits are multiplied by.
+    pub scale: f32,
+    /// What they are capped at afterwards, as [`crate::scaling::soft_cap`] does it.
+    pub soft_cap: Option<f32>,
+    /// The first outputs, which stand for tokens; the others, if there are any, are padding and never chosen.
+    pub num_token_ids: usize,
+}
+
+/// Rows that a task computes at a time.
+const SCRATCH_ROWS: usize = 48;
+/// Panels of a chunk.
+const CHUNK_PANELS: usize = SHARE_CHUNK / LANES;
+const _: () = assert!(SHARE_CHUNK.is_multiple_of(LANES));
+
+/// What tasks leave behind, and what comes of it; buffers that are used again and again.
+#[derive(Debug, Default)]
+pub struct HeadRoom {
+    /// `[tasks, rows]`
+    bests: Vec<Best>,
+    /// `[rows, chunks]`
+    masses: Vec<Mass>,
+    /// `[rows]`: where whole rows go.
+    places: Vec<usize>,
+    chosen: Vec<Chosen>,
+}
+
+/// The outputs of every row of `x: [rows, inputs]`, as `wanted: [rows]` has them: `whole` is
+/// `[rows wanted whole, outputs]`, and a token of each of the others is in [`HeadRoom::chosen`] afterwards, both in the
+/// order of the rows.
+///
+/// # Panics
+/// If a length does not fit the others, or no output stands for a token.
+pub fn head(
+    pool: &ThreadPool,
+    x: &[f32],
+    head: &Head<'_>,
+    wanted: &[Wanted],
+    room: &mut HeadRoom,
+    whole: &mut [f32],
+) {
+    let Head { weights, num_token_ids, .. } = *head;
+    let rows = check("head", x.len(), weights, None);
+    let num_outputs = weights.out_features();
+    let num_whole = wanted.iter().filter(|wanted| **wanted == Wanted::Whole).count();
+    assert!(rows == wanted.len(), "head: {rows} rows, of which {} are wanted", wanted.len());
+    assert!(
+        whole.len() == num_whole * num_outputs,
+        "head: {} elements for shape [{num_whole}, {num_outputs}]",
+        whole.len()
+    );
+    assert!(
+        (1..=num_outputs).contains(&num_token_ids),
+        "head: {num_token_ids} tokens of {num_outputs} outputs"
+    );
+    room.chosen.clear();
+    if rows == 0 {
+        return;
+    }
+    let chunks = Chunks::of(weights, if num_whole > 0 { num_outputs } else { num_token_ids });
+    let ns =
+        weights.parts().iter().map(|part| CHUNK_PANELS * panel_ns(part, rows, weights.in_features())).max();
+    let tasks = pool.num_tasks(chunks.count, ns.unwrap_or(1));
+    room.begin(rows, tasks, chunks.count, wanted);
+    let HeadRoom { bests, masses, places, chosen } = room;
+    let out = Outputs {
+        bests: SharedOut::new(bests),
+        masses: SharedOut::new(masses),
+        whole: SharedOut::new(whole),
+        places,
+    };
+    with_input(pool, x, weights, |input| {
+        pool.run(tasks, &|task| {
+            let range = task * chunks.count / tasks..(task + 1) * chunks.count / tasks;
+            // SAFETY: lengths are checked, and every task has a place and chunks of its own.
+            unsafe { work(pool, &Work { input, head, wanted, chunks: &chunks }, range, task, &out) };
+        });
+    });
+    for (row, wanted) in wanted.iter().enumerate() {
+        let Wanted::Token(choice) = wanted else { continue };
+        let best = (0..tasks).map(|task| bests[task * rows + row]).fold(Best::NONE, Best::or);
+        let masses = if choice.share { &masses[row * chunks.count..][..chunks.count] } else { &[] };
+        chosen.push(best.chosen(masses));
+    }
+}
+
+impl HeadRoom {
+    /// Of each row of the last product that was not wanted whole.
+    pub fn chosen(&self) -> &[Chosen] {
+        &self.chosen
+    }
+
+    fn begin(&mut self, rows: usize, tasks: usize, num_chunks: usize, wanted: &[Wanted]) {
+        self.bests.clear();
+        self.bests.resize(tasks * rows, Best::NONE);
+        let shares = wanted.iter().any(|wanted| matches!(wanted, Wanted::Token(Choice { share: true, .. })));
+        // Of rows whose share nobody wants they stay as they are.
+        self.masses.resize(if shares { rows * num_chunks } else { 0 }, Mass::default());
+        let mut next = 0;
+        self.places.clear();
+        self.places.extend(wanted.iter().map(|wanted| {
+            let place = next;
+            next += usize::from(*wanted == Wanted::Whole);
+            place
+        }));
+    }
+}
+
+/// The outputs of a matrix in chunks, which do not depend on anything but the matrix.
+struct Chunks<'a> {
+    weights: &'a PackedMatrix,
+    /// Of the outputs that are computed.
+    count: usize,
+}
+
+impl<'a> Chunks<'a> {
+    fn of(weights: &'a PackedMatrix, num_outputs: usize) -> Self {
+        let parts = weights.parts().iter().take_while(|part| part.first_output < num_outputs);
+        let outputs = parts.map(|part| part.outputs.min(num_outputs - part.first_output));
+        Chunks { weights, count: outputs.map(|outputs| outputs.div_ceil(SHARE_CHUNK)).sum() }
+    }
+
+    /// Part and panels of a chunk.
+    fn at(&self, mut index: usize) -> (&'a Part, Range<usize>) {
+        for part in self.weights.parts() {
+            let count = part.outputs.div_ceil(SHARE_CHUNK);
+            if index < count {
+                let first = index * CHUNK_PANELS;
+                return (part, first..part.num_panels().min(first + CHUNK_PANELS));
+            }
+            index -= count;
+        }
+        unreachable!("a chunk past the last: this is a bug")
+    }
+}
+
+/// What all tasks share.
+struct Work<'a> {
+    input: Input<'a>,
+    head: &'a Head<'a>,
+    wanted: &'a [Wanted],
+    chunks: &'a Chunks<'a>,
+}
+
+/// Where they leave their results.
+struct Outputs<'a> {
+    bests: SharedOut<'a, Best>,
+    masses: SharedOut<'a, Mass>,
+    whole: SharedOut<'a>,
+    places: &'a [usize],
+}
+
+thread_local! {
+    /// One for each thread, `[rows, SHARE_CHUNK]`: clearing it for every task would cost as much as the choice.
+    static SCRATCH: RefCell<Vec<f32>> = const { RefCell::new(Vec::new()) };
+}
+
+/// The chunks of a task.
+///
+/// # Safety
+/// Lengths are checked; no other call has the same task or any of the chunks.
+unsafe fn work(pool: &ThreadPool, work: &Work<'_>, chunks: Range<usize>, task: usize, out: &Outputs<'_>) {
+    let num_rows = work.input.num_rows;
+    // SAFETY: the task's own.
+    let bests = unsafe { out.bests.part(task * num_rows, num_rows) };
+    SCRATCH.with_borrow_mut(|scratch| {
+        let len = num_rows.min(SCRATCH_ROWS) * SHARE_CHUNK;
+        scratch.resize(scratch.len().max(len), 0.0);
+        for chunk in chunks {
+            let (part, panels) = work.chunks.at(chunk);
+            for begin in (0..num_rows).step_by(SCRATCH_ROWS) {
+                let rows = begin..num_rows.min(begin + SCRATCH_ROWS);
+                let first_output = part.first_output + panels.start * LANES;
+                let width = (panels.len() * LANES).min(part.first_output + part.outputs - first_output);
+                let shared = SharedOut::new(scratch);
+                let place = Place { to: &shared, stride: SHARE_CHUNK, first_row: begin, first_output };
+                let (input, weights, tile_rows) = (work.input, work.head.weights, rows.clone());
+                let tile = Tile {
+                    input,
+                    weights,
+                    part,
+                    bias: None,
+                    rows: tile_rows,
+                    panels: panels.clone(),
+                    out: place,
+                };
+                // SAFETY: lengths are checked; the scratch is this task's and holds all rows and outputs.
+                unsafe { compute(pool, &tile) };
+                for (row, logits) in rows.zip(scratch.chunks_exact_mut(SHARE_CHUNK)) {
+                    // SAFETY: the chunk of a row is this task's.
+                    unsafe {
+                        work.take(
+                            pool,
+                            (row, chunk, first_output),
+                            &mut logits[..width],
+                            &mut bests[row],
+                            out,
+                        )
+                    };
+                }
+            }
+        }
+    });
+}
+
+impl Work<'_> {
+    /// Does with the logits of a chunk of a row what is wanted.
+    ///
+    /// # Safety
+    /// As for [`work`].
+    unsafe fn take(
+        &self,
+        pool: &ThreadPool,
+        (row, chunk, first_output): (usize, usize, usize),
+        logits: &mut [f32],
+        best: &mut Best,
+        out: &Outputs<'_>,
+    ) {
+        let (kernels, head) = (pool.kernels(), self.head);
+        // SAFETY: the pool's table is for this processor; what is written is this task's, by the caller's promise.
+        unsafe {
+            if head.scale != 1.0 {
+                (kernels.scale)(logits, head.scale);
+            }
+            if let Some(cap) = head.soft_cap {
+                (kernels.soft_cap)(logits, cap);
+            }
+            match &self.wanted[row] {
+                Wanted::Whole => {
+                    let at = out.places[row] * head.weights.out_features() + first_output;
+                    out.whole.part(at, logits.len()).copy_from_slice(logits);
+                }
+                Wanted::Token(choice) => {
+                    let num_tokens = head.num_token_ids.saturating_sub(first_output).min(logits.len());
+                    let logits = &logits[..num_tokens];
+                    look_at(kernels, logits, first_output as u32, choice.race.as_ref(), best);
+                    if choice.share {
+                        out.masses.part(row * self.chunks.count + chunk, 1)[0] = mass(kernels, logits, 1.0);
+                    }
+                }
+            }
+        }
+    }
+}

@@ -1,0 +1,86 @@
+//! What `Model::finish` gives of a row of which one token is wanted is what would be chosen of the whole row: for
+//! any mix of rows in a pass, of whole and short heads, on the CPU backend and the reference backend.
+
+mod oracle_support;
+
+use std::sync::Arc;
+
+use oracle_support::{config, random_tokens, write_checkpoint};
+use safetensors::Dtype;
+use serde_json::json;
+use tandem_kernels::ThreadPool;
+use tandem_models::backend::BackendKind;
+use tandem_models::outputs::{Choice, Chosen, Noise, Race, choose};
+use tandem_models::{Checkpoint, ForwardBatch, Model, Wanted};
+
+/// Several chunks of the head, the last of them short.
+const VOCAB_SIZE: usize = 1307;
+/// Rows beyond are padding.
+const NUM_TOKEN_IDS: usize = 1290;
+const LEN: usize = 19;
+
+fn model(kind: BackendKind) -> Box<dyn Model> {
+    let changes = json!({"vocab_size": VOCAB_SIZE, "hidden_size": 96, "intermediate_size": 272});
+    let dir = tempfile::tempdir().unwrap();
+    write_checkpoint(dir.path(), &config("qwen2", changes), Dtype::BF16, 11);
+    let checkpoint = Checkpoint::open(dir.path()).unwrap();
+    let mut model = tandem_models::load(&checkpoint, kind, Arc::new(ThreadPool::new(2))).unwrap();
+    model.allocate_kv_cache(2, 16).unwrap();
+    model
+}
+
+fn wanted(row: usize) -> Wanted {
+    let race = Race { noise: Noise::new(3, row as u64), inverse_temperature: 1.25 };
+    match row % 4 {
+        0 => Wanted::Token(Choice { race: None, share: true }),
+        1 => Wanted::Whole,
+        2 => Wanted::Token(Choice { race: Some(race), share: true }),
+        _ => Wanted::Token(Choice { race: Some(race), share: false }),
+    }
+}
+
+/// A pass over the tokens, of which all rows are wanted.
+fn outputs(model: &mut dyn Model, batch: &ForwardBatch) -> (Vec<f32>, Vec<Chosen>) {
+    model.begin(batch).unwrap();
+    while model.advance().unwrap() {}
+    let outputs = model.finish().unwrap();
+    (outputs.logits.to_vec(), outputs.chosen.to_vec())
+}
+
+#[test]
+fn a_token_of_a_row_is_the_one_of_the_whole_row() {
+    for kind in [BackendKind::Cpu, BackendKind::Reference] {
+        let mut model = model(kind);
+        let short = 600;
+        assert!(model.set_short_head(short).unwrap());
+        for (width, is_short) in [(VOCAB_SIZE, false), (short, true)] {
+            let mut batch = ForwardBatch::new();
+            batch.push_sequence(&random_tokens(5, LEN, NUM_TOKEN_IDS), 0, &[0, 1], 16, LEN);
+            batch.short_head = is_short;
+            batch.num_token_ids = NUM_TOKEN_IDS;
+            let (whole, none) = outputs(&mut *model, &batch);
+            assert!(none.is_empty() && whole.len() == LEN * width);
+            batch.want((0..LEN).map(wanted));
+            let (mut logits, mut chosen) = (Vec::new(), Vec::new());
+            for (row, wanted) in whole.chunks_exact(width).zip(&batch.wanted) {
+                match wanted {
+                    Wanted::Whole => logits.extend_from_slice(row),
+                    Wanted::Token(choice) => chosen.push(choose(&row[..width.min(NUM_TOKEN_IDS)], *choice)),
+                }
+            }
+            assert_eq!(outputs(&mut *model, &batch), (logits, chosen), "{kind:?}, short head: {is_short}");
+            // Some rows alone, all of which give a token.
+            batch.clear();
+            batch.push_sequence(&random_tokens(5, LEN, NUM_TOKEN_IDS), 0, &[0, 1], 16, 3);
+            batch.short_head = is_short;
+            batch.want([wanted(0); 3].into_iter());
+            let rows = whole.chunks_exact(width).skip(LEN - 3);
+            let chosen = rows.map(|row| choose(row, Choice { race: None, share: true })).collect();
+            assert_eq!(
+                outputs(&mut *model, &batch),
+                (Vec::new(), chosen),
+                "{kind:?}, short head: {is_short}"
+            );
+        }
+    }
+}

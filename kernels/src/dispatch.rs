@@ -4,6 +4,8 @@
 use crate::isa::Isa;
 use crate::matmul::quantized;
 use crate::pack::memory::Line;
+use crate::pack::words;
+use crate::quant::BlockFormat;
 use crate::{attention, experts, gate, head_norm, layer_norm, matmul, norm, roof, rope, sampling, scaling};
 
 /// One compiled version of every kernel.
@@ -23,6 +25,7 @@ pub(crate) struct Kernels {
     pub(crate) argmax: unsafe fn(&[f32]) -> usize,
     pub(crate) all_finite: unsafe fn(&[f32]) -> bool,
     pub(crate) exp_sub: unsafe fn(x: &[f32], max: f32, out: &mut [f32]),
+    pub(crate) pack: unsafe fn(format: BlockFormat, rows: &words::Rows<'_>, panel: &mut [Line]),
     pub(crate) read: unsafe fn(&[Line]) -> u64,
     pub(crate) dot_products: unsafe fn(rounds: usize) -> i32,
     pub(crate) multiply_adds: unsafe fn(rounds: usize) -> f32,
@@ -48,6 +51,7 @@ static SCALAR: Kernels = Kernels {
     argmax: sampling::scalar::argmax,
     all_finite: sampling::scalar::all_finite,
     exp_sub: sampling::scalar::exp_sub,
+    pack: words::pack,
     read: roof::scalar::read,
     dot_products: roof::scalar::dot_products,
     multiply_adds: roof::scalar::multiply_adds,
@@ -201,6 +205,11 @@ macro_rules! vector_kernels {
             }
 
             #[target_feature(enable = $features)]
+            unsafe fn pack(format: BlockFormat, rows: &words::Rows<'_>, panel: &mut [Line]) {
+                words::pack(format, rows, panel);
+            }
+
+            #[target_feature(enable = $features)]
             unsafe fn read(lines: &[Line]) -> u64 {
                 // SAFETY: the caller's promise.
                 unsafe { roof::vector::read::<$simd>(lines) }
@@ -243,6 +252,7 @@ macro_rules! vector_kernels {
                 argmax: Self::argmax,
                 all_finite: Self::all_finite,
                 exp_sub: Self::exp_sub,
+                pack: Self::pack,
                 read: Self::read,
                 dot_products: Self::dot_products,
                 multiply_adds: Self::multiply_adds,

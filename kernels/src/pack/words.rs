@@ -214,7 +214,7 @@ fn low<const W: usize>(format: BlockFormat, words: &[Words; W], chunk: usize, qu
 #[inline(always)]
 fn high<const W: usize>(format: BlockFormat, words: &[Words; W], chunk: usize, quad: usize) -> Words {
     // Bit `i` of a word belongs to code `i`: four of them to the lowest bits of four bytes.
-    let fifths = |word: Words| word.map(|bits| (bits >> (quad * 4) & 0xf) * 0x0020_4081 & each(1));
+    let fifths = |word: Words| word.map(|bits| ((bits >> (quad * 4) & 0xf) * 0x0020_4081) & each(1));
     match format {
         BlockFormat::Q5_0 => fifths(words[0]),
         BlockFormat::Q5_1 => fifths(words[1]),

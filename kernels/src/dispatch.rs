@@ -65,7 +65,7 @@ static SCALAR: Kernels = Kernels {
 };
 
 /// Compiles the vector version of every kernel for one instruction set.
-#[cfg(target_arch = "x86_64")]
+#[cfg(any(target_arch = "x86_64", target_arch = "aarch64"))]
 macro_rules! vector_kernels {
     ($table:ident, $isa:expr, $features:literal, $simd:ty,
      matmul: { rows: $matmul_rows:literal },
@@ -305,6 +305,37 @@ static AVX512_WITHOUT_VNNI: Kernels = Kernels {
     ..Avx512::KERNELS
 };
 
+#[cfg(target_arch = "aarch64")]
+vector_kernels!(
+    Neon, Isa::Neon, "neon", crate::simd::neon::Neon<false>,
+    matmul: { rows: 6 },
+    quantized: { rows: [1, 2, 3, 4], many: 4, two_panels: false, features: "neon" },
+    attention: {
+        1 rows: 2 vectors, 2 rows: 2 vectors, 3 rows: 1 vectors, 4 rows: 1 vectors,
+        5 rows: 1 vectors, 6 rows: 1 vectors
+    }
+);
+
+#[cfg(target_arch = "aarch64")]
+vector_kernels!(
+    NeonDot, Isa::NeonDot, "neon", crate::simd::neon::Neon<true>,
+    matmul: { rows: 6 },
+    quantized: { rows: [1, 2, 3, 4, 5], many: 5, two_panels: false, features: "neon,dotprod" },
+    attention: {
+        1 rows: 2 vectors, 2 rows: 2 vectors, 3 rows: 1 vectors, 4 rows: 1 vectors,
+        5 rows: 1 vectors, 6 rows: 1 vectors
+    }
+);
+
+/// What dot products of bytes make a difference to is [`NeonDot`]'s, all else is [`Neon`]'s.
+#[cfg(target_arch = "aarch64")]
+static NEON_DOT: Kernels = Kernels {
+    isa: Isa::NeonDot,
+    matmul_quantized: NeonDot::KERNELS.matmul_quantized,
+    dot_products: NeonDot::KERNELS.dot_products,
+    ..Neon::KERNELS
+};
+
 /// The kernels of an instruction set.
 ///
 /// # Panics
@@ -318,6 +349,10 @@ pub(crate) fn kernels(isa: Isa) -> &'static Kernels {
         Isa::Avx512 if !is_x86_feature_detected!("avx512vnni") => &AVX512_WITHOUT_VNNI,
         #[cfg(target_arch = "x86_64")]
         Isa::Avx512 => &Avx512::KERNELS,
+        #[cfg(target_arch = "aarch64")]
+        Isa::Neon => &Neon::KERNELS,
+        #[cfg(target_arch = "aarch64")]
+        Isa::NeonDot => &NEON_DOT,
         _ => &SCALAR,
     }
 }

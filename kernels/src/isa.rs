@@ -1,5 +1,7 @@
 //! The instruction set in use: found once, or forced by `TANDEM_ISA`.
 
+#[cfg(target_arch = "aarch64")]
+use std::arch::is_aarch64_feature_detected;
 use std::fmt;
 use std::sync::OnceLock;
 
@@ -15,6 +17,10 @@ pub enum Isa {
     Avx2,
     /// x86-64 with AVX-512 F, BW, DQ and VL.
     Avx512,
+    /// 64-bit Arm with NEON, which all have.
+    Neon,
+    /// 64-bit Arm with NEON and its dot products of bytes (`dotprod`).
+    NeonDot,
 }
 
 /// `TANDEM_ISA` names something that cannot be used.
@@ -69,8 +75,8 @@ impl std::str::FromStr for Isa {
 }
 
 impl Isa {
-    /// Every instruction set, slowest first.
-    pub const ALL: [Isa; 3] = [Isa::Scalar, Isa::Avx2, Isa::Avx512];
+    /// Every instruction set; of those that one processor can have, slowest first.
+    pub const ALL: [Isa; 5] = [Isa::Scalar, Isa::Avx2, Isa::Avx512, Isa::Neon, Isa::NeonDot];
 
     /// The name that `TANDEM_ISA` takes.
     pub fn name(self) -> &'static str {
@@ -78,6 +84,8 @@ impl Isa {
             Isa::Scalar => "scalar",
             Isa::Avx2 => "avx2",
             Isa::Avx512 => "avx512",
+            Isa::Neon => "neon",
+            Isa::NeonDot => "neon-dot",
         }
     }
 
@@ -99,8 +107,14 @@ impl Isa {
                     && is_x86_feature_detected!("avx512dq")
                     && is_x86_feature_detected!("avx512vl")
             }
+            #[cfg(target_arch = "aarch64")]
+            Isa::Neon => is_aarch64_feature_detected!("neon"),
+            #[cfg(target_arch = "aarch64")]
+            Isa::NeonDot => Isa::Neon.is_available() && is_aarch64_feature_detected!("dotprod"),
             #[cfg(not(target_arch = "x86_64"))]
             Isa::Avx2 | Isa::Avx512 => false,
+            #[cfg(not(target_arch = "aarch64"))]
+            Isa::Neon | Isa::NeonDot => false,
         }
     }
 
@@ -148,7 +162,10 @@ mod tests {
             assert_eq!(isa.name().to_uppercase().parse(), Ok(isa));
         }
         let message = choose("sse9").unwrap_err().to_string();
-        assert!(message.contains("sse9") && message.contains("scalar, avx2, avx512"), "{message}");
+        assert!(
+            message.contains("sse9") && message.contains("scalar, avx2, avx512, neon, neon-dot"),
+            "{message}"
+        );
     }
 
     #[test]

@@ -15,7 +15,10 @@
 //! specification (`scalar.rs`), and one vector version written over the 16-lane type of `simd`
 //! (`vector.rs`), which `dispatch` compiles once per instruction set.
 
-#![cfg_attr(not(target_arch = "x86_64"), allow(dead_code, reason = "vector versions exist for x86-64 only"))]
+#![cfg_attr(
+    not(any(target_arch = "x86_64", target_arch = "aarch64")),
+    allow(dead_code, reason = "vector versions exist for x86-64 and 64-bit Arm only")
+)]
 
 pub mod attention;
 mod dispatch;

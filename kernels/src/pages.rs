@@ -198,7 +198,6 @@ fn make_ready(_map: &MmapRaw, _begin: usize) -> bool {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use std::time::{Duration, Instant};
 
     #[test]
     fn fresh_pages_are_zero_and_hold_what_is_written() {
@@ -237,6 +236,8 @@ mod tests {
     #[cfg(all(target_os = "linux", target_arch = "x86_64"))]
     #[test]
     fn pages_are_ready_some_way_ahead_of_use_and_no_further() {
+        use std::time::{Duration, Instant};
+
         let mut warmer = PageWarmer::new(0);
         let pages = ZeroedPages::new(32 * LARGE_PAGE).unwrap();
         if pages.map.advise_range(memmap2::Advice::PopulateWrite, 0, 1).is_err() {

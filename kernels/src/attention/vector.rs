@@ -24,6 +24,7 @@ use super::{CHUNK, MAX_HEAD_DIM, Output, TASK_ROWS, Task, chunks_of, last_factor
 use crate::LANES;
 use crate::kv::{KvLayout, KvType};
 use crate::math::exp as scalar_exp;
+use crate::pack::memory::LINE_BYTES;
 use crate::simd::{Simd, exp};
 
 /// An instruction set's compiled row groups.
@@ -58,9 +59,30 @@ pub(crate) struct Group<'a> {
     queries: *const f32,
     /// Position of the chunk's first key.
     start: usize,
-    /// The context that the task has yet to read ends here; what lies before it is worth fetching.
-    fetch_end: usize,
+    /// Where the chunk's tokens lie, if blocks are made of sixteens.
+    places: Option<&'a Places>,
+    /// The places whose keys are worth fetching meanwhile.
+    ahead: Option<&'a Places>,
+    /// `[rows, CHUNK]`, to work in.
+    weights: *mut [f32; CHUNK],
 }
+
+/// Sixteen tokens of one block.
+#[derive(Clone, Copy)]
+struct Place {
+    /// The first token's key.
+    keys: *const u8,
+    /// The tokens' values, one after the other.
+    values: *const u8,
+    /// As many bytes of the block's keys, one after the other: each sixteen of a block has its own.
+    share_of_keys: *const u8,
+}
+
+/// The tokens of a chunk, or as many as the context has.
+type Places = [Place; CHUNK / LANES];
+
+/// Rows of the largest group of any instruction set.
+const GROUP_ROWS: usize = 8;
 
 /// # Safety
 /// The processor has the target's instruction set; the arguments are checked and no other task holds
@@ -100,8 +122,14 @@ unsafe fn attend<T: Target, E: Element>(task: &Task<'_>) {
     }
     let chunks = task.output.chunks(chunks_of(&(rows[0].begin..rows[num_rows - 1].end)));
     let end = rows[num_rows - 1].end.min(chunks.end * CHUNK);
+    let mut weights = [[0.0f32; CHUNK]; GROUP_ROWS];
+    let mut ahead = task.places::<E>(chunks.start * CHUNK, end);
     for chunk in chunks {
         let start = chunk * CHUNK;
+        let places = ahead;
+        if start + CHUNK < end {
+            ahead = task.places::<E>(start + CHUNK, end);
+        }
         if let Output::Parts { parts, num_chunks, .. } = &task.output {
             for row in &mut *rows {
                 // SAFETY: the parts hold every row's chunks.
@@ -115,10 +143,12 @@ unsafe fn attend<T: Target, E: Element>(task: &Task<'_>) {
             let queries = unsafe { queries.as_ptr().cast::<f32>().add(bounds.start * head_dim) };
             let rows = &mut rows[bounds];
             if rows[0].begin < start + CHUNK && start < rows[rows.len() - 1].end {
-                // The first group brings the chunk into the cache for the others.
-                let fetch_end = if index == 0 { end } else { 0 };
+                // The first group brings the next chunk into the cache for the others.
+                let ahead = if index == 0 { ahead.as_ref() } else { places.as_ref() };
+                let weights = weights.as_mut_ptr();
+                let group = Group { task, queries, start, places: places.as_ref(), ahead, weights };
                 // SAFETY: the caller's promise.
-                unsafe { T::group::<E>(&Group { task, queries, start, fetch_end }, rows) };
+                unsafe { T::group::<E>(&group, rows) };
             }
         }
         if let Output::Parts { .. } = task.output {
@@ -142,6 +172,31 @@ unsafe fn attend<T: Target, E: Element>(task: &Task<'_>) {
 }
 
 impl<'a> Task<'a> {
+    /// Where the tokens of the chunk at `start` lie, sixteen by sixteen, up to `end`; `None` if a block may end
+    /// within sixteen.
+    fn places<E: Element>(&self, start: usize, end: usize) -> Option<Places> {
+        let KvLayout { block_size, head_dim, .. } = self.args.layout;
+        if !block_size.is_multiple_of(LANES) {
+            return None;
+        }
+        let (storage, bytes) = (self.args.storage.as_ptr(), E::TYPE.element_bytes());
+        let nowhere = std::ptr::null();
+        let mut places = [Place { keys: nowhere, values: nowhere, share_of_keys: nowhere }; CHUNK / LANES];
+        for (place, position) in places.iter_mut().zip((start..end).step_by(LANES)) {
+            let (tile, offset) = self.locate(position);
+            let before = offset * head_dim * bytes;
+            // SAFETY: the checked blocks cover the context, and the storage holds them.
+            *place = unsafe {
+                Place {
+                    keys: storage.add(tile.keys + offset * bytes),
+                    values: storage.add(tile.values + before),
+                    share_of_keys: storage.add(tile.keys + before),
+                }
+            };
+        }
+        Some(places)
+    }
+
     /// Row `row` of the task's sequence and head as it begins, and its query.
     fn row(&self, row: usize) -> (Row, &'a [f32]) {
         let args = self.args;
@@ -213,11 +268,11 @@ unsafe fn rescale<V: Simd>(values: *mut f32, len: usize, scale: f32) {
 }
 
 /// The keys of a chunk that each of `R` rows sees, from `begin` to `end`, and what it makes of them.
-struct Seen<const R: usize> {
+struct Seen<'a, const R: usize> {
     begin: [usize; R],
     end: [usize; R],
-    /// Scores, then weights.
-    weights: [[f32; CHUNK]; R],
+    /// Scores, then weights; beyond what a row sees they mean nothing.
+    weights: &'a mut [[f32; CHUNK]; R],
     /// The factors with which the chunk joins what a row has; `None` leaves the row as it is.
     merges: [Option<(f32, f32)>; R],
 }
@@ -233,13 +288,15 @@ pub(crate) unsafe fn group<V: Simd, E: Element, const R: usize, const W: usize>(
     rows: &mut [Row],
 ) {
     let rows: &mut [Row; R] = rows.try_into().expect("the group's rows: this is a bug");
+    const { assert!(R <= GROUP_ROWS) };
     let args = group.task.args;
     let value_dim = args.layout.value_dim();
     let within = |position: usize| position.saturating_sub(group.start).min(CHUNK);
     let mut seen = Seen {
         begin: std::array::from_fn(|r| within(rows[r].begin)),
         end: std::array::from_fn(|r| within(rows[r].end)),
-        weights: [[0.0; CHUNK]; R],
+        // SAFETY: a group has at most `GROUP_ROWS` rows, and the buffer is its own meanwhile.
+        weights: unsafe { &mut *group.weights.cast::<[[f32; CHUNK]; R]>() },
         merges: [None; R],
     };
     // SAFETY: the caller's promise; columns are below `value_dim`.
@@ -248,6 +305,9 @@ pub(crate) unsafe fn group<V: Simd, E: Element, const R: usize, const W: usize>(
             group.score_rows::<V, E, R, W>(&mut seen);
         } else {
             group.score::<V, E, R, W>(&mut seen);
+        }
+        if let Some(cap) = args.soft_cap {
+            group.cap::<V, R>(&mut seen, cap);
         }
         group.weigh::<V, E, R>(&mut seen, rows);
         let mut column = 0;
@@ -271,7 +331,9 @@ fn fetch(at: *const u8) {
         use std::arch::x86_64::{_MM_HINT_T0, _mm_prefetch};
         _mm_prefetch::<_MM_HINT_T0>(at.cast());
     }
-    #[cfg(not(target_arch = "x86_64"))]
+    #[cfg(target_arch = "aarch64")]
+    crate::simd::neon::prefetch(at);
+    #[cfg(not(any(target_arch = "x86_64", target_arch = "aarch64")))]
     let _ = at;
 }
 
@@ -281,43 +343,73 @@ impl Group<'_> {
     /// # Safety
     /// As for [`group`].
     #[inline(always)]
-    unsafe fn weigh<V: Simd, E: Element, const R: usize>(&self, seen: &mut Seen<R>, rows: &mut [Row; R]) {
+    unsafe fn weigh<V: Simd, E: Element, const R: usize>(&self, seen: &mut Seen<'_, R>, rows: &mut [Row; R]) {
+        // A lane for each row.
+        let mut maxima = [f32::NEG_INFINITY; LANES];
+        let mut chunk_maxima = [f32::NEG_INFINITY; LANES];
+        let mut chunk_sums = [0.0f32; R];
         for r in 0..R {
-            let (begin, end) = (seen.begin[r], seen.end[r]);
-            if begin >= end {
-                continue;
+            maxima[r] = rows[r].max;
+            if seen.begin[r] < seen.end[r] {
+                // SAFETY: the caller's promise.
+                (chunk_maxima[r], chunk_sums[r]) = unsafe { self.weigh_row::<V, E, R>(seen, r) };
             }
-            let tiles = begin / LANES * LANES..end.next_multiple_of(LANES);
-            let weights = &mut seen.weights[r];
-            weights[tiles.start..begin].fill(f32::NEG_INFINITY);
-            weights[end..tiles.end].fill(f32::NEG_INFINITY);
-            let weights = &mut weights[tiles.clone()];
-            // SAFETY: whole vectors.
-            unsafe {
-                let mut max = V::splat(f32::NEG_INFINITY);
-                for tile in weights.chunks_exact(LANES) {
-                    max = V::load(tile.as_ptr()).max(max);
-                }
-                let chunk_max = max.largest();
-                let mut sum = V::splat(0.0);
-                for (i, tile) in weights.chunks_exact_mut(LANES).enumerate() {
-                    let mut weight = exp(V::load(tile.as_ptr()).sub(V::splat(chunk_max)));
-                    sum = sum.add(weight);
-                    let position = self.start + tiles.start + i * LANES;
-                    if let Some(value_scales) = self.scales::<V>(position, |tile| tile.value_scales) {
-                        weight = weight.mul(value_scales);
-                    }
-                    weight.store(tile.as_mut_ptr());
-                }
-                let chunk_sum = sum.sum();
-                let row = &mut rows[r];
-                let new_max = row.max.max(chunk_max);
-                let a = scalar_exp(row.max - new_max);
-                let b = scalar_exp(chunk_max - new_max);
-                row.sum = if self.is_first(row) { chunk_sum } else { row.sum.mul_add(a, chunk_sum * b) };
-                row.max = new_max;
-                seen.merges[r] = Some((a, b));
+        }
+        let [mut new_maxima, mut a, mut b] = [[0.0f32; LANES]; 3];
+        // SAFETY: 16 elements each.
+        unsafe {
+            let (max, chunk_max) = (V::load(maxima.as_ptr()), V::load(chunk_maxima.as_ptr()));
+            let new_max = max.max(chunk_max);
+            new_max.store(new_maxima.as_mut_ptr());
+            exp(max.sub(new_max)).store(a.as_mut_ptr());
+            exp(chunk_max.sub(new_max)).store(b.as_mut_ptr());
+        }
+        for r in 0..R {
+            if seen.begin[r] < seen.end[r] {
+                let (row, chunk_sum) = (&mut rows[r], chunk_sums[r]);
+                let first = self.is_first(row);
+                row.sum = if first { chunk_sum } else { row.sum.mul_add(a[r], chunk_sum * b[r]) };
+                row.max = new_maxima[r];
+                seen.merges[r] = Some((a[r], b[r]));
             }
+        }
+    }
+
+    /// Turns the scores of row `r`, which sees some of the chunk, into weights: their maximum and their sum.
+    ///
+    /// # Safety
+    /// As for [`group`].
+    #[inline(always)]
+    unsafe fn weigh_row<V: Simd, E: Element, const R: usize>(
+        &self,
+        seen: &mut Seen<'_, R>,
+        r: usize,
+    ) -> (f32, f32) {
+        let quantized = self.task.args.layout.kv_type == KvType::Q8;
+        let (begin, end) = (seen.begin[r], seen.end[r]);
+        let tiles = begin / LANES * LANES..end.next_multiple_of(LANES);
+        let weights = &mut seen.weights[r];
+        weights[tiles.start..begin].fill(f32::NEG_INFINITY);
+        weights[end..tiles.end].fill(f32::NEG_INFINITY);
+        let weights = &mut weights[tiles.clone()];
+        // SAFETY: whole vectors.
+        unsafe {
+            let mut max = V::splat(f32::NEG_INFINITY);
+            for tile in weights.chunks_exact(LANES) {
+                max = V::load(tile.as_ptr()).max(max);
+            }
+            let max = max.largest();
+            let mut sum = V::splat(0.0);
+            for (i, tile) in weights.chunks_exact_mut(LANES).enumerate() {
+                let mut weight = exp(V::load(tile.as_ptr()).sub(V::splat(max)));
+                sum = sum.add(weight);
+                let position = self.start + tiles.start + i * LANES;
+                if quantized {
+                    weight = weight.mul(self.scales(position, |tile| tile.value_scales));
+                }
+                weight.store(tile.as_mut_ptr());
+            }
+            (max, sum.sum())
         }
     }
 
@@ -335,7 +427,7 @@ impl Group<'_> {
     #[inline(always)]
     unsafe fn gather<V: Simd, E: Element, const R: usize, const C: usize>(
         &self,
-        seen: &Seen<R>,
+        seen: &Seen<'_, R>,
         rows: &[Row; R],
         column: usize,
         count: usize,
@@ -373,36 +465,31 @@ impl Group<'_> {
     #[inline(always)]
     unsafe fn add_values<V: Simd, E: Element, const R: usize, const C: usize, const ALL: bool>(
         &self,
-        seen: &Seen<R>,
+        seen: &Seen<'_, R>,
         parts: &mut [[V; C]; R],
         keys: Range<usize>,
         column: usize,
         count: usize,
     ) {
-        let KvLayout { block_size, head_dim, .. } = self.task.args.layout;
-        let bytes = E::TYPE.element_bytes();
-        let storage = self.task.args.storage.as_ptr();
+        let (head_dim, bytes) = (self.task.args.layout.head_dim, E::TYPE.element_bytes());
         let mut key = keys.start;
         while key < keys.end {
-            let position = self.start + key;
-            let run = (block_size - position % block_size).min(keys.end - key);
-            let (tile, offset) = self.task.locate(position);
-            // The same part of the next chunk's keys.
-            let next = position + CHUNK;
-            let ahead = if next < self.fetch_end { self.task.locate(next).0.keys } else { tile.keys };
             // SAFETY: the caller's promise; values of one block follow one another.
             unsafe {
-                let within = (offset * head_dim + column) * bytes;
-                let mut at = storage.add(tile.values + within);
-                let mut ahead = storage.wrapping_add(ahead + within);
-                for key in key..key + run {
+                let (values, mut ahead, left) = self.values::<E>(key);
+                let end = keys.end.min(key + left);
+                let mut at = values.add(column * bytes);
+                // In the order of addresses, which memory answers sooner: of each sixteen the first part is
+                // fetched with the first columns.
+                ahead = ahead.wrapping_add((column + key % LANES * C) * LANES * bytes);
+                while key < end {
                     // No closure: it would be compiled without the instruction set.
                     let mut values = [V::splat(0.0); C];
                     for c in 0..C {
                         values[c] = load_part::<V, E>(at.add(c * LANES * bytes), count);
                     }
-                    for line in 0..(C * LANES * bytes).div_ceil(64) {
-                        fetch(ahead.wrapping_add(line * 64));
+                    for line in 0..(C * LANES * bytes).div_ceil(LINE_BYTES) {
+                        fetch(ahead.wrapping_add(line * LINE_BYTES));
                     }
                     for r in 0..R {
                         if ALL || (seen.begin[r] <= key && key < seen.end[r]) {
@@ -413,10 +500,32 @@ impl Group<'_> {
                         }
                     }
                     at = at.wrapping_add(head_dim * bytes);
-                    ahead = ahead.wrapping_add(head_dim * bytes);
+                    ahead = ahead.wrapping_add(C * LANES * bytes);
+                    key += 1;
                 }
             }
-            key += run;
+        }
+    }
+
+    /// The values of a key of the chunk; what to fetch beside those of its sixteen; and how many values follow
+    /// one another from here.
+    ///
+    /// # Safety
+    /// The key is below the last row's position.
+    #[inline(always)]
+    unsafe fn values<E: Element>(&self, key: usize) -> (*const u8, *const u8, usize) {
+        let KvLayout { block_size, head_dim, .. } = self.task.args.layout;
+        let bytes = E::TYPE.element_bytes();
+        // SAFETY: the key's value lies where it is said to.
+        unsafe {
+            if let (Some(places), Some(ahead)) = (self.places, self.ahead) {
+                let place = places.get_unchecked(key / LANES);
+                let ahead = ahead.get_unchecked(key / LANES).share_of_keys;
+                return (place.values.add(key % LANES * head_dim * bytes), ahead, LANES - key % LANES);
+            }
+            let (tile, offset) = self.task.locate(self.start + key);
+            let at = self.task.args.storage.as_ptr().add(tile.values + offset * head_dim * bytes);
+            (at, at, block_size - offset)
         }
     }
 }

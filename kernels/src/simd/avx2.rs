@@ -270,6 +270,7 @@ unsafe fn dot(sum: __m256i, codes: __m256i, x: __m256i, offset_bits: u32) -> __m
 #[allow(clippy::undocumented_unsafe_blocks, reason = "one argument for all, stated above")]
 impl Integers for Avx2 {
     type Bytes = (__m256i, __m256i);
+    type Quad = __m256i;
     type Ints = (__m256i, __m256i);
 
     #[inline(always)]
@@ -277,11 +278,8 @@ impl Integers for Avx2 {
         unsafe { (_mm256_setzero_si256(), _mm256_setzero_si256()) }
     }
     #[inline(always)]
-    unsafe fn splat_bytes(from: *const i8) -> Self::Bytes {
-        unsafe {
-            let four = _mm256_set1_epi32(from.cast::<i32>().read_unaligned());
-            (four, four)
-        }
+    unsafe fn splat_bytes(from: *const i8) -> __m256i {
+        unsafe { _mm256_set1_epi32(from.cast::<i32>().read_unaligned()) }
     }
     #[inline(always)]
     unsafe fn load_bytes(from: *const u8) -> Self::Bytes {
@@ -341,8 +339,8 @@ impl Integers for Avx2 {
         }
     }
     #[inline(always)]
-    unsafe fn dot(sum: Self::Ints, codes: Self::Bytes, x: Self::Bytes, offset_bits: u32) -> Self::Ints {
-        unsafe { (dot(sum.0, codes.0, x.0, offset_bits), dot(sum.1, codes.1, x.1, offset_bits)) }
+    unsafe fn dot(sum: Self::Ints, codes: Self::Bytes, x: __m256i, offset_bits: u32) -> Self::Ints {
+        unsafe { (dot(sum.0, codes.0, x, offset_bits), dot(sum.1, codes.1, x, offset_bits)) }
     }
     #[inline(always)]
     unsafe fn to_f32(ints: Self::Ints) -> Self {

@@ -137,6 +137,7 @@ impl Simd for Avx512 {
 #[allow(clippy::undocumented_unsafe_blocks, reason = "one argument for all, stated above")]
 impl Integers for Avx512 {
     type Bytes = __m512i;
+    type Quad = __m512i;
     type Ints = __m512i;
 
     #[inline(always)]

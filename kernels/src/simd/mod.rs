@@ -1,4 +1,4 @@
-//! Sixteen f32 lanes, whatever the machine: one `__m512`, or two `__m256`. The vector versions of the
+//! Sixteen f32 lanes, whatever the machine: one `__m512`, two `__m256`, or four `float32x4_t`. The vector versions of the
 //! operations are written once over [`Simd`] and compiled once per implementation, inside functions
 //! that enable its instruction set (see [`crate::dispatch`]); every method is `inline(always)`, so
 //! nothing of the trait is left in the machine code.
@@ -10,6 +10,8 @@
 pub(crate) mod avx2;
 #[cfg(target_arch = "x86_64")]
 pub(crate) mod avx512;
+#[cfg(target_arch = "aarch64")]
+pub(crate) mod neon;
 
 use crate::math::{EXP_OVERFLOW, EXP_POLY, EXP_UNDERFLOW, LN2_HI, LN2_LO, LOG2_E, TANH_POLY, TANH_SMALL};
 
@@ -19,7 +21,7 @@ use crate::math::{EXP_OVERFLOW, EXP_POLY, EXP_UNDERFLOW, LN2_HI, LN2_LO, LOG2_E,
 /// Every method requires that the processor has the implementation's instruction set; those that take
 /// a pointer also require that it is valid for the elements they name. Nothing needs alignment.
 pub(crate) trait Simd: Copy {
-    /// True with 32 registers of 16 lanes; false with 16 of 8.
+    /// True with 32 registers of 16 lanes; false with 16 of 8 or 32 of 4.
     const WIDE: bool;
 
     unsafe fn splat(value: f32) -> Self;
@@ -116,13 +118,15 @@ pub(crate) unsafe fn tanh<V: Simd>(x: V) -> V {
 pub(crate) trait Integers: Simd {
     /// 64 bytes: bytes `4 l..4 l + 4` belong to lane `l`.
     type Bytes: Copy;
+    /// Four bytes, the same for every lane.
+    type Quad: Copy;
     /// 16 lanes of i32.
     type Ints: Copy;
 
     /// 64 zeros.
     unsafe fn zero_bytes() -> Self::Bytes;
-    /// Four bytes, the same for every lane.
-    unsafe fn splat_bytes(from: *const i8) -> Self::Bytes;
+    /// Four bytes.
+    unsafe fn splat_bytes(from: *const i8) -> Self::Quad;
     /// 64 bytes.
     unsafe fn load_bytes(from: *const u8) -> Self::Bytes;
     /// 64 bytes.
@@ -146,7 +150,7 @@ pub(crate) trait Integers: Simd {
     /// Adds to every lane its four bytes of `codes`, each less `2^offset_bits` (0 for 0 bits), times its
     /// four `x`, none of them -128. Codes are below 128 unless `offset_bits` is 7. The offset may be taken
     /// off here or at the [`start`](Self::start).
-    unsafe fn dot(sum: Self::Ints, codes: Self::Bytes, x: Self::Bytes, offset_bits: u32) -> Self::Ints;
+    unsafe fn dot(sum: Self::Ints, codes: Self::Bytes, x: Self::Quad, offset_bits: u32) -> Self::Ints;
     /// To f32, rounded to nearest.
     unsafe fn to_f32(ints: Self::Ints) -> Self;
 

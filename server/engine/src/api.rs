@@ -305,7 +305,8 @@ pub struct TokenChunk {
     /// One entry a token if `logprobs` was asked for, else empty.
     pub logprobs: Vec<TokenLogprobs>,
     /// How sure the model was of the first `num_margins` tokens: the greatest logit less the next one, which
-    /// is the logarithm of how many times likelier the best token was than any other.
+    /// is the logarithm of how many times likelier the best token was than any other. None of tokens to which the
+    /// output's form left no alternative.
     pub margins: Vec<f32>,
 }
 

@@ -63,9 +63,15 @@ impl Engine {
             }
         }
         let load = self.step_load();
-        let is_comparable = !must_plan && load.num_prefill_rows == 0 && plan.seats.len() > 1;
-        let kind = is_comparable.then(|| BatchKind::new(plan.seats.len(), samples));
-        let arm = self.trials.begin(kind, now, self.stats.num_deep_tokens);
+        let kind = BatchKind::new(plan.seats.len(), samples);
+        let always_plans = must_plan || plan.seats.len() < 2;
+        // How long a round with prompts takes says more about them.
+        let arm = if always_plans || load.num_prefill_rows > 0 {
+            let leader = self.trials.begin_unmeasured(kind);
+            if always_plans { Arm::Planned } else { leader }
+        } else {
+            self.trials.begin(kind, now, self.stats.num_deep_tokens)
+        };
         if arm == Arm::Plain || (plan.num_settled_steps > 0 && !must_plan) {
             plan.num_settled_steps = plan.num_settled_steps.saturating_sub(1);
             self.plan = plan;

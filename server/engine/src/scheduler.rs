@@ -129,16 +129,14 @@ impl Scheduler {
         let mut overdue: Option<Urgency> = None;
         for lane in 0..2 {
             while let Some(seat) = self.seat_for(lane, now) {
-                let Some((index, urgency)) = self.most_urgent_waiting(lane, now) else { break };
-                let is_taken = self.seats[seat].is_some();
-                if overdue.is_some_and(|overdue| overdue < urgency)
-                    || (is_taken && !self.outranks(urgency, seat, now))
-                {
+                let may = |s: &Sequence| self.seats[seat].is_none() || self.outranks(s, seat, now);
+                let Some((index, turn)) = self.first_waiting(lane, now, may) else { break };
+                if overdue.is_some_and(|overdue| overdue < turn) {
                     break;
                 }
-                if !self.make_room(lane, index, urgency, now) {
+                if !self.make_room(lane, index, now) {
                     if self.waiting[lane][index].age(now) >= BATCH_PATIENCE {
-                        overdue = Some(overdue.map_or(urgency, |overdue| overdue.min(urgency)));
+                        overdue = Some(overdue.map_or(turn, |overdue| overdue.min(turn)));
                     }
                     break;
                 }
@@ -162,9 +160,15 @@ impl Scheduler {
         self.seats[seat] = Some(sequence);
     }
 
-    fn most_urgent_waiting(&self, lane: usize, now: Duration) -> Option<(usize, Urgency)> {
-        let by_urgency = self.waiting[lane].iter().map(|sequence| sequence.urgency(now)).enumerate();
-        by_urgency.min_by_key(|&(_, urgency)| urgency)
+    /// Whose turn it is of those that `may`.
+    fn first_waiting(
+        &self,
+        lane: usize,
+        now: Duration,
+        may: impl Fn(&Sequence) -> bool,
+    ) -> Option<(usize, Urgency)> {
+        let waiting = self.waiting[lane].iter().enumerate().filter(|(_, sequence)| may(sequence));
+        waiting.map(|(index, sequence)| (index, sequence.turn(now))).min_by_key(|&(_, turn)| turn)
     }
 
     /// An empty seat of the lane, or that of the running batch sequence that gives way first; `None`
@@ -181,7 +185,7 @@ impl Scheduler {
 
     /// True if there are blocks for a waiting sequence's tokens and some more, if need be because
     /// running batch sequences gave theirs to an interactive one.
-    fn make_room(&mut self, lane: usize, index: usize, urgency: Urgency, now: Duration) -> bool {
+    fn make_room(&mut self, lane: usize, index: usize, now: Duration) -> bool {
         loop {
             let sequence = &self.waiting[lane][index];
             let tokens = sequence.committed_tokens();
@@ -197,7 +201,7 @@ impl Scheduler {
                 return true;
             }
             let Some(victim) = self.least_urgent(now, |_, _| true) else { return false };
-            if !self.outranks(urgency, victim, now) {
+            if !self.outranks(&self.waiting[lane][index], victim, now) {
                 return false;
             }
             self.preempt(victim);
@@ -210,11 +214,12 @@ impl Scheduler {
         at_most.saturating_sub(self.blocks.blocks_for(sequence.num_tokens())).min(HEADROOM_BLOCKS)
     }
 
-    /// True if somebody of this urgency may take the seat of a sequence that runs: only interactive
-    /// work that of batch work. Between equals whoever runs goes on, or they would take turns at
-    /// computing the same again.
-    fn outranks(&self, urgency: Urgency, seat: usize, now: Duration) -> bool {
-        self.seats[seat].as_ref().is_some_and(|s| urgency.priority() < s.urgency(now).priority())
+    /// True if a waiting sequence may take the seat of one that runs: only interactive work that of batch work,
+    /// as they stand when both run. Otherwise whoever runs goes on, or they would take turns at computing the
+    /// same again.
+    fn outranks(&self, waiting: &Sequence, seat: usize, now: Duration) -> bool {
+        let priority = waiting.urgency(now).priority();
+        self.seats[seat].as_ref().is_some_and(|s| priority < s.urgency(now).priority())
     }
 
     /// The running sequence that gives way first. Those of a pass under way do not.

@@ -155,11 +155,16 @@ impl Sequence {
         }
     }
 
-    /// Where the sequence stands in the order of who goes first.
+    /// Where the sequence stands among those that run. A text to embed stays what it is, however long it has taken: it
+    /// makes room whenever somebody waits for a token.
     pub(crate) fn urgency(&self, now: Duration) -> Urgency {
-        // A text to embed that runs stays what it is: it makes room whenever somebody waits for a token.
-        let gives_way = self.is_embedding() && !self.block_table.ids().is_empty();
-        let is_patient = gives_way || now.saturating_sub(self.clock.submitted) < BATCH_PATIENCE;
+        let urgency = self.turn(now);
+        if self.is_embedding() { Urgency { priority: self.priority, ..urgency } } else { urgency }
+    }
+
+    /// Where the sequence stands among those that wait.
+    pub(crate) fn turn(&self, now: Duration) -> Urgency {
+        let is_patient = self.age(now) < BATCH_PATIENCE;
         let priority = if is_patient { self.priority } else { Priority::Interactive };
         Urgency { priority, submitted: self.clock.submitted, id: self.id }
     }

@@ -6,25 +6,12 @@ mod common;
 use std::sync::mpsc::{Receiver, sync_channel};
 use std::time::Duration;
 
-use common::{
-    Answer, FaultKind, HIDDEN_SIZE, HashModel, Recipe, STOP, clock, config, hash_pair, hidden_state, request,
-};
+use common::{Answer, FaultKind, HashModel, STOP, clock, config, hash_pair, mean_hidden_state, request};
 use proptest::prelude::*;
 use tandem_engine::{
-    DraftTokens, EmbedRequest, Engine, EngineConfig, EngineError, EngineHandle, Event, FinishReason, Lane,
-    Models, Priority, SamplingParams, SequenceId, TokenId,
+    BATCH_PATIENCE, DraftTokens, EmbedRequest, Engine, EngineConfig, EngineError, EngineHandle, Event,
+    FinishReason, Lane, Models, Priority, SamplingParams, SequenceId, TokenId,
 };
-
-/// What the test's model makes of a text.
-fn expected(text: &[TokenId]) -> Vec<f32> {
-    let mut sum = [0f64; HIDDEN_SIZE];
-    let mut state = 0;
-    for &token in text {
-        state = Recipe::extend(state, token);
-        sum.iter_mut().zip(hidden_state(state)).for_each(|(sum, value)| *sum += f64::from(value));
-    }
-    sum.map(|sum| (sum / text.len() as f64) as f32).to_vec()
-}
 
 fn embed(id: u64, lane: Lane, text: &[TokenId]) -> (EmbedRequest, Receiver<Event>) {
     let (sender, receiver) = sync_channel(1);
@@ -111,7 +98,7 @@ proptest! {
         prop_assert_eq!(stats.num_embedding_tokens, lengths.iter().sum::<usize>() as u64);
         let (embedded, generated) = receivers.split_at(embeds.len());
         for (text, (_, answer)) in embeds.iter().zip(embedded) {
-            prop_assert_eq!(answer.embedding.as_ref(), Some(&expected(text)));
+            prop_assert_eq!(answer.embedding.as_ref(), Some(&mean_hidden_state(text)));
             prop_assert_eq!(answer.finished.map(|finished| finished.reason), Some(FinishReason::Length));
         }
         for ((lane, prompt), (_, answer)) in generates.into_iter().zip(generated) {
@@ -137,10 +124,74 @@ fn nothing_is_taken_from_the_prefix_cache_and_nothing_left_there() {
         engine.embed(request, clock());
         let mut answer = Answer::default();
         run_to_end(&mut engine, &clock, &mut || events.try_iter().for_each(|event| answer.take(event)));
-        assert_eq!(answer.embedding, Some(expected(&words)));
+        assert_eq!(answer.embedding, Some(mean_hidden_state(&words)));
     }
     assert_eq!(engine.stats().num_cached_blocks, cached);
     assert_eq!(engine.stats().num_cached_tokens, 0);
+}
+
+/// Whoever has waited long goes before others, but not by taking the seat of one that gives way to everybody:
+/// that one has waited as long, and would take it back before either gets anywhere.
+#[test]
+fn texts_that_have_waited_long_do_not_take_turns_at_one_seat() {
+    let config =
+        EngineConfig { max_num_seqs: 1, max_num_batched_tokens: 16, ..config(DraftTokens::Fixed(0)) };
+    let mut engine = Engine::new(&config, hash_pair(0.0)).expect("the engine starts");
+    let texts = [text(1, 300), text(2, 200), text(3, 100)];
+    let mut answers: Vec<_> = texts
+        .iter()
+        .enumerate()
+        .map(|(id, text)| {
+            let (request, events) = embed(id as u64, Lane::Deep, text);
+            engine.embed(request, Duration::ZERO);
+            (events, Answer::default())
+        })
+        .collect();
+    let ticks = clock();
+    let late = || 2 * BATCH_PATIENCE + ticks();
+    run_to_end(&mut engine, &late, &mut || {
+        for (events, answer) in &mut answers {
+            events.try_iter().for_each(|event| answer.take(event));
+        }
+    });
+    assert_eq!(engine.stats().num_preemptions, 0);
+    for (text, (_, answer)) in texts.iter().zip(&answers) {
+        assert_eq!(answer.embedding, Some(mean_hidden_state(text)));
+    }
+}
+
+/// One that has waited long and is preempted for somebody who cannot start yet is the first to start again. It
+/// must not be the first in the pass as well, or whoever runs gets nowhere and nobody ever makes room.
+#[test]
+fn a_text_that_starts_over_and_over_does_not_stop_who_runs() {
+    let config = EngineConfig {
+        block_size: 18,
+        num_blocks: 5,
+        max_num_batched_tokens: 1,
+        max_model_len: 90,
+        ..config(DraftTokens::Fixed(0))
+    };
+    let mut engine = Engine::new(&config, hash_pair(0.0)).expect("the engine starts");
+    let ticks = clock();
+    let late = || 2 * BATCH_PATIENCE + ticks();
+    let params = SamplingParams { max_tokens: 10, ..SamplingParams::default() };
+    let (running, running_events) = request(1, Lane::Deep, &text(1, 27), params.clone(), 16);
+    engine.submit(running, late());
+    engine.step(&late).expect("the account is whole");
+    let (old, old_events) = embed(2, Lane::Deep, &text(2, 37));
+    engine.embed(old, Duration::ZERO);
+    let (waiting, waiting_events) = request(3, Lane::Deep, &text(3, 54), params, 16);
+    engine.submit(waiting, late());
+    let mut answers = [running_events, old_events, waiting_events].map(|events| (events, Answer::default()));
+    run_to_end(&mut engine, &late, &mut || {
+        for (events, answer) in &mut answers {
+            events.try_iter().for_each(|event| answer.take(event));
+        }
+    });
+    assert_eq!(
+        answers.map(|(_, answer)| (answer.tokens.len(), answer.embedding.is_some())),
+        [(10, false), (0, true), (10, false)]
+    );
 }
 
 #[test]
@@ -172,7 +223,7 @@ fn a_text_that_breaks_the_model_fails_alone() {
         good_events.try_iter().for_each(|event| good.take(event));
     });
     assert!(matches!(bad.failed, Some(EngineError::Forward(_))), "{bad:?}");
-    assert_eq!(good.embedding, Some(expected(&[8, 9, 10])));
+    assert_eq!(good.embedding, Some(mean_hidden_state(&[8, 9, 10])));
 }
 
 #[test]
@@ -188,7 +239,7 @@ fn what_cannot_be_embedded_is_refused_before_it_is_queued() {
     engine.embed(request).expect("all of the context may be used: there is no output");
     let mut answer = Answer::default();
     events.iter().for_each(|event| answer.take(event));
-    assert_eq!(answer.embedding, Some(expected(&text(0, 1024))));
+    assert_eq!(answer.embedding, Some(mean_hidden_state(&text(0, 1024))));
     engine.shutdown();
     thread.join().expect("it ends");
 }

@@ -31,6 +31,8 @@ fn a_second_run_of_seeds_holds_no_violation_and_leaves_nothing_out() {
     assert!(total.aborted > 0 && total.failed > 0, "{total}");
     assert!(total.cached_tokens > 0 && total.preemptions > 0 && total.evictions > 0, "{total}");
     assert!(total.accepted_tokens.iter().all(|&accepted| accepted > 0), "{total}");
+    assert!(total.embeddings > 0 && total.kv_events > 0 && total.found_tokens > 0, "{total}");
+    assert!(total.accepted_head_tokens > 0 && total.accepted_head_tokens < total.head_tokens, "{total}");
     let rejected = total.draft_tokens.iter().zip(total.accepted_tokens).map(|(o, a)| o - a);
     assert!(rejected.min() > Some(0), "{total}");
 }

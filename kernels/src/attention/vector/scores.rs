@@ -4,7 +4,7 @@
 
 use super::super::MAX_HEAD_DIM;
 use super::super::element::{Element, F32, load_part};
-use super::{Group, Seen, fetch};
+use super::{Group, Place, Seen, fetch};
 use crate::LANES;
 use crate::kv::{KvLayout, KvType, Tile, element};
 use crate::simd::{Simd, tanh};
@@ -17,7 +17,7 @@ impl Group<'_> {
     #[inline(always)]
     pub(super) unsafe fn score<V: Simd, E: Element, const R: usize, const W: usize>(
         &self,
-        seen: &mut Seen<R>,
+        seen: &mut Seen<'_, R>,
     ) {
         let args = self.task.args;
         let KvLayout { block_size, head_dim, .. } = args.layout;
@@ -26,14 +26,16 @@ impl Group<'_> {
         // SAFETY: keys below `end` are in the checked blocks; with a block size that is a multiple of
         // 16, so is the rest of the last tile.
         unsafe {
-            if block_size.is_multiple_of(LANES) {
+            if let Some(places) = self.places {
                 while position + (W - 1) * LANES < end {
-                    let keys = std::array::from_fn(|t| self.key::<E>(position + t * LANES));
-                    self.score_tiles::<V, E, R, W>(seen, position, keys, block_size);
+                    let first = (position - self.start) / LANES;
+                    let places = std::array::from_fn(|t| *places.get_unchecked(first + t));
+                    self.score_tiles::<V, E, R, W>(seen, position, places, block_size);
                     position += W * LANES;
                 }
                 while position < end {
-                    self.score_tiles::<V, E, R, 1>(seen, position, [self.key::<E>(position)], block_size);
+                    let place = *places.get_unchecked((position - self.start) / LANES);
+                    self.score_tiles::<V, E, R, 1>(seen, position, [place], block_size);
                     position += LANES;
                 }
                 return;
@@ -47,39 +49,50 @@ impl Group<'_> {
                         tile[d * LANES + lane] = key;
                     }
                 }
-                self.score_tiles::<V, F32, R, 1>(seen, position, [tile.as_ptr().cast()], LANES);
+                let keys = tile.as_ptr().cast();
+                let place = Place { keys, values: keys, share_of_keys: keys };
+                self.score_tiles::<V, F32, R, 1>(seen, position, [place], LANES);
                 position += LANES;
             }
         }
     }
 
     /// Scores of `T` tiles of 16 keys from `position`; elements of a key are `stride` apart. `E` is the
-    /// tiles' type, which is not the storage's if they are a copy.
+    /// tiles' type, which is not the storage's if they are a copy. Meanwhile their values are fetched, each
+    /// tile's from its first byte to its last: where lines are asked for out of order, memory is slower.
     ///
     /// # Safety
     /// As for [`group`]; the tiles are readable.
     #[inline(always)]
     unsafe fn score_tiles<V: Simd, E: Element, const R: usize, const T: usize>(
         &self,
-        seen: &mut Seen<R>,
+        seen: &mut Seen<'_, R>,
         position: usize,
-        mut keys: [*const u8; T],
+        places: [Place; T],
         stride: usize,
     ) {
-        let args = self.task.args;
-        let (head_dim, step) = (args.layout.head_dim, stride * E::TYPE.element_bytes());
-        // A tile's values are as many bytes as its keys, and as far off in every tile.
-        let to_values = args.layout.tile(0, 0).values;
+        let (head_dim, bytes) = (self.task.args.layout.head_dim, E::TYPE.element_bytes());
         // SAFETY: the caller's promise; a group has `head_dim` times `R` queries.
         unsafe {
             let mut scores = [[V::splat(0.0); T]; R];
             let mut queries = self.queries;
+            let mut keys = [std::ptr::null(); T];
+            for t in 0..T {
+                keys[t] = places[t].keys;
+            }
+            let (mut part, mut left, mut ahead) = (0, 0, places[0].values);
             for _ in 0..head_dim {
+                if left == 0 && part < T {
+                    (ahead, left) = (places[part].values, head_dim.div_ceil(T));
+                    part += 1;
+                }
+                left -= 1;
                 let mut tiles = [V::splat(0.0); T];
                 for t in 0..T {
                     tiles[t] = E::load(keys[t]);
-                    fetch(keys[t].wrapping_add(to_values));
-                    keys[t] = keys[t].wrapping_add(step);
+                    fetch(ahead);
+                    ahead = ahead.wrapping_add(LANES * bytes);
+                    keys[t] = keys[t].wrapping_add(stride * bytes);
                 }
                 for r in 0..R {
                     let q = V::splat(*queries.add(r));
@@ -89,35 +102,42 @@ impl Group<'_> {
                 }
                 queries = queries.wrapping_add(R);
             }
-            for t in 0..T {
-                let at = position - self.start + t * LANES;
-                let key_scales = self.scales::<V>(position + t * LANES, |tile| tile.key_scales);
+            // Small loops, so that the scores stay in registers above.
+            if self.task.args.layout.kv_type == KvType::Q8 {
+                let mut key_scales = [V::splat(0.0); T];
+                for t in 0..T {
+                    key_scales[t] = self.scales(position + t * LANES, |tile| tile.key_scales);
+                }
                 for r in 0..R {
-                    let score = self.scaled(scores[r][t], key_scales);
-                    score.store(seen.weights[r].as_mut_ptr().add(at));
+                    for t in 0..T {
+                        scores[r][t] = scores[r][t].mul(key_scales[t]);
+                    }
+                }
+            }
+            let (at, scale) = (position - self.start, V::splat(self.task.args.scale));
+            for r in 0..R {
+                for t in 0..T {
+                    let to = seen.weights[r].as_mut_ptr().add(at + t * LANES);
+                    scores[r][t].mul(scale).store(to);
                 }
             }
         }
     }
 
-    /// 16 products of a row and as many keys as scores: scaled, and capped.
+    /// Bounds the scores' magnitude.
     ///
     /// # Safety
     /// As for [`group`].
     #[inline(always)]
-    unsafe fn scaled<V: Simd>(&self, mut score: V, key_scales: Option<V>) -> V {
-        let args = self.task.args;
-        // SAFETY: the caller's promise.
-        unsafe {
-            if let Some(key_scales) = key_scales {
-                score = score.mul(key_scales);
+    pub(super) unsafe fn cap<V: Simd, const R: usize>(&self, seen: &mut Seen<'_, R>, cap: f32) {
+        for tile in (seen.begin[0] / LANES * LANES..seen.end[R - 1]).step_by(LANES) {
+            for weights in seen.weights.iter_mut() {
+                // SAFETY: the caller's promise; a chunk is a multiple of 16.
+                unsafe {
+                    let (at, cap) = (weights.as_mut_ptr().add(tile), V::splat(cap));
+                    cap.mul(tanh(V::load(at).div(cap))).store(at);
+                }
             }
-            score = score.mul(V::splat(args.scale));
-            if let Some(cap) = args.soft_cap {
-                let cap = V::splat(cap);
-                score = cap.mul(tanh(score.div(cap)));
-            }
-            score
         }
     }
 
@@ -128,7 +148,7 @@ impl Group<'_> {
     #[inline(always)]
     pub(super) unsafe fn score_rows<V: Simd, E: Element, const R: usize, const W: usize>(
         &self,
-        seen: &mut Seen<R>,
+        seen: &mut Seen<'_, R>,
     ) {
         let (begin, end) = (seen.begin[0], seen.end[R - 1]);
         let mut key = begin;
@@ -143,10 +163,16 @@ impl Group<'_> {
                 key += 1;
             }
             for tile in (begin / LANES * LANES..end).step_by(LANES) {
-                let key_scales = self.scales::<V>(self.start + tile, |tile| tile.key_scales);
-                for weights in &mut seen.weights {
+                let quantized = self.task.args.layout.kv_type == KvType::Q8;
+                let key_scales =
+                    quantized.then(|| self.scales::<V>(self.start + tile, |tile| tile.key_scales));
+                for weights in seen.weights.iter_mut() {
                     let at = weights.as_mut_ptr().add(tile);
-                    self.scaled(V::load(at), key_scales).store(at);
+                    let mut score = V::load(at);
+                    if let Some(key_scales) = key_scales {
+                        score = score.mul(key_scales);
+                    }
+                    score.mul(V::splat(self.task.args.scale)).store(at);
                 }
             }
         }
@@ -159,7 +185,7 @@ impl Group<'_> {
     #[inline(always)]
     unsafe fn score_keys<V: Simd, E: Element, const R: usize, const T: usize>(
         &self,
-        seen: &mut Seen<R>,
+        seen: &mut Seen<'_, R>,
         first: usize,
     ) {
         let (head_dim, bytes) = (self.task.args.layout.head_dim, E::TYPE.element_bytes());
@@ -194,23 +220,18 @@ impl Group<'_> {
         }
     }
 
-    /// The scales of 16 tokens from `position`, a multiple of 16, if their type has any; those of tokens
-    /// beyond the context may be anything.
+    /// The scales of 16 tokens from `position`, a multiple of 16; those of tokens beyond the context may be
+    /// anything.
     ///
     /// # Safety
-    /// As for [`group`]; the first is in the context.
+    /// As for [`group`]; the type has scales, and the first token is in the context.
     #[inline(always)]
-    pub(super) unsafe fn scales<V: Simd>(&self, position: usize, part: impl Fn(&Tile) -> usize) -> Option<V> {
+    pub(super) unsafe fn scales<V: Simd>(&self, position: usize, part: impl Fn(&Tile) -> usize) -> V {
         let args = self.task.args;
-        if args.layout.kv_type != KvType::Q8 {
-            return None;
-        }
         if args.layout.block_size.is_multiple_of(LANES) {
             let (tile, offset) = self.task.locate(position);
             // SAFETY: a tile has a scale for each of its tokens, and 16 of them from here.
-            return Some(unsafe {
-                V::load(args.storage.as_ptr().add(part(&tile)).cast::<f32>().add(offset))
-            });
+            return unsafe { V::load(args.storage.as_ptr().add(part(&tile)).cast::<f32>().add(offset)) };
         }
         let context_len = args.context_lens[self.task.sequence] as usize;
         let scales: [f32; LANES] = std::array::from_fn(|lane| {
@@ -218,17 +239,6 @@ impl Group<'_> {
             element(KvType::F32, args.storage, part(&tile), offset)
         });
         // SAFETY: 16 elements.
-        Some(unsafe { V::load(scales.as_ptr()) })
-    }
-
-    /// The first element of the key at `position`.
-    ///
-    /// # Safety
-    /// The position is below the context length.
-    #[inline(always)]
-    unsafe fn key<E: Element>(&self, position: usize) -> *const u8 {
-        let (tile, offset) = self.task.locate(position);
-        // SAFETY: the checked blocks cover the context.
-        unsafe { self.task.args.storage.as_ptr().add(tile.keys + offset * E::TYPE.element_bytes()) }
+        unsafe { V::load(scales.as_ptr()) }
     }
 }

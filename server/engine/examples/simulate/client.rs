@@ -3,7 +3,7 @@
 use std::sync::mpsc::{Receiver, TryRecvError, sync_channel};
 use std::time::Duration;
 
-use tandem_engine::{Engine, Event, SequenceId, SubmitRequest};
+use tandem_engine::{EmbedRequest, Engine, Event, SequenceId, SubmitRequest};
 
 use super::rng::Rng;
 use super::workload::{AMPLE_CAPACITY, Deed, Plan};
@@ -40,19 +40,24 @@ impl<'a> Client<'a> {
         step: usize,
     ) -> Self {
         let (sender, receiver) = sync_channel(plan.capacity);
-        let request = SubmitRequest {
-            id,
-            lane: plan.lane,
-            prompt: plan.prompt.clone(),
-            params: plan.params.clone(),
-            priority: plan.priority,
-            cache_salt: plan.salt,
-            max_predict_time: plan.max_predict_time,
-            speculation: plan.speculation.clone(),
-            constraint: plan.grammar.as_ref().map(Grammar::start),
-            events: Box::new(sender),
-        };
-        engine.submit(request, now);
+        let (lane, priority, events) = (plan.lane, plan.priority, Box::new(sender));
+        if plan.is_embedding {
+            engine.embed(EmbedRequest { id, lane, tokens: plan.prompt.clone(), priority, events }, now);
+        } else {
+            let request = SubmitRequest {
+                id,
+                lane,
+                prompt: plan.prompt.clone(),
+                params: plan.params.clone(),
+                priority,
+                cache_salt: plan.salt,
+                max_predict_time: plan.max_predict_time,
+                speculation: plan.speculation.clone(),
+                constraint: plan.grammar.as_ref().map(Grammar::start),
+                events,
+            };
+            engine.submit(request, now);
+        }
         Client {
             plan,
             id,

@@ -3,52 +3,22 @@
 
 use std::collections::HashMap;
 use std::rc::Rc;
+use std::sync::mpsc::Receiver;
 use std::time::Duration;
 
 use tandem_engine::{
-    DraftHead, DraftTokens, Ending, Engine, EngineConfig, EngineError, FinishReason, Lane, Models,
-    SamplingParams, SubmitRequest, TokenId,
+    DraftHead, DraftTokens, EmbedRequest, Ending, Engine, EngineConfig, EngineError, Event, FinishReason,
+    Lane, Models, SamplingParams, SubmitRequest, TokenId,
 };
-use tandem_models::Model;
 
-use crate::common::{Answer, Fault, Grammar, HashModel, Recipe, STOP, VOCAB_SIZE, clock, request};
-
-/// What makes a model of the pair.
-#[derive(Clone, Copy, Debug)]
-pub(crate) struct ModelSpec {
-    pub(crate) recipe: Recipe,
-    pub(crate) fault: Option<Fault>,
-}
-
-impl ModelSpec {
-    pub(crate) fn build(&self) -> Box<dyn Model> {
-        let mut model = HashModel::with_recipe(self.recipe);
-        model.fault = self.fault;
-        Box::new(model)
-    }
-}
-
-/// Both models of a scenario.
-#[derive(Clone, Copy, Debug)]
-pub(crate) struct PairSpec {
-    pub(crate) target: ModelSpec,
-    pub(crate) draft: ModelSpec,
-}
-
-impl PairSpec {
-    /// The model whose tokens this lane's clients see.
-    pub(crate) fn answering(&self, lane: Lane) -> &ModelSpec {
-        match lane {
-            Lane::Fast => &self.draft,
-            Lane::Deep => &self.target,
-        }
-    }
-}
+use super::pair::PairSpec;
+use crate::common::{Answer, Grammar, Recipe, STOP, VOCAB_SIZE, clock, mean_hidden_state, request};
 
 /// Answers and remembers.
 pub(crate) struct Oracle {
     pair: PairSpec,
     known: HashMap<(Lane, Vec<TokenId>, String), Rc<Answer>>,
+    embeddings: HashMap<(Lane, Vec<TokenId>), Rc<Answer>>,
 }
 
 /// More than any sequence of any scenario.
@@ -56,7 +26,7 @@ const MAX_MODEL_LEN: usize = 2048;
 
 impl Oracle {
     pub(crate) fn new(pair: PairSpec) -> Self {
-        Oracle { pair, known: HashMap::new() }
+        Oracle { pair, known: HashMap::new(), embeddings: HashMap::new() }
     }
 
     /// The whole answer to a prompt.
@@ -82,6 +52,28 @@ impl Oracle {
         answer
     }
 
+    /// A text's embedding. It is checked by the model's formula, without any engine.
+    ///
+    /// # Panics
+    /// If the oracle's engine is wrong.
+    pub(crate) fn embedding(&mut self, lane: Lane, text: &[TokenId]) -> Rc<Answer> {
+        let key = (lane, text.to_vec());
+        if let Some(known) = self.embeddings.get(&key) {
+            return Rc::clone(known);
+        }
+        let answer = Rc::new(self.run_alone(lane, text.len(), |engine| {
+            let (request, receiver) = request(0, lane, text, SamplingParams::default(), 3);
+            let SubmitRequest { id, prompt: tokens, priority, events, .. } = request;
+            engine.embed(EmbedRequest { id, lane, tokens, priority, events }, Duration::ZERO);
+            receiver
+        }));
+        if self.pair.answering(lane).fault.is_none() {
+            assert_eq!(answer.embedding, Some(mean_hidden_state(text)), "the oracle's embedding");
+        }
+        self.embeddings.insert(key, Rc::clone(&answer));
+        answer
+    }
+
     fn run(
         &self,
         lane: Lane,
@@ -89,9 +81,25 @@ impl Oracle {
         params: &SamplingParams,
         grammar: Option<&Grammar>,
     ) -> Answer {
+        self.run_alone(lane, prompt.len() + params.max_tokens as usize, |engine| {
+            let capacity = params.max_tokens as usize + 3;
+            let (request, receiver) = request(0, lane, prompt, params.clone(), capacity);
+            let constraint = grammar.map(Grammar::start);
+            engine.submit(SubmitRequest { constraint, ..request }, Duration::ZERO);
+            receiver
+        })
+    }
+
+    /// What becomes of one sequence, of `num_tokens` at most, on an engine of its own.
+    fn run_alone(
+        &self,
+        lane: Lane,
+        num_tokens: usize,
+        submit: impl FnOnce(&mut Engine) -> Receiver<Event>,
+    ) -> Answer {
         let config = EngineConfig {
             block_size: 32,
-            num_blocks: (prompt.len() + params.max_tokens as usize).div_ceil(32) + 1,
+            num_blocks: num_tokens.div_ceil(32) + 1,
             max_num_seqs: 1,
             max_num_batched_tokens: MAX_MODEL_LEN,
             max_waiting: 1,
@@ -111,9 +119,7 @@ impl Oracle {
             Lane::Deep => Models { target: model, draft: None },
         };
         let mut engine = Engine::new(&config, models).expect("the oracle's engine starts");
-        let (request, receiver) = request(0, lane, prompt, params.clone(), params.max_tokens as usize + 3);
-        let constraint = grammar.map(Grammar::start);
-        engine.submit(SubmitRequest { constraint, ..request }, Duration::ZERO);
+        let receiver = submit(&mut engine);
         let clock = clock();
         let mut answer = Answer::default();
         while answer.finished.is_none() && answer.failed.is_none() {

@@ -5,20 +5,25 @@ use std::sync::Arc;
 use tandem_engine::{DraftHead, DraftTokens, EngineConfig};
 use tandem_models::VocabMap;
 
-use super::oracle::{ModelSpec, Oracle, PairSpec};
+use super::oracle::Oracle;
+use super::pair::PairSpec;
 use super::rng::Rng;
 use super::workload::{Plan, Workload};
-use crate::common::{Fault, FaultKind, Recipe, VOCAB_SIZE};
+use crate::common::VOCAB_SIZE;
 
 /// Everything that is decided before the first step.
 pub(crate) struct Scenario {
     pub(crate) config: EngineConfig,
     /// Measure step costs at start, as a server does.
     pub(crate) profile: bool,
+    /// Have the engine tell of its cache.
+    pub(crate) is_mirrored: bool,
     pub(crate) pair: PairSpec,
     /// In the order of their arrival.
     pub(crate) plans: Vec<Plan>,
-    /// Comes when all others are gone and needs every block there is.
+    /// Come one by one when all others are gone, with texts that the cache may have.
+    pub(crate) probes: Vec<Plan>,
+    /// Comes last and needs every block there is.
     pub(crate) last: Option<Plan>,
 }
 
@@ -47,18 +52,21 @@ impl Scenario {
             },
             block_size: rng.range(1, 19),
         };
-        let config = engine_config(rng, shape);
-        let pair = pair(rng);
+        let pair = PairSpec::random(rng);
+        let config = engine_config(rng, shape, pair);
+        let is_mirrored = rng.one_in(4);
         let mut oracle = oracle(pair);
-        let mut workload = Workload::new(rng, shape, &config, pair);
+        let mut workload = Workload::new(rng, shape, &config, (pair, is_mirrored));
         let plans = (0..shape.num_clients).map(|_| workload.next_plan(rng, &mut oracle)).collect();
+        let num_probes = if is_mirrored { rng.range(1, 3) } else { 0 };
+        let probes = (0..num_probes).map(|_| workload.probe(rng, &mut oracle)).collect();
         let capacity = (config.num_blocks * config.block_size).min(config.max_model_len);
         let last = (capacity <= LONGEST_LAST && capacity > 1).then(|| workload.last_plan(rng, capacity));
-        (Scenario { profile: rng.one_in(2), config, pair, plans, last }, oracle)
+        (Scenario { profile: rng.one_in(2), is_mirrored, config, pair, plans, probes, last }, oracle)
     }
 }
 
-fn engine_config(rng: &Rng, shape: Shape) -> EngineConfig {
+fn engine_config(rng: &Rng, shape: Shape, pair: PairSpec) -> EngineConfig {
     let longest = shape.max_prompt + shape.max_output;
     let enough = longest.div_ceil(shape.block_size);
     let num_blocks = match rng.range(0, 5) {
@@ -76,7 +84,9 @@ fn engine_config(rng: &Rng, shape: Shape) -> EngineConfig {
         max_waiting: 1_000,
         max_model_len: if rng.one_in(2) { longest } else { num_blocks * shape.block_size },
         num_token_ids: VOCAB_SIZE,
-        vocab_map: rng.one_in(4).then(|| Arc::new(vocab_map(rng))),
+        // Two vocabularies are those of two models.
+        vocab_map: (pair.target.is_some() && pair.draft.is_some() && rng.one_in(4))
+            .then(|| Arc::new(vocab_map(rng))),
         draft_tokens: if rng.one_in(3) {
             DraftTokens::Fixed(rng.range(0, 8) as u8)
         } else {
@@ -104,22 +114,4 @@ fn vocab_map(rng: &Rng) -> VocabMap {
         to_target[draft as usize] = (id % lacking != 0).then_some(id as u32);
     }
     VocabMap::from_parts(to_draft, to_target)
-}
-
-fn pair(rng: &Rng) -> PairSpec {
-    let memory = if rng.one_in(2) { Some(rng.range(1, 2)) } else { None };
-    let stray = rng.pick(&[0.0, 1.0, 3.0, 100.0]);
-    let mut target = ModelSpec { recipe: Recipe { stray: 0.0, memory }, fault: None };
-    let mut draft = ModelSpec { recipe: Recipe { stray, memory }, fault: None };
-    if rng.one_in(3) {
-        let kind = match rng.range(0, 2) {
-            0 => FaultKind::Poison,
-            1 => FaultKind::Error(rng.range(0, 3)),
-            _ => FaultKind::Panic(rng.range(0, 3)),
-        };
-        // Not 0, which the measuring passes at start are made of.
-        let fault = Some(Fault { token: rng.range(1, VOCAB_SIZE - 1) as u32, kind });
-        if rng.one_in(2) { target.fault = fault } else { draft.fault = fault }
-    }
-    PairSpec { target, draft }
 }

@@ -4,11 +4,15 @@
 
 mod client;
 mod clock;
+mod mirror;
 mod oracle;
+mod pair;
 mod rng;
 mod scenario;
+mod summary;
 mod verdict;
 mod workload;
 mod world;
 
-pub(crate) use world::{Summary, simulate};
+pub(crate) use summary::Summary;
+pub(crate) use world::simulate;

@@ -1,30 +1,75 @@
 //! Was a client served right? Equality has no tolerance here: floats are compared by their bits.
 
 use tandem_engine::{
-    DraftSource, DraftTokens, EngineConfig, FinishReason, Lane, SamplingParams, TokenId, TokenLogprobs, Usage,
+    DraftSource, DraftTokens, EngineConfig, FinishReason, Finished, Lane, SamplingParams, TokenId,
+    TokenLogprobs, Usage,
 };
 
 use super::client::Client;
 use super::oracle::{Oracle, same_failure};
+use super::scenario::Scenario;
 use crate::common::Answer;
 
 /// Says what is wrong with what `client` saw.
-pub(crate) fn judge(client: &Client<'_>, config: &EngineConfig, oracle: &mut Oracle) -> Result<(), String> {
+pub(crate) fn judge(client: &Client<'_>, scenario: &Scenario, oracle: &mut Oracle) -> Result<(), String> {
     let plan = client.plan;
     let saw = &client.answer;
+    let config = &scenario.config;
+    if plan.is_embedding {
+        return judge_embedding(client, &oracle.embedding(plan.lane, &plan.prompt));
+    }
     let raised = raised_limit(client, config);
     let params = SamplingParams { max_tokens: raised, ..plan.params.clone() };
     let truth = oracle.answer(plan.lane, &plan.prompt, &params, plan.grammar.as_ref());
     is_prefix(saw, &truth)?;
     check_form(saw, &plan.params)?;
+    if let Some(finished) = &saw.finished {
+        check_usage(client, config, &finished.usage)?;
+        if scenario.pair.drafts_perfectly(config) {
+            check_perfection(&finished.usage)?;
+        }
+        check_reason(client, finished.reason, raised, &truth)?;
+    }
+    check_end(client, &truth)
+}
+
+/// The same of a text to embed.
+fn judge_embedding(client: &Client<'_>, truth: &Answer) -> Result<(), String> {
+    let saw = &client.answer;
+    let bits = |answer: &Answer| {
+        let values = answer.embedding.as_ref()?;
+        Some(values.iter().map(|value| value.to_bits()).collect::<Vec<_>>())
+    };
+    if saw.embedding.is_some() && bits(saw) != bits(truth) {
+        return Err(format!("its embedding is {:?}; the oracle says {:?}", saw.embedding, truth.embedding));
+    }
+    if !saw.tokens.is_empty() || saw.prompt_logprobs.is_some() {
+        return Err("it asked for an embedding alone".into());
+    }
+    if let Some(Finished { reason, usage }) = &saw.finished {
+        let is_right = match reason {
+            FinishReason::Length => saw.embedding.is_some(),
+            FinishReason::Aborted => client.aborted,
+            _ => false,
+        };
+        if !is_right {
+            return Err(format!("it ended with {reason:?}"));
+        }
+        let counts = (usage.num_prompt_tokens as usize, usage.num_output_tokens, usage.num_cached_tokens);
+        if counts != (client.plan.prompt.len(), 0, 0) || usage.total_draft_tokens() > 0 {
+            return Err(format!("its tokens are miscounted: {usage:?}"));
+        }
+    }
+    check_end(client, truth)
+}
+
+/// The channel ended as it should.
+fn check_end(client: &Client<'_>, truth: &Answer) -> Result<(), String> {
+    let saw = &client.answer;
     if !client.closed && !client.hung_up {
         return Err("its channel was left open".into());
     }
-    if let Some(finished) = &saw.finished {
-        check_usage(client, config, &finished.usage)?;
-        return check_reason(client, finished.reason, raised, &truth);
-    }
-    if client.closed {
+    if client.closed || saw.finished.is_some() {
         return Ok(());
     }
     match (&saw.failed, &truth.failed) {
@@ -55,6 +100,12 @@ fn is_prefix(saw: &Answer, truth: &Answer) -> Result<(), String> {
         match truth.logprobs.get(i) {
             Some(right) if same_bits(entry, right) => {}
             right => return Err(format!("log-probability {i} is {entry:?}; the oracle says {right:?}")),
+        }
+    }
+    for (i, margin) in saw.margins.iter().enumerate() {
+        match truth.margins.get(i) {
+            Some(right) if right.to_bits() == margin.to_bits() => {}
+            right => return Err(format!("margin {i} is {margin}; the oracle says {right:?}")),
         }
     }
     let Some(scored) = &saw.prompt_logprobs else { return Ok(()) };
@@ -167,6 +218,15 @@ fn check_usage(client: &Client<'_>, config: &EngineConfig, usage: &Usage) -> Res
         if offered > 0 && (!plan.speculation.sources.contains(source) || !speculates(client, config)) {
             return wrong("this source was not to be used");
         }
+    }
+    Ok(())
+}
+
+/// What drafts as the target draws is never wrong.
+fn check_perfection(usage: &Usage) -> Result<(), String> {
+    let source = DraftSource::Draft as usize;
+    if usage.num_accepted_tokens[source] != usage.num_draft_tokens[source] {
+        return Err(format!("tokens of a perfect draft fell: {usage:?}"));
     }
     Ok(())
 }

@@ -9,7 +9,8 @@ use tandem_engine::{
     SpeculationParams, TokenId,
 };
 
-use super::oracle::{Oracle, PairSpec};
+use super::oracle::Oracle;
+use super::pair::PairSpec;
 use super::rng::Rng;
 use super::scenario::Shape;
 use crate::common::{Fault, Grammar, STOP, VOCAB_SIZE};
@@ -23,6 +24,8 @@ pub(crate) struct Plan {
     /// Steps after the client before it.
     pub(crate) arrives_after: usize,
     pub(crate) lane: Lane,
+    /// Its prompt is a text to embed, and most of the rest means nothing.
+    pub(crate) is_embedding: bool,
     pub(crate) prompt: Arc<[TokenId]>,
     pub(crate) params: SamplingParams,
     pub(crate) priority: Priority,
@@ -37,6 +40,35 @@ pub(crate) struct Plan {
     pub(crate) reads_one_in: usize,
     /// What it does, that many steps after its arrival.
     pub(crate) deed: Option<(usize, Deed)>,
+}
+
+impl Plan {
+    /// Of a client that does nothing out of the way.
+    fn plain(lane: Lane, prompt: Arc<[TokenId]>, params: SamplingParams) -> Self {
+        Plan {
+            arrives_after: 0,
+            lane,
+            is_embedding: false,
+            prompt,
+            params,
+            priority: Priority::Interactive,
+            salt: CacheSalt(1),
+            max_predict_time: None,
+            speculation: SpeculationParams::default(),
+            grammar: None,
+            capacity: AMPLE_CAPACITY,
+            reads_one_in: 1,
+            deed: None,
+        }
+    }
+
+    /// The same client with its prompt as a text to embed.
+    fn embedding(self) -> Self {
+        let params = SamplingParams { max_tokens: 0, ..SamplingParams::default() };
+        let Plan { arrives_after, priority, capacity, reads_one_in, deed, .. } = self;
+        let plain = Plan::plain(self.lane, self.prompt, params);
+        Plan { is_embedding: true, arrives_after, priority, capacity, reads_one_in, deed, ..plain }
+    }
 }
 
 /// What a client may do while it waits.
@@ -61,37 +93,57 @@ pub(crate) struct Workload {
     burst: usize,
     misbehaving: usize,
     greedy: usize,
+    embedding: usize,
     fault: Option<Fault>,
     plain: bool,
+    /// There is one lane.
+    is_alone: bool,
     earlier: Vec<Plan>,
 }
 
 impl Workload {
-    pub(crate) fn new(rng: &Rng, shape: Shape, config: &EngineConfig, pair: PairSpec) -> Self {
+    /// With a mirror of the cache there is one tenant alone, since events do not say whose blocks they are.
+    pub(crate) fn new(
+        rng: &Rng,
+        shape: Shape,
+        config: &EngineConfig,
+        (pair, is_mirrored): (PairSpec, bool),
+    ) -> Self {
         Workload {
             shape,
             capacity: (config.num_blocks * config.block_size).min(config.max_model_len),
             alphabet: rng.pick(&[2, 5, VOCAB_SIZE]),
-            num_tenants: rng.range(1, 3),
-            fast: rng.pick(&[0, 30, 50, 100]),
+            num_tenants: if is_mirrored { 1 } else { rng.range(1, 3) },
+            fast: match (pair.target, pair.draft) {
+                (Some(_), None) => 0,
+                (None, _) => 100,
+                _ => rng.pick(&[0, 30, 50, 100]),
+            },
             batch: rng.pick(&[0, 30, 70]),
             burst: rng.pick(&[20, 70, 95]),
             misbehaving: rng.pick(&[0, 20, 60]),
             greedy: rng.pick(&[20, 80, 100]),
-            fault: pair.target.fault.or(pair.draft.fault),
+            embedding: rng.pick(&[0, 0, 10, 40]),
+            fault: pair.fault(),
             plain: config.draft_tokens == DraftTokens::Fixed(0) && rng.one_in(2),
+            is_alone: pair.target.is_none() || pair.draft.is_none(),
             earlier: Vec::new(),
         }
     }
 
     pub(crate) fn next_plan(&mut self, rng: &Rng, oracle: &mut Oracle) -> Plan {
-        let lane = if rng.percent(self.fast) { Lane::Fast } else { Lane::Deep };
+        let lane = self.lane(rng);
         let mut params = self.params(rng);
         let mut prompt = self.prompt(rng, oracle);
         let mut grammar = self.grammar(rng);
-        let twin = rng.one_in(8).then(|| self.earlier.get(self.earlier.len().wrapping_sub(1))).flatten();
-        if let Some(twin) = twin {
+        let mut arrives_after = if rng.percent(self.burst) { 0 } else { rng.range(1, 12) };
+        if let Some(twin) = self.earlier.last().filter(|_| rng.one_in(8)) {
             (prompt, params, grammar) = (twin.prompt.to_vec(), twin.params.clone(), twin.grammar.clone());
+            if rng.one_in(2) {
+                // The next of `n` answers to one request.
+                params.seed += 1;
+                arrives_after = 0;
+            }
         }
         prompt.truncate(self.shape.max_prompt.min(self.capacity - params.max_tokens as usize));
         let meets_fault = self.fault.is_some() && rng.percent(20);
@@ -105,34 +157,59 @@ impl Workload {
         }
         let slow = rng.percent(self.misbehaving / 2);
         let plan = Plan {
-            arrives_after: if rng.percent(self.burst) { 0 } else { rng.range(1, 12) },
-            lane,
+            arrives_after,
             deed: self.deed(rng, prompt.len(), &params),
-            prompt,
-            params,
             priority: if rng.percent(self.batch) { Priority::Batch } else { Priority::Interactive },
             salt: CacheSalt(rng.range(1, self.num_tenants) as u128),
             max_predict_time: rng
                 .one_in(8)
                 .then(|| Duration::from_micros(rng.pick(&[0, 100, 20_000, 1_000_000]))),
-            speculation: SpeculationParams {
-                max_draft_tokens: match rng.range(0, 2) {
-                    _ if self.plain => Some(0),
-                    0 => Some(rng.range(0, 16) as u8),
-                    _ => None,
-                },
-                sources: DraftSource::ALL
-                    .into_iter()
-                    .filter(|_| !rng.one_in(4))
-                    .fold(DraftSources::NONE, DraftSources::with),
-                prediction: prediction.into(),
-            },
+            speculation: self.speculation(rng, prediction),
             grammar,
             capacity: if slow { rng.range(1, 3) } else { AMPLE_CAPACITY },
             reads_one_in: if slow { rng.range(1, 40) } else { 1 },
+            ..Plan::plain(lane, prompt, params)
         };
+        let plan = if rng.percent(self.embedding) { plan.embedding() } else { plan };
         self.earlier.push(plan.clone());
         plan
+    }
+
+    fn lane(&self, rng: &Rng) -> Lane {
+        if rng.percent(self.fast) { Lane::Fast } else { Lane::Deep }
+    }
+
+    fn speculation(&self, rng: &Rng, prediction: Vec<TokenId>) -> SpeculationParams {
+        SpeculationParams {
+            max_draft_tokens: match rng.range(0, 2) {
+                _ if self.plain => Some(0),
+                0 => Some(rng.range(0, 16) as u8),
+                _ => None,
+            },
+            sources: DraftSource::ALL
+                .into_iter()
+                .filter(|_| !rng.one_in(4))
+                .fold(DraftSources::NONE, DraftSources::with),
+            prediction: prediction.into(),
+        }
+    }
+
+    /// A client whose text is, up to a place, that of one before, with its answer. Only the model whose blocks are
+    /// told of is asked: the target, where there is one.
+    pub(crate) fn probe(&self, rng: &Rng, oracle: &mut Oracle) -> Plan {
+        let before = &self.earlier[rng.range(0, self.earlier.len() - 1)];
+        let mut prompt = before.prompt.to_vec();
+        if !before.is_embedding {
+            let answer = oracle.answer(before.lane, &before.prompt, &before.params, before.grammar.as_ref());
+            prompt.extend(&answer.tokens);
+        }
+        prompt.truncate(rng.range(1, prompt.len()).max(rng.range(1, prompt.len())).min(self.capacity - 1));
+        let mut params = SamplingParams { max_tokens: 1, ..SamplingParams::default() };
+        if let Some(fault) = self.fault {
+            avoid(fault, &mut prompt, &mut params);
+        }
+        let lane = if self.fast == 100 && self.is_alone { Lane::Fast } else { Lane::Deep };
+        Plan::plain(lane, prompt.into(), params)
     }
 
     /// A client whose prompt and answer fill `capacity` tokens.
@@ -143,20 +220,7 @@ impl Workload {
         if let Some(fault) = self.fault {
             avoid(fault, &mut prompt, &mut params);
         }
-        Plan {
-            arrives_after: 0,
-            lane: if rng.percent(self.fast) { Lane::Fast } else { Lane::Deep },
-            prompt: prompt.into(),
-            params,
-            priority: Priority::Batch,
-            salt: CacheSalt(1),
-            max_predict_time: None,
-            speculation: SpeculationParams::default(),
-            grammar: None,
-            capacity: AMPLE_CAPACITY,
-            reads_one_in: 1,
-            deed: None,
-        }
+        Plan { priority: Priority::Batch, ..Plan::plain(self.lane(rng), prompt.into(), params) }
     }
 
     fn params(&self, rng: &Rng) -> SamplingParams {

@@ -3,15 +3,18 @@
 use std::fmt;
 use std::panic::{AssertUnwindSafe, catch_unwind};
 
-use tandem_engine::{Engine, EngineStats, Event, FinishReason, Models, SequenceId, TokenId};
+use tandem_engine::{Engine, EngineStats, Event, SequenceId, TokenId};
 
 use super::client::Client;
 use super::clock::FakeClock;
+use super::mirror::SharedMirror;
 use super::oracle::Oracle;
 use super::rng::Rng;
 use super::scenario::Scenario;
+use super::summary::Summary;
 use super::verdict::{judge, most_cached_tokens};
 use super::workload::Plan;
+use crate::common::Watch;
 
 /// What must never be, and where.
 #[derive(Debug)]
@@ -23,97 +26,6 @@ pub(crate) struct Violation {
 impl fmt::Display for Violation {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         write!(f, "seed {}: {}", self.seed, self.account)
-    }
-}
-
-/// What simulations came across, so that one can see that they are not idle.
-#[derive(Clone, Copy, Debug, Default, PartialEq)]
-pub(crate) struct Summary {
-    pub(crate) steps: u64,
-    pub(crate) sequences: u64,
-    pub(crate) stopped: u64,
-    pub(crate) at_length: u64,
-    pub(crate) at_deadline: u64,
-    pub(crate) aborted: u64,
-    pub(crate) failed: u64,
-    pub(crate) output_tokens: u64,
-    pub(crate) cached_tokens: u64,
-    pub(crate) preemptions: u64,
-    pub(crate) evictions: u64,
-    pub(crate) draft_tokens: [u64; 3],
-    pub(crate) accepted_tokens: [u64; 3],
-}
-
-impl Summary {
-    pub(crate) fn add(&mut self, other: &Summary) {
-        self.steps += other.steps;
-        self.sequences += other.sequences;
-        self.stopped += other.stopped;
-        self.at_length += other.at_length;
-        self.at_deadline += other.at_deadline;
-        self.aborted += other.aborted;
-        self.failed += other.failed;
-        self.output_tokens += other.output_tokens;
-        self.cached_tokens += other.cached_tokens;
-        self.preemptions += other.preemptions;
-        self.evictions += other.evictions;
-        for source in 0..3 {
-            self.draft_tokens[source] += other.draft_tokens[source];
-            self.accepted_tokens[source] += other.accepted_tokens[source];
-        }
-    }
-
-    fn note(&mut self, clients: &[Client<'_>], stats: &EngineStats) {
-        self.steps += stats.num_steps;
-        self.sequences += clients.len() as u64;
-        for finished in clients.iter().filter_map(|c| c.answer.finished) {
-            *match finished.reason {
-                FinishReason::Stop(_) | FinishReason::Complete => &mut self.stopped,
-                FinishReason::Length => &mut self.at_length,
-                FinishReason::Deadline => &mut self.at_deadline,
-                FinishReason::Aborted => continue,
-            } += 1;
-        }
-        self.aborted += stats.num_aborted;
-        self.failed += stats.num_failed;
-        self.output_tokens += stats.num_fast_tokens + stats.num_deep_tokens;
-        self.cached_tokens += stats.num_cached_tokens;
-        self.preemptions += stats.num_preemptions;
-        self.evictions += stats.num_evictions;
-        self.draft_tokens = stats.num_draft_tokens;
-        self.accepted_tokens = stats.num_accepted_tokens;
-    }
-}
-
-impl fmt::Display for Summary {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        writeln!(
-            f,
-            "{} steps, {} sequences: {} stopped, {} reached their length, {} their deadline, \
-             {} aborted, {} failed",
-            self.steps,
-            self.sequences,
-            self.stopped,
-            self.at_length,
-            self.at_deadline,
-            self.aborted,
-            self.failed
-        )?;
-        write!(
-            f,
-            "{} output tokens, {} cached prompt tokens, {} preemptions, {} evictions; \
-             draft tokens accepted of offered: draft {} of {}, n-gram {} of {}, prediction {} of {}",
-            self.output_tokens,
-            self.cached_tokens,
-            self.preemptions,
-            self.evictions,
-            self.accepted_tokens[0],
-            self.draft_tokens[0],
-            self.accepted_tokens[1],
-            self.draft_tokens[1],
-            self.accepted_tokens[2],
-            self.draft_tokens[2]
-        )
     }
 }
 
@@ -157,12 +69,19 @@ fn run(seed: u64, verbose: bool) -> Result<(Summary, u64), String> {
     let mut world = World::new(&scenario, rng, verbose)?;
     world.run(&scenario.plans)?;
     world.check_rest(&mut oracle)?;
+    for probe in &scenario.probes {
+        world.probe(probe)?;
+    }
     if let Some(last) = &scenario.last {
         world.run(std::slice::from_ref(last))?;
         world.check_rest(&mut oracle)?;
     }
     let mut summary = Summary::default();
-    summary.note(&world.clients, &world.engine.stats());
+    summary.note(&world.clients, &world.engine.stats(), scenario.pair.head.is_some());
+    if let Some(mirror) = &world.mirror {
+        summary.kv_events = mirror.lock().num_events;
+    }
+    summary.found_tokens = world.num_found;
     Ok((summary, world.digest))
 }
 
@@ -175,13 +94,16 @@ struct World<'a> {
     step: usize,
     /// Of everything that clients saw, and when.
     digest: u64,
+    watch: Watch,
+    mirror: Option<SharedMirror>,
+    /// Tokens that probes found in the cache.
+    num_found: u64,
     verbose: bool,
 }
 
 impl<'a> World<'a> {
     fn new(scenario: &'a Scenario, rng: Rng, verbose: bool) -> Result<Self, String> {
-        let models =
-            Models { target: Some(scenario.pair.target.build()), draft: Some(scenario.pair.draft.build()) };
+        let (models, watch) = scenario.pair.build();
         let clock = FakeClock::new(rng.fork());
         let mut engine = Engine::new(&scenario.config, models).map_err(|error| error.to_string())?;
         if scenario.profile {
@@ -189,7 +111,44 @@ impl<'a> World<'a> {
                 .profile(scenario.config.draft_tokens, &|| clock.read())
                 .map_err(|error| error.to_string())?;
         }
-        Ok(World { scenario, rng, clock, engine, clients: Vec::new(), step: 0, digest: 0, verbose })
+        // Measuring passes are made of nothing.
+        watch.take();
+        let mirror = scenario.is_mirrored.then(|| SharedMirror::new(scenario.config.block_size));
+        if let Some(mirror) = &mirror {
+            engine.publish_kv_events(mirror.events([rng.next(), rng.next()]));
+        }
+        Ok(World {
+            scenario,
+            rng,
+            clock,
+            engine,
+            clients: Vec::new(),
+            step: 0,
+            digest: 0,
+            watch,
+            mirror,
+            num_found: 0,
+            verbose,
+        })
+    }
+
+    /// Lets a client come alone with a text that the cache may have: it finds what the engine has told of.
+    fn probe(&mut self, plan: &'a Plan) -> Result<(), String> {
+        let Some(mirror) = self.mirror.clone() else { return Ok(()) };
+        let found = mirror.lock().longest_prefix(&plan.prompt).min(plan.prompt.len() - 1);
+        self.run(std::slice::from_ref(plan))?;
+        let client = self.clients.last().expect("it came");
+        let usage = client.answer.finished.map(|finished| finished.usage);
+        match usage.map(|usage| usage.num_cached_tokens as usize) {
+            Some(num_cached) if num_cached != found => Err(format!(
+                "{num_cached} cached tokens, and told of were {found}\n{}",
+                self.describe(client)
+            )),
+            _ => {
+                self.num_found += found as u64;
+                Ok(())
+            }
+        }
     }
 
     /// Lets the clients of `plans` come and waits until all are served.
@@ -257,6 +216,9 @@ impl<'a> World<'a> {
         self.engine.check_integrity().map_err(|error| format!("step {}: {error}", self.step))?;
         let stats = self.engine.stats();
         self.check_stats(&stats)?;
+        if let Some(wrong) = self.watch.take() {
+            return Err(format!("step {}: {wrong}", self.step));
+        }
         if let Some(late) = self.clients.iter().find(|client| client.overdue_steps > MOST_OVERDUE_STEPS) {
             return Err(format!(
                 "step {}: its time is up and it goes on\n{}",
@@ -312,11 +274,26 @@ impl<'a> World<'a> {
             return Err(format!("there is no cache, and something in it: {stats:?}"));
         }
         for client in &self.clients {
-            judge(client, config, oracle)
+            judge(client, self.scenario, oracle)
                 .map_err(|account| format!("{account}\n{}", self.describe(client)))?;
         }
         self.check_totals(&stats)?;
+        self.check_mirror(&stats)?;
         self.check_sharing(&stats, oracle)
+    }
+
+    /// What was told of the cache adds up, and to no more than is in it.
+    fn check_mirror(&self, stats: &EngineStats) -> Result<(), String> {
+        let Some(mirror) = &self.mirror else { return Ok(()) };
+        let mirror = mirror.lock();
+        mirror.check()?;
+        let num_told = mirror.num_blocks() as u64;
+        // Of two models only one's blocks are told of.
+        let is_alone = self.scenario.pair.is_alone();
+        if num_told > stats.num_cached_blocks || (is_alone && num_told < stats.num_cached_blocks) {
+            return Err(format!("told of are {num_told} blocks: {stats:?}"));
+        }
+        Ok(())
     }
 
     /// The engine's totals are the sum of what it told its clients.
@@ -347,6 +324,7 @@ impl<'a> World<'a> {
         let texts: Vec<(Vec<TokenId>, &Client<'_>)> = self
             .clients
             .iter()
+            .filter(|client| !client.plan.is_embedding)
             .map(|client| {
                 let plan = client.plan;
                 let mut params = plan.params.clone();

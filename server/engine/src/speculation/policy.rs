@@ -76,7 +76,7 @@ pub(crate) struct StepLoad {
 }
 
 /// Share of the time, per source, that goes into trying again what did not pay.
-const PROBE_SHARE: f64 = 0.005;
+const PROBE_SHARE: f64 = 0.003;
 
 /// Most steps' worth of time that is saved up for one probe (a draft whose cache is far behind).
 const MAX_PROBE_STEPS: f64 = 64.0;
@@ -162,6 +162,9 @@ struct Passes {
     num_fast: usize,
     /// Seconds of all draft rounds.
     draft_seconds: f64,
+    /// What prompts add to the target's pass. It is spent whatever is drafted, so it must not make drafting
+    /// look cheap: a draft token is to pay for itself in a pass of its own kind.
+    prompt_seconds: f64,
 }
 
 impl Passes {
@@ -174,7 +177,7 @@ impl Passes {
     }
 
     fn seconds(&self, costs: &StepCosts) -> f64 {
-        (costs.target(self.target_rows) + self.draft_seconds).max(1e-9)
+        (costs.target(self.target_rows) - self.prompt_seconds + self.draft_seconds).max(1e-9)
     }
 }
 
@@ -226,11 +229,13 @@ impl DraftPolicy {
         out: &mut Vec<Option<(DraftSource, usize)>>,
     ) {
         self.step += 1;
+        let target_rows = load.num_prefill_rows + candidates.len();
         let mut base = Passes {
-            target_rows: load.num_prefill_rows + candidates.len(),
+            target_rows,
             draft_rows: [0; MAX_DRAFT_TOKENS],
             num_fast: load.num_fast,
             draft_seconds: 0.0,
+            prompt_seconds: self.costs.target(target_rows) - self.costs.target(candidates.len()),
         };
         out.clear();
         let mut num_free = 0;
@@ -375,7 +380,8 @@ impl DraftPolicy {
                 }
                 num_taken += 1;
                 expected += token.standing;
-                let value = expected / (target_seconds[num_taken] + seconds).max(1e-9);
+                let target = target_seconds[num_taken] - base.prompt_seconds;
+                let value = expected / (target + seconds).max(1e-9);
                 if value > *best {
                     *best = value;
                     found = Some((rounds, index));

@@ -64,6 +64,17 @@ fn a_good_draft_and_cheap_verification_draft_long() {
 }
 
 #[test]
+fn prompts_in_the_pass_do_not_make_drafting_look_cheap() {
+    let rows = [(1, 100), (64, 6_400)];
+    let mut policy = DraftPolicy::new(DraftTokens::Auto, costs(&rows, &[(1, 20), (64, 200)]));
+    let even = experienced(&mut policy, 2, 1);
+    let load = StepLoad { num_prefill_rows: 80, ..StepLoad::default() };
+    let mut out = Vec::new();
+    policy.plan(&[candidate(&even)], &load, &mut out);
+    assert_eq!(out, [None], "a row that costs as much as a pass of one token");
+}
+
+#[test]
 fn a_useless_draft_is_not_used_but_probed() {
     let mut policy = DraftPolicy::new(DraftTokens::Auto, costs(&CHEAP_ROWS, &[(1, 400), (64, 800)]));
     let useless = experienced(&mut policy, 4, 0);

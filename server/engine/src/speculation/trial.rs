@@ -172,11 +172,16 @@ struct Round {
 }
 
 impl Trials {
-    /// Begins a round at time `now`, `num_tokens` having been committed so far; `None` for a batch that
-    /// nothing can be learned from (prompts among it, lengths that the client has set).
-    pub(crate) fn begin(&mut self, kind: Option<BatchKind>, now: Duration, num_tokens: u64) -> Arm {
-        self.open = kind.map(|kind| Round { kind, began: now, num_tokens });
-        kind.map_or(Arm::Planned, |kind| self.contests[kind.0].current)
+    /// Begins a round at time `now`, `num_tokens` having been committed so far.
+    pub(crate) fn begin(&mut self, kind: BatchKind, now: Duration, num_tokens: u64) -> Arm {
+        self.open = Some(Round { kind, began: now, num_tokens });
+        self.contests[kind.0].current
+    }
+
+    /// Begins a round from which nothing can be learned; the way that has been the faster so far.
+    pub(crate) fn begin_unmeasured(&mut self, kind: BatchKind) -> Arm {
+        self.open = None;
+        self.contests[kind.0].leader
     }
 
     /// Ends the round at time `now`, of which `other` went to other work.
@@ -193,7 +198,7 @@ mod tests {
 
     /// Plays rounds in which an arm's tokens take so many microseconds each; the share that was plain.
     fn play(trials: &mut Trials, num_rounds: u32, planned_us: u64, plain_us: u64) -> f64 {
-        let kind = Some(BatchKind::new(4, true));
+        let kind = BatchKind::new(4, true);
         let mut num_plain = 0;
         for _ in 0..num_rounds {
             let arm = trials.begin(kind, Duration::ZERO, 0);
@@ -210,6 +215,7 @@ mod tests {
         play(&mut trials, 2_000, 100, 200);
         assert!(play(&mut trials, 20_000, 100, 200) < 0.01);
         play(&mut trials, 20_000, 200, 100);
+        assert_eq!(trials.begin_unmeasured(BatchKind::new(4, true)), Arm::Plain);
         assert!(play(&mut trials, 20_000, 200, 100) > 0.95, "what was faster has become slower");
         play(&mut trials, 40_000, 100, 200);
         assert!(play(&mut trials, 20_000, 100, 200) < 0.05, "and faster again");
@@ -224,7 +230,7 @@ mod tests {
     #[test]
     fn one_round_put_aside_decides_nothing() {
         let mut trials = Trials::default();
-        let kind = Some(BatchKind::new(1, false));
+        let kind = BatchKind::new(1, false);
         for round in 0..4_000u64 {
             let arm = trials.begin(kind, Duration::ZERO, 0);
             // The plan is twice as fast, but every 50th of its rounds takes thirty times as long.
@@ -239,12 +245,13 @@ mod tests {
     }
 
     #[test]
-    fn kinds_tell_sizes_and_sampling_apart_and_others_are_planned() {
+    fn kinds_tell_sizes_and_sampling_apart_and_unmeasured_rounds_count_for_none() {
         let sizes = [1, 2, 3, 4, 5, 8, 9, 64, 1_000, 100_000].map(|n| BatchKind::new(n, false).0 / 2);
         assert_eq!(sizes, [0, 1, 2, 2, 3, 3, 4, 6, 7, 7]);
         assert_ne!(BatchKind::new(4, false), BatchKind::new(4, true));
         let mut trials = Trials::default();
-        assert_eq!(trials.begin(None, Duration::ZERO, 0), Arm::Planned);
+        trials.begin(BatchKind::new(4, true), Duration::ZERO, 0);
+        trials.begin_unmeasured(BatchKind::new(4, true));
         trials.end(Duration::from_secs(1), Duration::ZERO, 100);
         assert!(trials.contests.iter().all(|c| c.window.rounds == 0.0));
     }

@@ -47,7 +47,9 @@ pub(crate) fn verify<'a>(
         if !accepted {
             sequence.rollback();
         }
-        let is_watched = sequence.num_output_tokens() < sequence.params.num_margins as usize;
+        // Of a token without alternative there is none, whether it was drafted and judged or never drawn.
+        let is_watched = sequence.num_output_tokens() < sequence.params.num_margins as usize
+            && sequence.draw_after(0)?.only_token().is_none();
         num_accepted_tokens += usize::from(accepted);
         sequence.take_token(id, accepted, reported, now)?;
         if is_watched {

@@ -2,6 +2,7 @@
 #![allow(dead_code, unused_imports)] // Each test file uses its own part.
 
 mod grammar;
+mod head;
 mod model;
 
 use std::cell::Cell;
@@ -16,7 +17,11 @@ use tandem_engine::{
 };
 
 pub(crate) use grammar::Grammar;
-pub(crate) use model::{Fault, FaultKind, HIDDEN_SIZE, HashModel, Recipe, STOP, VOCAB_SIZE, hidden_state};
+pub(crate) use head::{HeadRecipe, HeadedModel, Watch};
+pub(crate) use model::{
+    Fault, FaultKind, HIDDEN_SIZE, HashModel, NUM_LAYERS, Recipe, STOP, VOCAB_SIZE, hidden_state,
+    mean_hidden_state,
+};
 
 /// Everything a client saw of one sequence.
 #[derive(Debug, Default, PartialEq, Clone)]
@@ -24,6 +29,7 @@ pub(crate) struct Answer {
     pub(crate) tokens: Vec<TokenId>,
     pub(crate) drafted: usize,
     pub(crate) logprobs: Vec<TokenLogprobs>,
+    pub(crate) margins: Vec<f32>,
     pub(crate) prompt_logprobs: Option<Vec<Option<TokenLogprobs>>>,
     pub(crate) embedding: Option<Vec<f32>>,
     pub(crate) finished: Option<Finished>,
@@ -47,6 +53,7 @@ impl Answer {
                 self.drafted += chunk.tokens.iter().filter(|t: &&OutputToken| t.drafted).count();
                 self.tokens.extend(chunk.tokens.iter().map(|t| t.id));
                 self.logprobs.extend(chunk.logprobs);
+                self.margins.extend(chunk.margins);
             }
             Event::Embedding(embedding) => {
                 assert!(self.tokens.is_empty() && self.embedding.is_none());

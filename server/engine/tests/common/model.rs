@@ -50,6 +50,17 @@ pub(crate) fn hidden_state(state: u64) -> impl Iterator<Item = f32> {
     (1..=HIDDEN_SIZE as u64).map(move |channel| unit(mix(state ^ channel)) - 0.5)
 }
 
+/// What a text's embedding is.
+pub(crate) fn mean_hidden_state(text: &[TokenId]) -> Vec<f32> {
+    let mut sum = [0f64; HIDDEN_SIZE];
+    let mut state = 0;
+    for &token in text {
+        state = Recipe::extend(state, token);
+        sum.iter_mut().zip(hidden_state(state)).for_each(|(sum, value)| *sum += f64::from(value));
+    }
+    sum.map(|sum| (sum / text.len() as f64) as f32).to_vec()
+}
+
 fn mix(mut z: u64) -> u64 {
     z = (z ^ (z >> 30)).wrapping_mul(0xBF58_476D_1CE4_E5B9);
     z = (z ^ (z >> 27)).wrapping_mul(0x94D0_49BB_1331_11EB);
@@ -70,7 +81,7 @@ pub(crate) struct Fault {
 /// How.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum FaultKind {
-    /// The logits after the token are not numbers.
+    /// The token's hidden state and the logits after it are not numbers.
     Poison,
     /// The pass returns an error before this layer (3: at its end).
     Error(usize),
@@ -78,7 +89,7 @@ pub(crate) enum FaultKind {
     Panic(usize),
 }
 
-const NUM_LAYERS: usize = 3;
+pub(crate) const NUM_LAYERS: usize = 3;
 
 pub(crate) struct HashModel {
     config: DecoderConfig,
@@ -91,10 +102,10 @@ pub(crate) struct HashModel {
     block_size: usize,
     /// The cache: what the first and the second layer wrote.
     tokens: Vec<TokenId>,
-    states: Vec<u64>,
+    pub(super) states: Vec<u64>,
     /// The pass that is under way, its layers done so far, and its logits.
-    batch: ForwardBatch,
-    num_layers_done: usize,
+    pub(super) batch: ForwardBatch,
+    pub(super) num_layers_done: usize,
     logits: Vec<f32>,
     hidden: Vec<f32>,
     context: Vec<TokenId>,
@@ -210,16 +221,16 @@ impl HashModel {
                     state = Recipe::extend(state, self.tokens[slot]);
                     is_whole &= self.states[slot] == state;
                 }
-                if wanted_hidden.next_if(|&&w| w == row).is_some() {
-                    hidden.extend(hidden_state(if is_whole { state } else { !state }));
-                }
-                if wanted.next_if(|&&w| w == row).is_none() {
-                    continue;
-                }
                 let poison = Fault { token: batch.token_ids[row as usize], kind: FaultKind::Poison };
                 let nan = if self.fault == Some(poison) { f32::NAN } else { 0.0 };
                 // A cache that contradicts itself gives other logits than the context it claims to hold.
                 let state = if is_whole { state } else { !state };
+                if wanted_hidden.next_if(|&&w| w == row).is_some() {
+                    hidden.extend(hidden_state(state).map(|value| value + nan));
+                }
+                if wanted.next_if(|&&w| w == row).is_none() {
+                    continue;
+                }
                 let row = self.recipe.logits(context, state).map(|logit| logit + nan);
                 if batch.short_head {
                     logits.extend(row.take(self.short_head));
@@ -232,7 +243,8 @@ impl HashModel {
     }
 }
 
-fn slot_of(batch: &ForwardBatch, block_size: usize, seq: usize, position: usize) -> usize {
+/// Where the token at `position` of the pass's sequence `seq` lies.
+pub(super) fn slot_of(batch: &ForwardBatch, block_size: usize, seq: usize, position: usize) -> usize {
     let block = batch.block_tables[batch.block_table_offsets[seq] as usize + position / block_size];
     block as usize * block_size + position % block_size
 }

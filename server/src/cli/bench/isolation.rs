@@ -47,19 +47,19 @@ own speed in the same time, so that the price is seen too. Both models are loade
 const EXAMPLES: &str = "\
 Examples:
   tandem bench isolation
-  tandem bench isolation --requests 1000 --rounds 20 --json isolation.json
+  tandem bench isolation --requests 2000 --rounds 50 --json isolation.json
   tandem bench isolation --target ./big --draft ./small --only-on";
 
 /// Arguments of `tandem bench isolation`.
 #[derive(Args, Debug)]
 #[command(long_about = LONG_ABOUT, after_long_help = EXAMPLES)]
 pub(in crate::cli) struct IsolationArgs {
-    /// Fast requests a phase, over all rounds
-    #[arg(long, value_name = "N", default_value_t = 200, value_parser = clap::value_parser!(u32).range(1..))]
+    /// Fast requests a phase, over all rounds: a p99 of few is the luck of one or two
+    #[arg(long, value_name = "N", default_value_t = 800, value_parser = clap::value_parser!(u32).range(1..))]
     requests: u32,
 
     /// Times that the phases take turns
-    #[arg(long, value_name = "N", default_value_t = 10, value_parser = clap::value_parser!(u32).range(1..=1000))]
+    #[arg(long, value_name = "N", default_value_t = 20, value_parser = clap::value_parser!(u32).range(1..=1000))]
     rounds: u32,
 
     /// Deep answers that stream while the server is loaded

@@ -3,7 +3,8 @@
 //! A pass computes `rows` tokens of one sequence behind a context and the logits of the last, which is what
 //! `llama-bench -p ROWS -d CONTEXT` times. One row is a decode step, a few are a verification, many a
 //! prefill. In each round llama.cpp runs all passes in a process of its own, then Tandem in this one; a
-//! ratio compares the two of one round, and the median over the rounds is shown with its ends.
+//! ratio compares the two of one round, and the median over the rounds is shown with its ends. Without a
+//! llama.cpp Tandem's passes are timed alone.
 
 use std::path::{Path, PathBuf};
 use std::process::{Command, ExitCode};
@@ -23,7 +24,8 @@ Compare passes of Tandem with those of llama.cpp over the same GGUF file on this
 Runs llama-bench, built outside this repository (or ik_llama.cpp's), and Tandem's own passes in turns: the \
 milliseconds of a pass over so many tokens behind a context, keys and values in f16 on both sides. The \
 ratios are llama.cpp's time over Tandem's within one round, so above 1 Tandem is faster; `to 1` is a pass's \
-time over that of a pass of one row. Other work on the machine disturbs both sides: see the spread.";
+time over that of a pass of one row. Other work on the machine disturbs both sides: see the spread. Without \
+--llama-bin only Tandem's passes are timed.";
 
 const EXAMPLES: &str = "\
 Examples:
@@ -36,9 +38,9 @@ Examples:
 #[derive(Args, Debug)]
 #[command(long_about = LONG_ABOUT, after_long_help = EXAMPLES)]
 pub(in crate::cli) struct PeerArgs {
-    /// Folder that holds llama-bench
+    /// Folder that holds llama-bench; without it Tandem is timed alone
     #[arg(long, value_name = "DIR")]
-    llama_bin: PathBuf,
+    llama_bin: Option<PathBuf>,
 
     /// The GGUF file
     #[arg(long, value_name = "FILE")]
@@ -49,7 +51,7 @@ pub(in crate::cli) struct PeerArgs {
     rows: Vec<u16>,
 
     /// One more argument for llama-bench; may be given again (ik_llama.cpp: -rtr 1 repacks weights)
-    #[arg(long, value_name = "ARG", allow_hyphen_values = true)]
+    #[arg(long, value_name = "ARG", allow_hyphen_values = true, requires = "llama_bin")]
     peer_arg: Vec<String>,
 
     /// Tokens of context before a pass; ik_llama.cpp's llama-bench has only 0
@@ -80,11 +82,23 @@ struct LlamaTest {
 struct Row {
     rows: u16,
     tandem_ms: Spread,
-    peer_ms: Spread,
+    tandem_to_one_row: Option<f64>,
+    peer: Option<PeerRow>,
+}
+
+#[derive(Debug, Serialize)]
+struct PeerRow {
+    ms: Spread,
+    to_one_row: Option<f64>,
     /// The peer's time over Tandem's.
     ratio: Spread,
-    tandem_to_one_row: Option<f64>,
-    peer_to_one_row: Option<f64>,
+}
+
+/// Milliseconds of a pass in one round.
+#[derive(Clone, Copy, Debug)]
+struct Times {
+    tandem: f64,
+    peer: Option<f64>,
 }
 
 #[derive(Debug, Serialize)]
@@ -103,13 +117,14 @@ pub(super) fn run(args: &PeerArgs) -> anyhow::Result<ExitCode> {
     let most = args.rows.iter().copied().max().map_or(1, usize::from);
     let pool = runtime::thread_pool(threads)?;
     let mut passes = Passes::load(&args.model, pool, args.context as usize, most)?;
-    let llama_bench = args.llama_bin.join("llama-bench");
+    let llama_bench = args.llama_bin.as_ref().map(|folder| folder.join("llama-bench"));
     let bar = report::progress_bar(args.rounds as usize, "rounds");
-    let mut times: Vec<Vec<[f64; 2]>> = vec![Vec::new(); args.rows.len()];
+    let mut times: Vec<Vec<Times>> = vec![Vec::new(); args.rows.len()];
     for _ in 0..args.rounds {
-        let peer = peer_times(&llama_bench, args, threads)?;
-        for ((&rows, times), peer) in args.rows.iter().zip(&mut times).zip(peer) {
-            times.push([median(passes.times_ms(usize::from(rows), 1)?), peer]);
+        let peer = llama_bench.as_deref().map(|path| peer_times(path, args, threads)).transpose()?;
+        for (index, &rows) in args.rows.iter().enumerate() {
+            let tandem = median(passes.times_ms(usize::from(rows), 1)?);
+            times[index].push(Times { tandem, peer: peer.as_ref().map(|peer| peer[index]) });
         }
         bar.inc(1);
     }
@@ -162,25 +177,31 @@ fn peer_times(llama_bench: &Path, args: &PeerArgs, threads: usize) -> anyhow::Re
         .collect()
 }
 
-fn summarise(rows: &[u16], times: &[Vec<[f64; 2]>]) -> Vec<Row> {
-    let spread = |values: &[[f64; 2]], of: &dyn Fn(&[f64; 2]) -> f64| {
-        Spread::of(values.iter().map(of)).expect("there is at least one round: this is a bug")
-    };
+fn summarise(rows: &[u16], times: &[Vec<Times>]) -> Vec<Row> {
     let one_row = rows.iter().position(|&rows| rows == 1);
     // A round's pass over that round's pass of one row.
-    let to_one = |index: usize, side: usize| {
+    let to_one = |index: usize, side: &dyn Fn(&Times) -> Option<f64>| {
         let ones = &times[one_row?];
-        Some(median(times[index].iter().zip(ones).map(|(time, one)| time[side] / one[side]).collect()))
+        let ratios: Option<Vec<f64>> =
+            times[index].iter().zip(ones).map(|(time, one)| Some(side(time)? / side(one)?)).collect();
+        ratios.map(median)
+    };
+    let peer = |index: usize| {
+        let of = |value: &dyn Fn(&Times) -> Option<f64>| Spread::of(times[index].iter().filter_map(value));
+        Some(PeerRow {
+            ms: of(&|t| t.peer)?,
+            to_one_row: to_one(index, &|t| t.peer),
+            ratio: of(&|t| Some(t.peer? / t.tandem))?,
+        })
     };
     rows.iter()
         .enumerate()
         .map(|(index, &rows)| Row {
             rows,
-            tandem_ms: spread(&times[index], &|t| t[0]),
-            peer_ms: spread(&times[index], &|t| t[1]),
-            ratio: spread(&times[index], &|t| t[1] / t[0]),
-            tandem_to_one_row: to_one(index, 0),
-            peer_to_one_row: to_one(index, 1),
+            tandem_ms: Spread::of(times[index].iter().map(|t| t.tandem))
+                .expect("there is at least one round: this is a bug"),
+            tandem_to_one_row: to_one(index, &|t| Some(t.tandem)),
+            peer: peer(index),
         })
         .collect()
 }
@@ -189,19 +210,24 @@ impl Report {
     fn print(&self) {
         println!("{}, context {}, {} rounds; medians", self.model, self.context, self.rounds);
         println!("{}", self.machine);
+        let has_peer = self.rows.iter().any(|row| row.peer.is_some());
         let header = ["tokens", "tandem ms", "to 1", "peer ms", "to 1", "peer / tandem", "min..max"];
         let rows = self.rows.iter().map(|row| {
-            vec![
+            let mut cells = vec![
                 row.rows.to_string(),
                 format!("{:.2}", row.tandem_ms.median),
                 report::number(row.tandem_to_one_row, 2),
-                format!("{:.2}", row.peer_ms.median),
-                report::number(row.peer_to_one_row, 2),
-                format!("{:.2}", row.ratio.median),
-                format!("{:.2}..{:.2}", row.ratio.min, row.ratio.max),
-            ]
+            ];
+            if let Some(peer) = &row.peer {
+                cells.push(format!("{:.2}", peer.ms.median));
+                cells.push(report::number(peer.to_one_row, 2));
+                cells.push(format!("{:.2}", peer.ratio.median));
+                cells.push(format!("{:.2}..{:.2}", peer.ratio.min, peer.ratio.max));
+            }
+            cells
         });
-        println!("{}", report::table(&header, 1, rows));
+        let header = if has_peer { &header[..] } else { &header[..3] };
+        println!("{}", report::table(header, 1, rows));
     }
 }
 
@@ -211,12 +237,19 @@ mod tests {
 
     #[test]
     fn ratios_compare_passes_of_one_round() {
-        let times = [vec![[1.0, 2.0], [10.0, 40.0], [2.0, 6.0]], vec![[2.0, 8.0], [10.0, 20.0], [3.0, 6.0]]];
+        let times =
+            |all: [[f64; 2]; 3]| all.map(|[tandem, peer]| Times { tandem, peer: Some(peer) }).to_vec();
+        let mut times =
+            [times([[1.0, 2.0], [10.0, 40.0], [2.0, 6.0]]), times([[2.0, 8.0], [10.0, 20.0], [3.0, 6.0]])];
         let rows = summarise(&[1, 4], &times);
-        assert_eq!((rows[0].ratio.median, rows[0].ratio.max), (3.0, 4.0));
-        assert_eq!((rows[1].ratio.median, rows[1].ratio.min), (2.0, 2.0));
+        let peers: Vec<&PeerRow> = rows.iter().flat_map(|row| &row.peer).collect();
+        assert_eq!((peers[0].ratio.median, peers[0].ratio.max), (3.0, 4.0));
+        assert_eq!((peers[1].ratio.median, peers[1].ratio.min), (2.0, 2.0));
         assert_eq!(rows[1].tandem_to_one_row, Some(1.5));
-        assert_eq!(rows[1].peer_to_one_row, Some(1.0));
+        assert_eq!(peers[1].to_one_row, Some(1.0));
         assert_eq!(summarise(&[4], &times[1..])[0].tandem_to_one_row, None);
+        times.iter_mut().flatten().for_each(|time| time.peer = None);
+        let alone = summarise(&[1, 4], &times);
+        assert!(alone.iter().all(|row| row.peer.is_none()) && alone[1].tandem_to_one_row == Some(1.5));
     }
 }

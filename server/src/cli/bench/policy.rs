@@ -34,7 +34,9 @@ Starts a server in this process and sends it prompts over HTTP, as many at a tim
 the policy (auto) and with each fixed number of draft tokens of --fixed, 0 included, in turns; then the same \
 with a draft whose weights are noise. Speed is the output tokens of the whole batch over the time until its \
 last stream has ended. The ratio is auto to the best fixed setting: the median over the rounds of the ratio \
-within a round, least of all fixed settings. Nothing is cached or shared between requests.
+within a round, least of all fixed settings. The first fixed setting takes its turn twice a round: the ratio of \
+these two (control) is what the machine's noise makes of an even match. Nothing is cached or shared between \
+requests.
 
 The run also checks that all settings gave the same answers; the exit status is 1 if they did not. Rounds \
 are short: on a machine that does other things too, use --rounds 10 or more.";
@@ -139,9 +141,10 @@ fn random_pair(
     Ok(Some((folder, config)))
 }
 
-/// Auto (`None`), then the fixed settings.
+/// Auto (`None`), the fixed settings, and the first of them once more, as a control.
 fn settings(args: &PolicyArgs) -> Vec<Option<u8>> {
-    std::iter::once(None).chain(args.fixed.iter().copied().map(Some)).collect()
+    let fixed = args.fixed.iter().chain(args.fixed.first());
+    std::iter::once(None).chain(fixed.copied().map(Some)).collect()
 }
 
 /// All rounds with one draft.

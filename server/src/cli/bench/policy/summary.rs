@@ -28,7 +28,7 @@ pub(super) struct Cell {
     draft: &'static str,
     pub(super) temperature: f32,
     pub(super) batch: u16,
-    /// A run a setting, auto first.
+    /// A run a setting: auto, the fixed ones, the first of them again.
     pub(super) rounds: Vec<Vec<Run>>,
     pub(super) num_mismatches: usize,
 }
@@ -52,6 +52,8 @@ struct Row {
     best_fixed: u8,
     /// Auto to it, one value a round.
     ratio: Spread,
+    /// The first fixed setting to itself.
+    control: Spread,
 }
 
 /// The whole run.
@@ -83,15 +85,17 @@ impl Report {
     pub(super) fn print(&self) {
         let mut header: Vec<String> = ["draft", "T", "batch", "auto"].map(str::to_owned).to_vec();
         header.extend(self.fixed.iter().map(u8::to_string));
-        header.extend(["best", "ratio", "min..max"].map(str::to_owned));
+        header.extend(["best", "ratio", "min..max", "control", "min..max"].map(str::to_owned));
         let header: Vec<&str> = header.iter().map(String::as_str).collect();
         let cells = |row: &Row| {
             let mut cells = vec![row.draft.to_owned(), row.temperature.to_string(), row.batch.to_string()];
             cells.push(format!("{:.0}", row.auto_tokens_per_second));
             cells.extend(row.fixed_tokens_per_second.iter().map(|speed| format!("{speed:.0}")));
             cells.push(row.best_fixed.to_string());
-            cells.push(format!("{:.3}", row.ratio.median));
-            cells.push(format!("{:.2}..{:.2}", row.ratio.min, row.ratio.max));
+            for ratio in [row.ratio, row.control] {
+                cells.push(format!("{:.3}", ratio.median));
+                cells.push(format!("{:.2}..{:.2}", ratio.min, ratio.max));
+            }
             cells
         };
         println!("{}", report::table(&header, 1, self.rows.iter().map(cells)));
@@ -99,6 +103,7 @@ impl Report {
             "output tokens/s of the whole batch, medians; {} prompts, {} rounds, up to {} tokens each",
             self.num_prompts, self.rounds, self.max_tokens
         );
+        println!("control: {} drafted against itself, the same round", self.fixed[0]);
         println!("{}", verdict(&self.rows));
         match self.num_mismatches {
             0 => println!("lossless: every setting gave the same answers"),
@@ -111,13 +116,12 @@ fn row(cell: &Cell, fixed: &[u8]) -> Row {
     let speed =
         |setting: usize| median(cell.rounds.iter().map(|runs| runs[setting].tokens_per_second()).collect());
     // Within a round, so that what the machine does between rounds cancels out.
-    let ratio = |setting: usize| {
-        let ratios =
-            cell.rounds.iter().map(|runs| runs[0].tokens_per_second() / runs[setting].tokens_per_second());
+    let ratio = |a: usize, b: usize| {
+        let ratios = cell.rounds.iter().map(|runs| runs[a].tokens_per_second() / runs[b].tokens_per_second());
         Spread::of(ratios).expect("there is at least one round: this is a bug")
     };
-    let (best, ratio) = (1..=fixed.len())
-        .map(|setting| (setting, ratio(setting)))
+    let (best, auto) = (1..=fixed.len())
+        .map(|setting| (setting, ratio(0, setting)))
         .min_by(|(_, a), (_, b)| a.median.total_cmp(&b.median))
         .expect("there is at least one fixed setting: this is a bug");
     Row {
@@ -127,7 +131,8 @@ fn row(cell: &Cell, fixed: &[u8]) -> Row {
         auto_tokens_per_second: speed(0),
         fixed_tokens_per_second: (1..=fixed.len()).map(speed).collect(),
         best_fixed: fixed[best - 1],
-        ratio,
+        ratio: auto,
+        control: ratio(1 + fixed.len(), 1),
     }
 }
 
@@ -161,7 +166,8 @@ mod tests {
 
     fn cell(rounds: &[[f64; 3]]) -> Cell {
         let run = |&seconds: &f64| Run { num_tokens: 100, seconds };
-        let rounds = rounds.iter().map(|runs| runs.iter().map(run).collect()).collect();
+        let with_control = |runs: &[f64; 3]| runs.iter().chain(&runs[1..2]).map(run).collect();
+        let rounds = rounds.iter().map(with_control).collect();
         Cell { rounds, ..Cell::new("random", 0.8, 4) }
     }
 
@@ -171,6 +177,7 @@ mod tests {
         let cell = cell(&[[1.1, 1.0, 2.0], [2.2, 2.0, 4.0], [2.2, 2.0, 4.0]]);
         let row = row(&cell, &[0, 4]);
         assert_eq!(row.best_fixed, 0);
+        assert_eq!(row.control.median, 1.0);
         assert!((row.ratio.median - 1.0 / 1.1).abs() < 1e-9, "{:?}", row.ratio);
         assert_eq!(row.fixed_tokens_per_second, [50.0, 25.0]);
         let text = verdict(&[row]);

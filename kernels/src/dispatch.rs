@@ -4,6 +4,8 @@
 use crate::isa::Isa;
 use crate::matmul::quantized;
 use crate::pack::memory::Line;
+use crate::pack::words;
+use crate::quant::BlockFormat;
 use crate::sampling::choice::{Best, Mass, Race};
 use crate::{attention, experts, gate, head_norm, layer_norm, matmul, norm, roof, rope, sampling, scaling};
 
@@ -29,6 +31,7 @@ pub(crate) struct Kernels {
     pub(crate) mass: unsafe fn(logits: &[f32], factor: f32) -> Mass,
     pub(crate) maxima: unsafe fn(logits: &[f32], out: &mut Vec<f32>),
     pub(crate) collect: unsafe fn(logits: &[f32], least: f32, out: &mut Vec<(u32, f32)>),
+    pub(crate) pack: unsafe fn(format: BlockFormat, rows: &words::Rows<'_>, panel: &mut [Line]),
     pub(crate) read: unsafe fn(&[Line]) -> u64,
     pub(crate) dot_products: unsafe fn(rounds: usize) -> i32,
     pub(crate) multiply_adds: unsafe fn(rounds: usize) -> f32,
@@ -59,6 +62,7 @@ static SCALAR: Kernels = Kernels {
     mass: sampling::scalar::mass,
     maxima: sampling::scalar::maxima,
     collect: sampling::scalar::collect,
+    pack: words::pack,
     read: roof::scalar::read,
     dot_products: roof::scalar::dot_products,
     multiply_adds: roof::scalar::multiply_adds,
@@ -216,6 +220,11 @@ macro_rules! vector_kernels {
             }
 
             #[target_feature(enable = $features)]
+            unsafe fn pack(format: BlockFormat, rows: &words::Rows<'_>, panel: &mut [Line]) {
+                words::pack(format, rows, panel);
+            }
+
+            #[target_feature(enable = $features)]
             unsafe fn read(lines: &[Line]) -> u64 {
                 // SAFETY: the caller's promise.
                 unsafe { roof::vector::read::<$simd>(lines) }
@@ -269,6 +278,7 @@ macro_rules! vector_kernels {
                 mass: Self::mass,
                 maxima: Self::maxima,
                 collect: Self::collect,
+                pack: Self::pack,
                 read: Self::read,
                 dot_products: Self::dot_products,
                 multiply_adds: Self::multiply_adds,

@@ -200,15 +200,27 @@ impl ThreadPool {
     /// # Panics
     /// If a task panics: with the first panic's payload, after all tasks that have begun have ended.
     pub fn run(&self, num_tasks: usize, task: Task<'_>) {
+        self.run_if_worth(num_tasks, true, task);
+    }
+
+    /// As [`run`](Self::run), for tasks that wait for the system, for fresh pages or a file's: how long one takes
+    /// says nothing about other programs, and there is work for all threads meanwhile, whoever was put aside before.
+    pub(crate) fn run_waiting(&self, num_tasks: usize, task: Task<'_>) {
+        self.run_if_worth(num_tasks, false, task);
+    }
+
+    /// `are_alike` says whether the tasks of one operation take about as long as one another.
+    fn run_if_worth(&self, num_tasks: usize, are_alike: bool, task: Task<'_>) {
         if num_tasks <= 1 || self.threads() == 1 {
             return (0..num_tasks).for_each(task);
         }
         let begin = self.start.elapsed();
-        if as_nanos(begin) < self.alone.until.load(Ordering::Relaxed)
+        if are_alike && as_nanos(begin) < self.alone.until.load(Ordering::Relaxed)
             || self.shared.busy.swap(true, Ordering::Acquire)
         {
             return (0..num_tasks).for_each(task);
         }
+        let begin = are_alike.then_some(begin);
         if num_tasks <= MAX_TASKS {
             self.run_all(begin, num_tasks, task);
         } else {
@@ -219,8 +231,8 @@ impl ThreadPool {
         }
     }
 
-    /// The operation itself; `busy` is held on entry and released here.
-    fn run_all(&self, begin: Duration, num_tasks: usize, task: Task<'_>) {
+    /// The operation itself; `busy` is held on entry and released here. `begin` is that of tasks that are alike.
+    fn run_all(&self, begin: Option<Duration>, num_tasks: usize, task: Task<'_>) {
         let shared = &*self.shared;
         let threads = self.threads();
         // As many bits as a ticket holds, so that the two always compare equal.
@@ -252,8 +264,8 @@ impl ThreadPool {
         }
     }
 
-    /// Waits for the tasks that others hold, the caller's being done since `begin`.
-    fn wait_for_others(&self, begin: Duration) {
+    /// Waits for the tasks that others hold, the caller's being done since `begin`, if all are alike.
+    fn wait_for_others(&self, begin: Option<Duration>) {
         let done = || self.shared.pending.0.load(Ordering::Acquire) == 0;
         for _ in 0..CALLER_SPINS {
             if done() {
@@ -269,7 +281,7 @@ impl ThreadPool {
         // those took was put aside.
         let end = self.start.elapsed();
         let held_up = end - own_end;
-        if held_up > own_end - begin && self.threads() == 2 {
+        if begin.is_some_and(|begin| held_up > own_end - begin) && self.threads() == 2 {
             self.alone.extend(as_nanos(end), as_nanos(held_up));
         }
     }

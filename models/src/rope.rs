@@ -5,6 +5,7 @@
 //! 100,000 the last bit of a frequency is a hundredth of a radian, so a "better" table is a wrong one.
 
 use std::f32::consts::PI;
+use std::thread;
 
 use crate::config::{Rope, RopeScaling};
 
@@ -20,25 +21,37 @@ pub struct RopeTable {
     pub num_positions: usize,
 }
 
+/// Positions for which a thread of their own is worth it: a millisecond or two. Those of a long context take
+/// tenths of a second.
+const LEAST_SHARE: usize = 1024;
+
 impl RopeTable {
     /// The table for positions `0..num_positions` of heads of width `head_dim`.
     pub fn new(rope: &Rope, head_dim: usize, num_positions: usize) -> Self {
         let frequencies = frequencies(rope);
         let scale = attention_factor(&rope.scaling);
-        let still = head_dim / 2 - frequencies.len();
-        let mut cos = Vec::with_capacity(num_positions * head_dim / 2);
-        let mut sin = Vec::with_capacity(num_positions * head_dim / 2);
-        for position in 0..num_positions {
-            for &frequency in &frequencies {
-                // The product is rounded to f32; its cosine is then the nearest f32, whatever the
-                // system's maths library.
-                let angle = f64::from(position as f32 * frequency);
-                cos.push(angle.cos() as f32 * scale);
-                sin.push(angle.sin() as f32 * scale);
+        let half = head_dim / 2;
+        let (mut cos, mut sin) = (vec![1.0; num_positions * half], vec![0.0; num_positions * half]);
+        let threads = thread::available_parallelism().map_or(1, usize::from);
+        let share = num_positions.div_ceil(threads).max(LEAST_SHARE);
+        thread::scope(|scope| {
+            let shares = cos.chunks_mut((share * half).max(1)).zip(sin.chunks_mut((share * half).max(1)));
+            for (first, (cos, sin)) in (0..).step_by(share).zip(shares) {
+                let frequencies = &frequencies;
+                scope.spawn(move || {
+                    let rows = cos.chunks_exact_mut(half.max(1)).zip(sin.chunks_exact_mut(half.max(1)));
+                    for (position, (cos, sin)) in (first..).zip(rows) {
+                        for ((cos, sin), &frequency) in cos.iter_mut().zip(sin).zip(frequencies) {
+                            // The product is rounded to f32; its cosine is then the nearest f32, whatever the
+                            // system's maths library.
+                            let angle = f64::from(position as f32 * frequency);
+                            *cos = angle.cos() as f32 * scale;
+                            *sin = angle.sin() as f32 * scale;
+                        }
+                    }
+                });
             }
-            cos.extend(std::iter::repeat_n(1.0, still));
-            sin.extend(std::iter::repeat_n(0.0, still));
-        }
+        });
         RopeTable { cos, sin, num_positions }
     }
 }

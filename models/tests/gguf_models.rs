@@ -357,3 +357,28 @@ fn quantised_files_stay_near_the_original() {
         convert(&once, FileType::Q8_0, std::fs::File::create(twice).unwrap()).unwrap_err().to_string();
     assert!(error.contains("already") && error.contains("F32, F16 or BF16"), "{error}");
 }
+
+/// The kibibytes of `path`'s mapping that this process holds.
+#[cfg(target_os = "linux")]
+fn resident_kib(path: &Path) -> u64 {
+    let maps = std::fs::read_to_string("/proc/self/smaps").unwrap();
+    let name = path.file_name().unwrap().to_str().unwrap();
+    let (_, after) = maps.split_once(name).expect("the file is mapped");
+    let resident = after.lines().find_map(|line| line.strip_prefix("Rss:")).unwrap();
+    resident.trim().trim_end_matches(" kB").parse().unwrap()
+}
+
+#[cfg(target_os = "linux")]
+#[test]
+fn a_loaded_file_does_not_lie_in_memory_beside_its_weights() {
+    let folder = tempfile::tempdir().unwrap();
+    let path = folder.path().join("given-back.gguf");
+    write_small(&path, Dtype::F32);
+    let checkpoint = Checkpoint::open(&path).unwrap();
+    assert!(resident_kib(&path) > 0, "what was read is resident");
+    let model = load(&checkpoint, BackendKind::Cpu, Arc::new(ThreadPool::new(1))).unwrap();
+    assert_eq!(resident_kib(&path), 0);
+    // It is still there for who reads it again.
+    let again = load(&checkpoint, BackendKind::Cpu, Arc::new(ThreadPool::new(1))).unwrap();
+    assert_eq!(again.weight_memory().num_parameters(), model.weight_memory().num_parameters());
+}

@@ -15,16 +15,26 @@
 //! Outputs are filled up to a multiple of 16 with zeros and each panel to a whole line. Weights keep
 //! their type: packing loses nothing, and [`PackedMatrix::row`] gives back what went in. A matrix may be
 //! stacked of parts of different types, each with panels of its own; neighbours of one type share them.
+//!
+//! No copy of the panels is kept on disk for the next start. Of a 7B's 4.4 GB in Q4_0, in the file cache and on
+//! two threads of a Zen 4, a start reads the file in 0.2 to 0.3 s, the system clears the panels' pages in
+//! 0.3 s, and to write them anyhow, in order, takes another 0.2 to 0.3 s; a copy would have to be read, checked
+//! and written to cleared pages too, and packing costs little beyond that. Only a copy that is mapped where it
+//! lies would save more, and what lies in a file lies in small pages on most systems, which every pass would pay
+//! for.
 
 mod dense;
 pub(crate) mod memory;
 pub(crate) mod quantized;
 mod source;
+pub(crate) mod words;
 
 use std::fmt;
 use std::sync::Arc;
 
 use crate::LANES;
+use crate::dispatch;
+use crate::isa;
 use crate::pool::ThreadPool;
 use crate::quant::BlockFormat;
 use crate::shared_out::SharedOut;
@@ -162,10 +172,11 @@ impl PackedMatrix {
     pub fn stack(parts: &[Weights<'_>], inp: usize) -> Self {
         let (mut packed, sources) = Self::lay_out(parts, inp);
         let lines = unshared(&mut packed.lines);
+        let kernels = dispatch::kernels(isa::active());
         for part in &packed.parts {
             let panels = lines[part.first_line..].chunks_exact_mut(part.panel_lines);
             for (panel, to) in panels.take(part.num_panels()).enumerate() {
-                sources.pack(part, panel, to);
+                sources.pack(kernels, part, panel, to);
             }
         }
         packed
@@ -182,11 +193,11 @@ impl PackedMatrix {
         for part in &packed.parts {
             let panels = part.num_panels();
             let tasks = pool.num_tasks(panels, part.panel_bytes() / PACKED_BYTES_PER_NS);
-            pool.run(tasks, &|i| {
+            pool.run_waiting(tasks, &|i| {
                 for panel in i * panels / tasks..(i + 1) * panels / tasks {
                     let first = part.first_line + panel * part.panel_lines;
                     // SAFETY: a panel belongs to one task.
-                    sources.pack(part, panel, unsafe { lines.part(first, part.panel_lines) });
+                    sources.pack(pool.kernels(), part, panel, unsafe { lines.part(first, part.panel_lines) });
                 }
             });
         }

@@ -31,7 +31,7 @@ pub(crate) const GROUP: usize = 256;
 /// Inputs of a chunk.
 pub(crate) const CHUNK: usize = 32;
 /// Quads of a chunk.
-const QUADS: usize = CHUNK / 4;
+pub(super) const QUADS: usize = CHUNK / 4;
 
 /// Bits of a code beyond a nibble that lie in planes of their own; `None` for whole bytes.
 #[inline(always)]
@@ -71,14 +71,15 @@ pub(crate) const fn scale_lines(format: BlockFormat) -> usize {
 }
 
 /// The most that [`scale_lines`] says.
-const MAX_SCALE_LINES: usize = 8;
+pub(super) const MAX_SCALE_LINES: usize = 8;
 
 /// Lines of a panel with `inp` inputs, a multiple of the format's block.
 pub(crate) const fn panel_lines(format: BlockFormat, inp: usize) -> usize {
     inp.div_ceil(GROUP) * scale_lines(format) + inp / CHUNK * chunk_lines(format)
 }
 
-/// Fills a panel of zeros with the blocks of at most 16 rows.
+/// Fills a panel of zeros with the blocks of at most 16 rows, plainly: the specification of
+/// [`words::pack`](super::words::pack), and what packs a panel that is not full.
 pub(super) fn pack(format: BlockFormat, rows: &[&[u8]], panel: &mut [Line]) {
     type Packer = fn(&[&[u8]], &mut [Line]);
     /// Each format has a function of its own, in which all that depends on it is known.
@@ -137,7 +138,7 @@ fn pack_as<const INDEX: usize>(rows: &[&[u8]], panel: &mut [Line]) {
 
 /// Writes the f16 (or bf16) number `at` of a lane.
 #[inline(always)]
-fn put_half(scales: &mut [u8; MAX_SCALE_LINES * LINE_BYTES], at: usize, lane: usize, bits: u16) {
+pub(super) fn put_half(scales: &mut [u8; MAX_SCALE_LINES * LINE_BYTES], at: usize, lane: usize, bits: u16) {
     scales.as_chunks_mut::<2>().0[at * LANES + lane] = bits.to_le_bytes();
 }
 
@@ -204,7 +205,7 @@ fn put(lines: &mut [Line], line: usize, lane: usize, word: u32) {
 
 /// Every byte of a word.
 #[inline(always)]
-const fn each(byte: u8) -> u32 {
+pub(super) const fn each(byte: u8) -> u32 {
     u32::from_le_bytes([byte; 4])
 }
 

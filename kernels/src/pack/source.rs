@@ -3,6 +3,7 @@
 use super::memory::{Line, bytes_of};
 use super::{Part, WeightType, dense, quantized};
 use crate::LANES;
+use crate::dispatch::Kernels;
 use crate::quant::BlockFormat;
 
 // Elements are taken from files, which are little-endian, as they are.
@@ -92,16 +93,19 @@ impl<'a> Sources<'a> {
     }
 
     /// Fills panel `panel` of `part`, which is zeros.
-    pub(super) fn pack(&self, part: &Part, panel: usize, to: &mut [Line]) {
+    pub(super) fn pack(&self, kernels: &Kernels, part: &Part, panel: usize, to: &mut [Line]) {
         let outputs = panel * LANES..part.outputs.min((panel + 1) * LANES);
         let mut rows: [&[u8]; LANES] = [&[]; LANES];
         for (row, output) in rows.iter_mut().zip(outputs.clone()) {
             *row = self.row(part.first_output + output);
         }
-        let rows = &rows[..outputs.len()];
         match part.weight_type {
-            WeightType::Quantized(format) => quantized::pack(format, rows, to),
-            dense => dense::pack(dense, rows, to),
+            // SAFETY: the table is one that this processor has, and a panel has the lines of its rows.
+            WeightType::Quantized(format) if outputs.len() == LANES => unsafe {
+                (kernels.pack)(format, &rows, to);
+            },
+            WeightType::Quantized(format) => quantized::pack(format, &rows[..outputs.len()], to),
+            dense => dense::pack(dense, &rows[..outputs.len()], to),
         }
     }
 }

@@ -22,15 +22,14 @@ use tandem_kernels::kv::KvType;
 use super::load::Loader;
 use super::weights::{NormWeights, Weights};
 use super::{Asked, Decoder, Pass, PassShape, ready};
-use crate::backend::{Backend, BackendKind, Columns, CpuBackend, Heads, Linear, ReferenceBackend, Rows};
+use crate::backend::{Backend, BackendKind, Columns, CpuBackend, Linear, ReferenceBackend, Rows};
 use crate::checkpoint::Checkpoint;
 use crate::error::ModelError;
 use crate::family::Role;
 use crate::heads::{Features, Head, Input};
 use crate::kv_cache::KvLayout;
-use crate::model::{Model, WeightMemory};
+use crate::model::Model;
 use crate::outputs::{Wanted, WholeRows};
-use crate::rope::row_order;
 
 /// A logit that is never drawn, and still a number.
 const NEVER: f32 = -1e30;
@@ -112,16 +111,12 @@ impl<B: Backend> Decoder<B> {
     /// As [`Decoder::load`].
     pub fn attach(&mut self, head: &Head, backend: B) -> Result<(), ModelError> {
         let config = head.checkpoint.config.clone();
-        let heads = Heads::of(&config);
         let attn_width = if head.input.is_projected() { 1 } else { 2 } * config.hidden_size;
-        let row_order = row_order(&config.rope, config.rotary_width());
-        let memory = WeightMemory::default();
-        let checkpoint = &head.checkpoint;
-        let mut loader =
-            Loader { checkpoint, config: &config, heads, attn_width, row_order, memory, backend };
+        let mut loader = Loader::new(&head.checkpoint, &config, attn_width, backend);
         let tap = self.tap(head, &mut loader)?;
         let (weights, start) = self.head_weights(head, &mut loader)?;
-        let Loader { backend, memory, .. } = loader;
+        head.checkpoint.weights.release();
+        let Loader { backend, memory, heads, .. } = loader;
         let decoder = Decoder {
             heads,
             weights,

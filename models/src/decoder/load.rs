@@ -65,14 +65,10 @@ impl<B: Backend> Decoder<B> {
     /// cannot hold it.
     pub fn load(checkpoint: &Checkpoint, backend: B) -> Result<Self, ModelError> {
         let config = checkpoint.config.clone();
-        let heads = Heads::of(&config);
-        let row_order = row_order(&config.rope, config.rotary_width());
-        let memory = WeightMemory::default();
-        let attn_width = config.hidden_size;
-        let mut loader =
-            Loader { checkpoint, config: &config, heads, attn_width, row_order, memory, backend };
+        let mut loader = Loader::new(checkpoint, &config, config.hidden_size, backend);
         let weights = loader.weights()?;
-        let Loader { backend, memory, .. } = loader;
+        checkpoint.weights.release();
+        let Loader { backend, memory, heads, .. } = loader;
         Ok(Decoder {
             config,
             heads,
@@ -99,10 +95,35 @@ pub(super) struct Loader<'a, B> {
     /// Of the rows of each query and key head, or of the part of it that turns; see [`row_order`].
     pub(super) row_order: Option<Vec<usize>>,
     pub(super) memory: WeightMemory,
+    /// That were read since the files' pages were released.
+    pub(super) unreleased_bytes: usize,
     pub(super) backend: B,
 }
 
+/// Of the files at most about so much lies in memory beside the weights: a fraction of a model that is large, and
+/// so much that giving pages back costs nothing.
+const RELEASE_BYTES: usize = 64 << 20;
+
 impl<'a, B: Backend> Loader<'a, B> {
+    /// For layers whose query, key and value projections read rows of `attn_width`.
+    pub(super) fn new(
+        checkpoint: &'a Checkpoint,
+        config: &'a DecoderConfig,
+        attn_width: usize,
+        backend: B,
+    ) -> Self {
+        Loader {
+            checkpoint,
+            config,
+            heads: Heads::of(config),
+            attn_width,
+            row_order: row_order(&config.rope, config.rotary_width()),
+            memory: WeightMemory::default(),
+            unreleased_bytes: 0,
+            backend,
+        }
+    }
+
     fn weights(&mut self) -> Result<Weights<B>, ModelError> {
         let (config, names) = (self.config, &self.checkpoint.names);
         let (vocab, hidden) = (config.vocab_size, config.hidden_size);
@@ -374,8 +395,14 @@ impl<'a, B: Backend> Loader<'a, B> {
         let views: Vec<_> = parts.iter().map(Part::view).collect();
         for view in &views {
             self.memory.add(view);
+            self.unreleased_bytes += view.data.len();
         }
-        self.backend.load_matrix(&views, in_features)
+        let matrix = self.backend.load_matrix(&views, in_features)?;
+        if self.unreleased_bytes >= RELEASE_BYTES {
+            self.unreleased_bytes = 0;
+            self.checkpoint.weights.release();
+        }
+        Ok(matrix)
     }
 
     fn vector(&mut self, parts: &[Part<'_>]) -> Result<B::Vector, ModelError> {

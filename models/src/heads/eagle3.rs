@@ -26,31 +26,26 @@ const COMMON: NameTable = &[
 const EMBED: &str = "embed_tokens.weight";
 const LM_HEAD: &str = "lm_head.weight";
 
-const MIDLAYER: NameTable = &[
-    (Role::DraftTokenNorm, "midlayer.input_layernorm.weight"),
-    (Role::DraftHiddenNorm, "midlayer.hidden_norm.weight"),
-    (Role::Q, "midlayer.self_attn.q_proj.weight"),
-    (Role::K, "midlayer.self_attn.k_proj.weight"),
-    (Role::V, "midlayer.self_attn.v_proj.weight"),
-    (Role::O, "midlayer.self_attn.o_proj.weight"),
-    (Role::FfnNorm, "midlayer.post_attention_layernorm.weight"),
-    (Role::Gate, "midlayer.mlp.gate_proj.weight"),
-    (Role::Up, "midlayer.mlp.up_proj.weight"),
-    (Role::Down, "midlayer.mlp.down_proj.weight"),
-];
+/// The names of the layer's tensors, which begin with `$layer`.
+macro_rules! layer_names {
+    ($layer:literal) => {
+        &[
+            (Role::DraftTokenNorm, concat!($layer, ".input_layernorm.weight")),
+            (Role::DraftHiddenNorm, concat!($layer, ".hidden_norm.weight")),
+            (Role::Q, concat!($layer, ".self_attn.q_proj.weight")),
+            (Role::K, concat!($layer, ".self_attn.k_proj.weight")),
+            (Role::V, concat!($layer, ".self_attn.v_proj.weight")),
+            (Role::O, concat!($layer, ".self_attn.o_proj.weight")),
+            (Role::FfnNorm, concat!($layer, ".post_attention_layernorm.weight")),
+            (Role::Gate, concat!($layer, ".mlp.gate_proj.weight")),
+            (Role::Up, concat!($layer, ".mlp.up_proj.weight")),
+            (Role::Down, concat!($layer, ".mlp.down_proj.weight")),
+        ]
+    };
+}
 
-const LAYERS: NameTable = &[
-    (Role::DraftTokenNorm, "layers.0.input_layernorm.weight"),
-    (Role::DraftHiddenNorm, "layers.0.hidden_norm.weight"),
-    (Role::Q, "layers.0.self_attn.q_proj.weight"),
-    (Role::K, "layers.0.self_attn.k_proj.weight"),
-    (Role::V, "layers.0.self_attn.v_proj.weight"),
-    (Role::O, "layers.0.self_attn.o_proj.weight"),
-    (Role::FfnNorm, "layers.0.post_attention_layernorm.weight"),
-    (Role::Gate, "layers.0.mlp.gate_proj.weight"),
-    (Role::Up, "layers.0.mlp.up_proj.weight"),
-    (Role::Down, "layers.0.mlp.down_proj.weight"),
-];
+const MIDLAYER: NameTable = layer_names!("midlayer");
+const LAYERS: NameTable = layer_names!("layers.0");
 
 /// Which token of the target an output is: so many ids on.
 const OFFSETS: &str = "d2t";

@@ -30,3 +30,17 @@ pub(super) fn map_file(path: &Path, min_bytes: u64, format: &str) -> Result<Mmap
     // renaming a new file over it (which leaves this mapping on the old one), never in place.
     unsafe { Mmap::map(&file) }.map_err(|source| ModelError::io(path, source))
 }
+
+/// Takes the pages that were read out of this process. They stay in the system's file cache and come back when
+/// they are read again; until then they do not count as this process's memory beside what was made of them.
+#[cfg(unix)]
+#[allow(unsafe_code)]
+pub(super) fn release(map: &Mmap) {
+    // SAFETY: the mapping is one of a file, private and never written, so that a page which is read again is
+    // read from the file, with the bytes that it had.
+    // A system that refuses keeps them, which costs nothing but the count.
+    let _ = unsafe { map.unchecked_advise(memmap2::UncheckedAdvice::DontNeed) };
+}
+
+#[cfg(not(unix))]
+pub(super) fn release(_map: &Mmap) {}

@@ -156,6 +156,9 @@ pub trait WeightStore: Send + Sync {
         self.tensor(name).map(Tensor::from)
     }
 
+    /// Says that what was read is done with for now: a mapped file's pages go, and come back if they are read again.
+    fn release(&self) {}
+
     /// True if there is a tensor `name`.
     fn contains(&self, name: &str) -> bool;
 

@@ -13,7 +13,7 @@ use safetensors::tensor::TensorInfo;
 use serde::Deserialize;
 use serde::de::IgnoredAny;
 
-use super::map::map_file;
+use super::map::{map_file, release};
 use super::{Dtype, TensorView, WeightStore};
 use crate::ModelError;
 use crate::files::read_json;
@@ -179,6 +179,10 @@ impl SafetensorsStore {
 }
 
 impl WeightStore for SafetensorsStore {
+    fn release(&self) {
+        self.shards.iter().for_each(|shard| release(&shard.map));
+    }
+
     fn tensor(&self, name: &str) -> Result<TensorView<'_>, ModelError> {
         let entry = self.tensors.get(name).ok_or_else(|| ModelError::MissingTensor {
             path: self.path.clone(),

@@ -31,6 +31,13 @@ const FAR_CONTEXT: usize = 1_024;
 /// Passes at each context for that.
 const CONTEXT_PASSES: usize = 3;
 
+/// A model whose pass over one row takes longer is slow.
+const SLOW_ROW: Duration = Duration::from_millis(20);
+
+/// Row counts that are timed of a slow model: few, because the start waits for them.
+/// Passes that read much cost nearly the same for few rows, and real ones correct what lies between.
+const ROWS_OF_SLOW_MODELS: [usize; 4] = [1, 4, 8, 16];
+
 /// No more rows are timed than take so long.
 const SLOW_PASS: Duration = Duration::from_millis(250);
 
@@ -170,7 +177,9 @@ impl Engine {
     }
 
     /// Times passes of one sequence of each of these many rows after some context, up to the first count that is
-    /// slow: more rows follow from fewer. Fewer too where the cache has no blocks for more.
+    /// slow: more rows follow from fewer. Fewer too where the cache has no blocks for more. Of a model whose
+    /// passes are slow all the same, only [`ROWS_OF_SLOW_MODELS`] are timed, and the counts between are told by
+    /// their neighbours.
     fn time_passes(
         &mut self,
         role: ModelRole,
@@ -182,9 +191,10 @@ impl Engine {
         let mut times = Vec::with_capacity(row_counts.len());
         let outcome = self.fill_times(role, row_counts, short_head, &mut table, &mut times, clock);
         self.scheduler.blocks.release(table);
-        outcome.map(|()| times)
+        outcome.map(|()| with_those_between(&times, row_counts))
     }
 
+    /// The context that passes follow is whatever the cache holds: it costs the same.
     fn fill_times(
         &mut self,
         role: ModelRole,
@@ -195,17 +205,24 @@ impl Engine {
         clock: &dyn Fn() -> Duration,
     ) -> Result<(), EngineError> {
         for &rows in row_counts {
+            if times.first().is_some_and(|&(_, first)| is_left_out(rows, first)) {
+                continue;
+            }
             if self.models.get(role).is_none() || !self.scheduler.blocks.grow(table, CONTEXT + rows) {
                 break;
             }
+            let timed = Pass { positions: CONTEXT..CONTEXT + rows, num_logits: rows, short_head };
             if times.is_empty() {
-                let first = Pass { positions: 0..CONTEXT, num_logits: 1, short_head };
-                self.time_pass(role, table, &first, clock)?;
+                // Of a slow model the pass itself is long beside what its first time costs.
+                let first = self.time_pass(role, table, &timed, clock)?;
+                if first > TIME_OF_SLOW_PASSES {
+                    times.push((rows, first));
+                    continue;
+                }
             }
             let mut best = Duration::MAX;
             let mut spent = Duration::ZERO;
             for pass in 1..=*PASSES.end() {
-                let timed = Pass { positions: CONTEXT..CONTEXT + rows, num_logits: rows, short_head };
                 let time = self.time_pass(role, table, &timed, clock)?;
                 best = best.min(time);
                 spent += time;
@@ -256,6 +273,26 @@ struct Pass {
     short_head: bool,
 }
 
+/// True if passes over `rows` rows are not timed of a model whose pass over the fewest took `first`.
+fn is_left_out(rows: usize, first: Duration) -> bool {
+    first > SLOW_ROW && !ROWS_OF_SLOW_MODELS.contains(&rows)
+}
+
+/// `times`, and those of the row counts between: on the line from one neighbour to the other.
+fn with_those_between(times: &[(usize, Duration)], row_counts: &[usize]) -> Vec<(usize, Duration)> {
+    let time = |rows: usize| {
+        let after = times.partition_point(|&(timed, _)| timed < rows);
+        let &(r1, t1) = times.get(after)?;
+        if r1 == rows {
+            return Some((rows, t1));
+        }
+        let (r0, t0) = times[after.checked_sub(1)?];
+        let share = (rows - r0) as f64 / (r1 - r0) as f64;
+        Some((rows, Duration::from_secs_f64(t0.as_secs_f64() * (1.0 - share) + t1.as_secs_f64() * share)))
+    };
+    row_counts.iter().filter_map(|&rows| time(rows)).collect()
+}
+
 /// The time of a pass with a chunk of a prompt in it: a slice between any two suspensions.
 fn prefill_budget(costs: &[(usize, Duration)], num_slices: usize) -> Duration {
     let of_one_row = costs.first().map_or(Duration::ZERO, |&(_, time)| time);
@@ -286,6 +323,19 @@ mod tests {
         // 10 layers: 5 ms for the pass.
         assert_eq!(chunk(&[(1, 300), (64, 1_000)], 10), 320);
         assert_eq!(chunk(&[(1, 300), (48, 4_000), (64, 6_000)], 10), 48);
+    }
+
+    #[test]
+    fn row_counts_between_those_timed_lie_between() {
+        let millis = |times: &[(usize, u64)]| -> Vec<_> {
+            times.iter().map(|&(rows, time)| (rows, Duration::from_millis(time))).collect()
+        };
+        let counts = [1, 2, 3, 4, 8, 16];
+        let filled = with_those_between(&millis(&[(1, 100), (4, 130), (8, 150)]), &counts);
+        assert_eq!(filled, millis(&[(1, 100), (2, 110), (3, 120), (4, 130), (8, 150)]));
+        assert!(with_those_between(&[], &counts).is_empty());
+        assert!(is_left_out(2, Duration::from_millis(100)) && !is_left_out(4, Duration::from_millis(100)));
+        assert!(!is_left_out(2, Duration::from_millis(10)));
     }
 
     #[test]

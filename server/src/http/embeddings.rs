@@ -90,7 +90,7 @@ impl<'a> Embedder<'a> {
         model: Option<&str>,
     ) -> Result<Self, ApiError> {
         let client = auth::client(state, headers)?;
-        lanes::resolve(state, model, lanes::Work::Chat)?;
+        lanes::resolve(state, model)?;
         let served = state.draft.as_ref().or(state.target.as_ref());
         let served = served.expect("a state has a model: this is a bug");
         let opened = client.as_ref().is_none_or(|client| client.rules().lanes.allows(served.lane));

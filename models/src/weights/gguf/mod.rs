@@ -23,7 +23,7 @@ use std::path::{Path, PathBuf};
 use memmap2::Mmap;
 
 use super::TensorView;
-use super::map::map_file;
+use super::map::{map_file, release};
 use crate::ModelError;
 pub(crate) use convert::write_as;
 pub use convert::{ConvertError, convert};
@@ -108,6 +108,11 @@ impl GgufFile {
             self.error(format!("tensor `{name}` has element type {found}; supported are {supported}"))
         })?;
         Ok(Some(TensorView { dtype, shape: entry.shape(), data: &self.map[entry.bytes.clone()] }))
+    }
+
+    /// Takes the pages that were read out of this process.
+    fn release(&self) {
+        release(&self.map);
     }
 
     /// The string at `key`, if there is one.

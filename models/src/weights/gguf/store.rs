@@ -103,6 +103,10 @@ impl WeightStore for GgufStore {
         }
     }
 
+    fn release(&self) {
+        self.parts.iter().for_each(|part| part.release());
+    }
+
     fn contains(&self, name: &str) -> bool {
         self.holding(name).is_some()
     }

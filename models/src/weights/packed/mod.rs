@@ -97,6 +97,10 @@ impl WeightStore for PackedStore {
         }
     }
 
+    fn release(&self) {
+        self.files.release();
+    }
+
     fn contains(&self, name: &str) -> bool {
         self.files.contains(name)
     }

@@ -58,11 +58,7 @@ pub fn lane_name(lane: Lane) -> &'static str {
 ///
 /// # Errors
 /// 404 with the names there are.
-pub fn resolve<'a>(
-    state: &'a AppState,
-    name: Option<&str>,
-    _work: Work,
-) -> Result<&'a ServedModel, ApiError> {
+pub fn resolve<'a>(state: &'a AppState, name: Option<&str>) -> Result<&'a ServedModel, ApiError> {
     let name = name.unwrap_or(AUTO);
     if name == AUTO {
         return Ok(state

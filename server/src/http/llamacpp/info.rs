@@ -7,14 +7,14 @@ use axum::extract::State;
 use serde_json::{Value, json};
 
 use crate::http::error::ApiError;
-use crate::http::lanes::{Work, available, resolve};
+use crate::http::lanes::{available, resolve};
 use crate::http::state::AppState;
 
 /// Most slots that are listed.
 const MAX_SLOTS: usize = 1024;
 
 pub(super) async fn props(State(state): State<Arc<AppState>>) -> Result<Json<Value>, ApiError> {
-    let served = resolve(&state, None, Work::Chat)?;
+    let served = resolve(&state, None)?;
     let tokenizer = &served.model.tokenizer;
     let names: Vec<&str> = available(&state).iter().map(|(name, _)| *name).collect();
     Ok(Json(json!({

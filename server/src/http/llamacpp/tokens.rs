@@ -33,7 +33,7 @@ pub(super) async fn tokenize(
     let Some(content) = fields.content else {
         return Err(ApiError::invalid("content", "content is missing; it must be a string"));
     };
-    let served = resolve(&state, common.model.as_deref(), Work::Chat)?;
+    let served = resolve(&state, common.model.as_deref())?;
     check_text_fits("content", content.len(), served, state.engine.max_model_len())?;
     let tokenizer = served.model.tokenizer.clone();
     let is_long = content.len() > INLINE_TEXT_BYTES;
@@ -72,7 +72,7 @@ pub(super) async fn detokenize(
         Some([PromptInput::Tokens(tokens)]) => tokens.clone(),
         _ => return Err(ApiError::invalid("tokens", "tokens must be an array of token ids")),
     };
-    let served = resolve(&state, common.model.as_deref(), Work::Chat)?;
+    let served = resolve(&state, common.model.as_deref())?;
     let tokenizer = served.model.tokenizer.clone();
     let is_long = tokens.len() > INLINE_TEXT_BYTES;
     let work = move || {

@@ -12,7 +12,7 @@ use super::fields::plain_name;
 use super::wire::timestamp;
 use crate::http::body::JsonBody;
 use crate::http::error::ApiError;
-use crate::http::lanes::{Work, available, resolve};
+use crate::http::lanes::{available, resolve};
 use crate::http::state::{AppState, ServedModel};
 
 /// The version of Ollama whose protocol this is; clients refuse to talk to old ones.
@@ -67,7 +67,7 @@ pub(super) async fn show(
     let Some(name) = common.model.or(common.name) else {
         return Err(ApiError::invalid("model", "model is missing; it must name a model"));
     };
-    let served = resolve(&state, Some(plain_name(&name)), Work::Chat)?;
+    let served = resolve(&state, Some(plain_name(&name)))?;
     let mut capabilities = vec!["completion", "embedding"];
     if served.model.fim.is_some() {
         capabilities.push("insert");

@@ -30,7 +30,7 @@ pub(crate) struct Kernels {
     pub(crate) race: unsafe fn(logits: &[f32], first: u32, race: &Race, best: &mut Best),
     pub(crate) mass: unsafe fn(logits: &[f32], factor: f32) -> Mass,
     pub(crate) maxima: unsafe fn(logits: &[f32], out: &mut Vec<f32>),
-    pub(crate) collect: unsafe fn(logits: &[f32], least: f32, out: &mut Vec<(u32, f32)>),
+    pub(crate) collect: sampling::Collect,
     pub(crate) pack: unsafe fn(format: BlockFormat, rows: &words::Rows<'_>, panel: &mut [Line]),
     pub(crate) read: unsafe fn(&[Line]) -> u64,
     pub(crate) dot_products: unsafe fn(rounds: usize) -> i32,

@@ -62,8 +62,8 @@ mod tests {
     #[test]
     fn whole_rows_stay_and_others_give_a_token_that_is_no_padding() {
         let token = Wanted::Token(Choice::default());
-        let mut rows = WholeRows::default();
-        rows.logits = vec![1.0, 2.0, 9.0, 3.0, 4.0, 9.0, 6.0, 5.0, 9.0];
+        let logits = vec![1.0, 2.0, 9.0, 3.0, 4.0, 9.0, 6.0, 5.0, 9.0];
+        let mut rows = WholeRows { logits, ..WholeRows::default() };
         let Outputs { logits, chosen } = rows.outputs(&[token, Wanted::Whole, token], 2);
         assert_eq!(logits, [3.0, 4.0, 9.0]);
         assert_eq!(chosen.iter().map(|chosen| chosen.token).collect::<Vec<_>>(), [1, 0]);

@@ -11,7 +11,7 @@ use safetensors::Dtype;
 use serde_json::json;
 use tandem_kernels::ThreadPool;
 use tandem_models::backend::BackendKind;
-use tandem_models::{Checkpoint, ForwardBatch, Model};
+use tandem_models::{Checkpoint, ForwardBatch, Model, Wanted};
 
 const BLOCK_SIZE: usize = 16;
 const NUM_BLOCKS: usize = 64;
@@ -144,6 +144,7 @@ fn unwanted_logits_do_not_change_wanted_ones() {
         batch.clear();
         batch.push_sequence(&tokens, 0, &block_table(1), BLOCK_SIZE, 0);
         batch.logits_rows.extend(wanted.iter().map(|&row| row as u32));
+        batch.wanted.resize(wanted.len(), Wanted::Whole);
         model.forward(&batch, &mut logits).unwrap();
         let wanted: Vec<_> = wanted.iter().map(|&row| all[row].clone()).collect();
         assert!(rows(model.as_ref(), &logits) == wanted);

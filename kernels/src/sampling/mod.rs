@@ -15,6 +15,9 @@ use choice::{Best, Choice, Chosen, Mass, Race, SHARE_CHUNK};
 /// Values of which [`maxima`] gives one.
 pub const MAXIMUM_OF: usize = 64;
 
+/// [`collect`] on an instruction set.
+pub(crate) type Collect = unsafe fn(logits: &[f32], least: f32, out: &mut Vec<(u32, f32)>);
+
 fn active() -> &'static Kernels {
     static ACTIVE: OnceLock<&'static Kernels> = OnceLock::new();
     ACTIVE.get_or_init(|| dispatch::kernels(isa::active()))

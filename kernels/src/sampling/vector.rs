@@ -191,6 +191,14 @@ pub(crate) unsafe fn race<V: Simd>(logits: &[f32], first: u32, race: &Race, best
 /// # Safety
 /// The processor has `V`'s instruction set.
 #[inline(always)]
+unsafe fn exp_of<V: Simd>(logits: V, max: f32, factor: f32) -> V {
+    // SAFETY: the caller's promise.
+    unsafe { exp(logits.sub(V::splat(max)).mul(V::splat(factor))) }
+}
+
+/// # Safety
+/// The processor has `V`'s instruction set.
+#[inline(always)]
 pub(crate) unsafe fn mass<V: Simd>(logits: &[f32], factor: f32) -> Mass {
     let (vectors, tail) = logits.as_chunks::<LANES>();
     // SAFETY: whole vectors, and as many elements as the tail has.
@@ -203,13 +211,13 @@ pub(crate) unsafe fn mass<V: Simd>(logits: &[f32], factor: f32) -> Mass {
         for &value in tail {
             max = if value > max { value } else { max };
         }
-        let exps = |vector: V| exp(vector.sub(V::splat(max)).mul(V::splat(factor)));
         let mut sums = V::splat(0.0);
         for vector in vectors {
-            sums = sums.add(exps(V::load(vector.as_ptr())));
+            sums = sums.add(exp_of(V::load(vector.as_ptr()), max, factor));
         }
         let mut last = [0.0; LANES];
-        exps(V::load_part(tail.as_ptr(), tail.len())).store_part(last.as_mut_ptr(), tail.len());
+        exp_of(V::load_part(tail.as_ptr(), tail.len()), max, factor)
+            .store_part(last.as_mut_ptr(), tail.len());
         Mass { max, sum: sums.add(V::load(last.as_ptr())).sum() }
     }
 }

@@ -66,6 +66,26 @@ unsafe fn mul_u64(x: __m256i, factor: u64) -> __m256i {
     }
 }
 
+/// The upper 31 bits of four lanes of noise; not a closure, which would be too large to be compiled into functions that
+/// enable the instruction set.
+///
+/// # Safety
+/// The processor has AVX2.
+#[inline(always)]
+unsafe fn noise_bits(counter: u64) -> __m256i {
+    const STEPS: [i64; 3] = [GAMMA as i64, GAMMA.wrapping_mul(2) as i64, GAMMA.wrapping_mul(3) as i64];
+    // SAFETY: the caller's promise.
+    unsafe {
+        let steps = _mm256_setr_epi64x(0, STEPS[0], STEPS[1], STEPS[2]);
+        let z = _mm256_add_epi64(_mm256_set1_epi64x(counter as i64), steps);
+        let z = _mm256_xor_si256(z, _mm256_srli_epi64::<{ SHIFTS[0] as i32 }>(z));
+        let z = mul_u64(z, FACTORS[0]);
+        let z = _mm256_xor_si256(z, _mm256_srli_epi64::<{ SHIFTS[1] as i32 }>(z));
+        // The last step of the generator leaves the upper 31 bits as they are.
+        _mm256_srli_epi64::<33>(mul_u64(z, FACTORS[1]))
+    }
+}
+
 /// Eight lanes of [`Simd::noise_log2`].
 ///
 /// # Safety
@@ -74,17 +94,8 @@ unsafe fn mul_u64(x: __m256i, factor: u64) -> __m256i {
 unsafe fn noise_log2(counter: u64) -> __m256 {
     // SAFETY: the caller's promise.
     unsafe {
-        let step = |lane: u64| GAMMA.wrapping_mul(lane) as i64;
-        let steps = _mm256_setr_epi64x(0, step(1), step(2), step(3));
-        let mixed = |counter: u64| {
-            let z = _mm256_add_epi64(_mm256_set1_epi64x(counter as i64), steps);
-            let z = _mm256_xor_si256(z, _mm256_srli_epi64::<{ SHIFTS[0] as i32 }>(z));
-            let z = mul_u64(z, FACTORS[0]);
-            let z = _mm256_xor_si256(z, _mm256_srli_epi64::<{ SHIFTS[1] as i32 }>(z));
-            // The last step of the generator leaves the upper 31 bits as they are.
-            _mm256_castsi256_ps(_mm256_srli_epi64::<33>(mul_u64(z, FACTORS[1])))
-        };
-        let (low, high) = (mixed(counter), mixed(counter.wrapping_add(GAMMA.wrapping_mul(4))));
+        let low = _mm256_castsi256_ps(noise_bits(counter));
+        let high = _mm256_castsi256_ps(noise_bits(counter.wrapping_add(GAMMA.wrapping_mul(4))));
         // The lower halves of all lanes; shuffling works within 128 bits.
         let halves = _mm256_castps_si256(_mm256_shuffle_ps::<0b10_00_10_00>(low, high));
         let uniform = _mm256_permute4x64_epi64::<0b11_01_10_00>(halves);

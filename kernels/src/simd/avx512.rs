@@ -14,6 +14,27 @@ fn mask(len: usize) -> __mmask16 {
     ((1u32 << len) - 1) as __mmask16
 }
 
+/// The upper 31 bits of eight lanes of noise; not a closure, which would be too large to be compiled into functions that
+/// enable the instruction set.
+///
+/// # Safety
+/// The processor has AVX-512 F and DQ.
+#[inline(always)]
+unsafe fn noise_bits(counter: u64) -> __m256i {
+    // SAFETY: the caller's promise.
+    unsafe {
+        let lanes = _mm512_setr_epi64(0, 1, 2, 3, 4, 5, 6, 7);
+        let steps = _mm512_mullo_epi64(lanes, _mm512_set1_epi64(GAMMA as i64));
+        let z = _mm512_add_epi64(_mm512_set1_epi64(counter as i64), steps);
+        let z = _mm512_xor_si512(z, _mm512_srli_epi64::<{ SHIFTS[0] }>(z));
+        let z = _mm512_mullo_epi64(z, _mm512_set1_epi64(FACTORS[0] as i64));
+        let z = _mm512_xor_si512(z, _mm512_srli_epi64::<{ SHIFTS[1] }>(z));
+        let z = _mm512_mullo_epi64(z, _mm512_set1_epi64(FACTORS[1] as i64));
+        // The last step of the generator leaves the upper 31 bits as they are.
+        _mm512_cvtepi64_epi32(_mm512_srli_epi64::<33>(z))
+    }
+}
+
 // SAFETY of every block: the trait's contract gives the instruction set and valid pointers; masked
 // accesses touch the selected lanes only.
 #[allow(clippy::undocumented_unsafe_blocks, reason = "one argument for all, stated above")]
@@ -118,18 +139,8 @@ impl Simd for Avx512 {
     #[inline(always)]
     unsafe fn noise_log2(counter: u64) -> Self {
         unsafe {
-            let lanes = _mm512_setr_epi64(0, 1, 2, 3, 4, 5, 6, 7);
-            let steps = _mm512_mullo_epi64(lanes, _mm512_set1_epi64(GAMMA as i64));
-            let mixed = |counter: u64| {
-                let z = _mm512_add_epi64(_mm512_set1_epi64(counter as i64), steps);
-                let z = _mm512_xor_si512(z, _mm512_srli_epi64::<{ SHIFTS[0] }>(z));
-                let z = _mm512_mullo_epi64(z, _mm512_set1_epi64(FACTORS[0] as i64));
-                let z = _mm512_xor_si512(z, _mm512_srli_epi64::<{ SHIFTS[1] }>(z));
-                let z = _mm512_mullo_epi64(z, _mm512_set1_epi64(FACTORS[1] as i64));
-                // The last step of the generator leaves the upper 31 bits as they are.
-                _mm512_cvtepi64_epi32(_mm512_srli_epi64::<33>(z))
-            };
-            let (low, high) = (mixed(counter), mixed(counter.wrapping_add(GAMMA.wrapping_mul(8))));
+            let low = noise_bits(counter);
+            let high = noise_bits(counter.wrapping_add(GAMMA.wrapping_mul(8)));
             let uniform = _mm512_inserti64x4::<1>(_mm512_castsi256_si512(low), high);
             let bits = _mm512_castps_si512(_mm512_cvtepi32_ps(uniform));
             let log2 = Avx512(_mm512_cvtepi32_ps(bits));

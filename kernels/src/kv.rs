@@ -155,11 +155,13 @@ impl KvLayout {
     /// Where one block and head stands.
     #[inline]
     pub(crate) fn tile(&self, block: usize, kv_head: usize) -> Tile {
-        let (tile, stretches) = (self.tile_bytes(), self.values.stretches());
+        let tile = self.tile_bytes();
         let elements = self.block_size * self.head_dim * self.kv_type.element_bytes();
         let keys = (block * self.num_kv_heads + kv_head) * tile;
-        // Values that are those of the keys begin where these do.
-        let values = keys + (stretches - 1) * tile / stretches;
+        let values = match self.values {
+            Values::Own => keys + tile / 2,
+            Values::OfKeys(_) => keys,
+        };
         Tile { keys, key_scales: keys + elements, values, value_scales: values + elements }
     }
 }

@@ -7,6 +7,7 @@ use super::super::element::{Element, F32, load_part};
 use super::{Group, Place, Seen, fetch};
 use crate::LANES;
 use crate::kv::{KvLayout, KvType, Tile, element};
+use crate::pack::memory::LINE_BYTES;
 use crate::simd::{Simd, tanh};
 
 impl Group<'_> {
@@ -80,27 +81,26 @@ impl Group<'_> {
             for t in 0..T {
                 keys[t] = places[t].keys;
             }
-            let (mut part, mut left, mut ahead) = (0, 0, places[0].values);
-            for _ in 0..head_dim {
-                if left == 0 && part < T {
-                    (ahead, left) = (places[part].values, head_dim.div_ceil(T));
-                    part += 1;
-                }
-                left -= 1;
-                let mut tiles = [V::splat(0.0); T];
-                for t in 0..T {
-                    tiles[t] = E::load(keys[t]);
-                    fetch(ahead);
-                    ahead = ahead.wrapping_add(LANES * bytes);
-                    keys[t] = keys[t].wrapping_add(stride * bytes);
-                }
-                for r in 0..R {
-                    let q = V::splat(*queries.add(r));
+            for part in 0..T {
+                let mut ahead = places[part].values;
+                for _ in part * head_dim / T..(part + 1) * head_dim / T {
+                    let mut tiles = [V::splat(0.0); T];
                     for t in 0..T {
-                        scores[r][t] = q.fma(tiles[t], scores[r][t]);
+                        tiles[t] = E::load(keys[t]);
+                        keys[t] = keys[t].wrapping_add(stride * bytes);
                     }
+                    for line in 0..(T * LANES * bytes).div_ceil(LINE_BYTES) {
+                        fetch(ahead.wrapping_add(line * LINE_BYTES));
+                    }
+                    ahead = ahead.wrapping_add(T * LANES * bytes);
+                    for r in 0..R {
+                        let q = V::splat(*queries.add(r));
+                        for t in 0..T {
+                            scores[r][t] = q.fma(tiles[t], scores[r][t]);
+                        }
+                    }
+                    queries = queries.wrapping_add(R);
                 }
-                queries = queries.wrapping_add(R);
             }
             // Small loops, so that the scores stay in registers above.
             if self.task.args.layout.kv_type == KvType::Q8 {

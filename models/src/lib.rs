@@ -26,7 +26,7 @@ pub mod weights;
 pub use backend::{BackendKind, CpuBackend, ReferenceBackend};
 pub use batch::ForwardBatch;
 pub use checkpoint::Checkpoint;
-pub use config::{DecoderConfig, Rope, RopeScaling};
+pub use config::{DecoderConfig, LayerConfig, Rope, RopeScaling};
 pub use decoder::{Decoder, load, load_with, load_with_head};
 pub use error::ModelError;
 pub use family::RopeOverride;

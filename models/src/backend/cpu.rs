@@ -523,6 +523,8 @@ impl Backend for CpuBackend {
     }
 
     fn allocate_slots(&mut self, num_slots: usize, width: usize) -> Result<Vec<f32>, ModelError> {
+        // Not made ready ahead of use, as keys and values are: first touching a row of 896 to 3584 numbers takes 3 to
+        // 9 us, once a token and not once a layer.
         let zeros = num_slots.checked_mul(width).map(bytemuck::allocation::try_zeroed_vec::<f32>);
         zeros.and_then(Result::ok).ok_or_else(|| ModelError::Backend {
             context: "KV cache",

@@ -419,8 +419,9 @@ pub enum EngineError {
     },
     /// The prompt leaves no room for output.
     #[error(
-        "the prompt has {num_prompt_tokens} tokens and the context holds {max_model_len}: at most {} fit",
-        max_model_len - 1
+        "the prompt has {num_prompt_tokens} tokens and the context holds {max_model_len}: at most {} fit before an \
+         answer",
+        max_model_len.saturating_sub(1)
     )]
     PromptTooLong {
         /// Tokens of the prompt.

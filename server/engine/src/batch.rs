@@ -11,48 +11,22 @@ use std::time::Duration;
 use tandem_models::{ForwardBatch, VocabMap};
 
 use crate::api::{Lane, SequenceId};
+use crate::prefill::PrefillLimit;
 use crate::rows::wanted;
 use crate::scheduler::Scheduler;
 use crate::sequence::{ModelRole, Sequence};
-
-/// Prompt tokens of the deep lane in a pass, however much is verified in it and however long the context.
-const MIN_DEEP_PREFILL_TOKENS: usize = 16;
-
-/// How many tokens of prompts a pass may have, so that nobody has to wait for longer than a moment.
-#[derive(Clone, Copy, Debug, PartialEq)]
-pub(crate) struct PrefillLimit {
-    /// At the beginning of a prompt.
-    pub(crate) num_tokens: usize,
-    /// How much dearer than there a token is for each token of context before it, as a share of its cost.
-    pub(crate) context_cost: f64,
-}
-
-impl PrefillLimit {
-    /// A token's cost after `context` others, in tokens at the beginning of a prompt.
-    fn cost(&self, context: usize) -> f64 {
-        1.0 + self.context_cost * context as f64
-    }
-
-    /// Tokens after `context` others that cost as much as `budget` at the beginning of a prompt; never fewer than
-    /// sixteen of them, whatever those cost.
-    pub(crate) fn tokens(&self, budget: usize, context: usize) -> usize {
-        ((budget as f64 / self.cost(context)) as usize).max(budget.min(MIN_DEEP_PREFILL_TOKENS))
-    }
-
-    /// What is left of `budget` after so many tokens.
-    fn rest(&self, budget: usize, num_tokens: usize, context: usize) -> usize {
-        budget.saturating_sub((num_tokens as f64 * self.cost(context)).ceil() as usize)
-    }
-}
 
 /// Limits of one pass.
 #[derive(Clone, Copy, Debug)]
 pub(crate) struct PassLimits {
     /// Tokens of one pass; enough for every seat to verify its longest draft.
     pub(crate) max_num_batched_tokens: usize,
-    /// Of a pass in which the deep lane's prompts, or texts to embed, have a part, by model. Prompts get what
-    /// verification leaves of it, but never nothing.
+    /// Of a pass in which the deep lane's prompts have a part, by model. Prompts get what verification leaves of it,
+    /// but never nothing.
     pub(crate) deep_prefill: [PrefillLimit; 2],
+    /// The same where texts to embed do, for which prompts may leave nothing: nobody watches them, so they are to hold
+    /// up nobody, even where prompts may.
+    pub(crate) embedding: [PrefillLimit; 2],
     /// Prompt tokens a sequence with `prompt_logprobs` computes in one pass: each takes a row of logits.
     pub(crate) max_logits_rows: usize,
     /// Tokens that what drafts for a decoding sequence may lack beside the last: one, after a verification in
@@ -66,11 +40,55 @@ impl PassLimits {
     /// Tokens that one sequence can have of a pass.
     fn most(&self, want: &Want, sequence: &Sequence, role: ModelRole) -> usize {
         if want.is_prefill && sequence.is_bulk() {
-            let limit = &self.deep_prefill[role as usize];
+            let limit = self.of_bulk(sequence, role);
             limit.tokens(limit.num_tokens, want.computed)
         } else {
             self.max_num_batched_tokens
         }
+    }
+
+    fn of_bulk(&self, sequence: &Sequence, role: ModelRole) -> &PrefillLimit {
+        if sequence.is_embedding() {
+            &self.embedding[role as usize]
+        } else {
+            &self.deep_prefill[role as usize]
+        }
+    }
+}
+
+/// What is left of a pass for work that is computed in chunks.
+#[derive(Clone, Copy, Debug)]
+struct BulkBudget {
+    deep_prefill: usize,
+    embedding: usize,
+}
+
+impl BulkBudget {
+    /// Beside `num_tokens` that are decoded.
+    fn beside(num_tokens: usize, limits: &PassLimits, role: ModelRole) -> Self {
+        BulkBudget {
+            deep_prefill: limits.deep_prefill[role as usize].beside(num_tokens),
+            embedding: limits.embedding[role as usize].beside(num_tokens),
+        }
+    }
+
+    /// Of `num_tokens`, those that the sequence gets. Whatever anybody gets, both have less.
+    fn take(
+        &mut self,
+        num_tokens: usize,
+        want: &Want,
+        sequence: &Sequence,
+        (limits, role): (&PassLimits, ModelRole),
+    ) -> usize {
+        let own = if sequence.is_embedding() { self.embedding } else { self.deep_prefill };
+        let num_tokens = num_tokens.min(limits.of_bulk(sequence, role).tokens(own, want.computed));
+        for (rest, limit) in [
+            (&mut self.deep_prefill, &limits.deep_prefill[role as usize]),
+            (&mut self.embedding, &limits.embedding[role as usize]),
+        ] {
+            *rest = limit.rest(*rest, num_tokens, want.computed);
+        }
+        num_tokens
     }
 }
 
@@ -206,13 +224,8 @@ impl ScheduledBatch {
 
     fn fill(&mut self, role: ModelRole, seats: &[usize], scheduler: &Scheduler, limits: &PassLimits) {
         let mut budget = limits.max_num_batched_tokens;
-        let mut deep_prefill_budget = 0;
         for prefill in [false, true] {
-            if prefill {
-                let most = limits.deep_prefill[role as usize].num_tokens;
-                let decoding = limits.max_num_batched_tokens - budget;
-                deep_prefill_budget = most.saturating_sub(decoding).max(most.min(MIN_DEEP_PREFILL_TOKENS));
-            }
+            let mut bulk = BulkBudget::beside(limits.max_num_batched_tokens - budget, limits, role);
             for &seat in seats {
                 // Somebody more urgent may have preempted it for its blocks.
                 let Some(sequence) = &scheduler.seats[seat] else { continue };
@@ -225,9 +238,7 @@ impl ScheduledBatch {
                     num_tokens = num_tokens.min(limits.max_logits_rows);
                 }
                 if prefill && sequence.is_bulk() {
-                    let limit = &limits.deep_prefill[role as usize];
-                    num_tokens = num_tokens.min(limit.tokens(deep_prefill_budget, want.computed));
-                    deep_prefill_budget = limit.rest(deep_prefill_budget, num_tokens, want.computed);
+                    num_tokens = bulk.take(num_tokens, &want, sequence, (limits, role));
                 }
                 if num_tokens == 0 {
                     continue;
@@ -301,25 +312,5 @@ impl ScheduledBatch {
             let start = sequence.num_computed(role);
             self.push(role, scheduled.seat, scheduler, start, scheduled.num_tokens, scheduled.num_logits);
         }
-    }
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn a_chunk_shrinks_with_the_context_before_it() {
-        let limit = PrefillLimit { num_tokens: 80, context_cost: 0.001 };
-        assert_eq!(limit.tokens(80, 0), 80);
-        assert_eq!(limit.tokens(80, 1_000), 40);
-        assert_eq!(limit.tokens(80, 100_000), MIN_DEEP_PREFILL_TOKENS);
-        assert_eq!((limit.tokens(10, 100_000), limit.tokens(0, 5)), (10, 0), "no more than is left");
-        assert_eq!(
-            (limit.rest(80, 30, 1_000), limit.rest(80, 40, 1_000), limit.rest(80, 80, 1_000)),
-            (20, 0, 0)
-        );
-        let flat = PrefillLimit { context_cost: 0.0, ..limit };
-        assert_eq!((flat.tokens(80, 1 << 20), flat.rest(80, 30, 1 << 20)), (80, 50));
     }
 }

@@ -11,11 +11,12 @@ use tandem_models::{Model, VocabMap};
 use crate::api::{
     EngineError, EngineStats, FinishReason, Lane, MAX_TOKENS_PER_STEP, SequenceId, SubmitRequest,
 };
-use crate::batch::{PassLimits, PrefillLimit, ScheduledBatch};
+use crate::batch::{PassLimits, ScheduledBatch};
 use crate::block_manager::BlockManager;
 use crate::embedding::{EmbedRequest, Pooling};
 use crate::kv_events::{KvEventSink, KvEvents};
 use crate::plan::PlanScratch;
+use crate::prefill::PrefillLimit;
 use crate::prefix_cache::HashSettings;
 use crate::sampler::{LogprobScratch, Sampler};
 use crate::scheduler::Scheduler;
@@ -161,10 +162,8 @@ impl Engine {
         let has_head = models.drafts_by_head();
         let limits = PassLimits {
             max_num_batched_tokens,
-            deep_prefill: [PrefillLimit {
-                num_tokens: config.max_num_batched_tokens.max(1),
-                context_cost: 0.0,
-            }; 2],
+            deep_prefill: [PrefillLimit::flat(config.max_num_batched_tokens.max(1)); 2],
+            embedding: [PrefillLimit::flat(config.max_num_batched_tokens.max(1)); 2],
             max_logits_rows: MAX_PROMPT_LOGITS_ROWS,
             draft_catch_up: if has_head { MAX_TOKENS_PER_STEP } else { 1 },
             short_head: false,

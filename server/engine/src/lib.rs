@@ -14,6 +14,7 @@ mod handle;
 mod kv_events;
 mod pass;
 mod plan;
+mod prefill;
 mod prefix_cache;
 mod profile;
 mod rows;

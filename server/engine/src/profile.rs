@@ -10,6 +10,7 @@ use tandem_models::{ForwardBatch, Model, ModelError, Wanted};
 use crate::api::{EngineError, Lane};
 use crate::block_manager::BlockTable;
 use crate::engine::Engine;
+use crate::prefill::{PrefillLimit, Reach};
 use crate::sequence::ModelRole;
 use crate::speculation::{DraftHead, DraftPolicy, DraftTokens, HeadPolicy, PROFILED_ROWS, StepCosts};
 
@@ -61,17 +62,9 @@ impl Engine {
         for role in [ModelRole::Target, ModelRole::Draft] {
             costs[role as usize] = self.time_passes(role, &PROFILED_ROWS, false, clock)?;
         }
-        if self.lane_isolation && self.models.has(Lane::Fast) {
+        if self.lane_isolation {
             for role in [ModelRole::Target, ModelRole::Draft] {
-                let costs = &costs[role as usize];
-                // The draft's passes are not suspended.
-                let num_slices = if role == ModelRole::Target { self.num_target_layers() } else { 1 };
-                let context_seconds = self.time_context(role, costs, clock)?;
-                let budget = prefill_budget(costs, num_slices);
-                let limit = &mut self.limits.deep_prefill[role as usize];
-                limit.num_tokens = prefill_chunk(costs, budget).min(limit.num_tokens).max(1);
-                limit.context_cost =
-                    context_seconds * limit.num_tokens as f64 / budget.as_secs_f64().max(1e-9);
+                self.limit_prefill(role, &costs[role as usize], clock)?;
             }
         }
         let [target, draft] = costs;
@@ -81,6 +74,31 @@ impl Engine {
             && let Some(of_one_row) = of_one_row
         {
             self.measure_draft_heads(of_one_row, clock)?;
+        }
+        Ok(())
+    }
+
+    /// Limits prefill by what a model's passes cost: texts to embed always, prompts where a fast lane waits for them.
+    fn limit_prefill(
+        &mut self,
+        role: ModelRole,
+        costs: &[(usize, Duration)],
+        clock: &dyn Fn() -> Duration,
+    ) -> Result<(), EngineError> {
+        let Some(reach) = self.models.get(role).map(|model| Reach::of(model.config())) else { return Ok(()) };
+        // The draft's passes are not suspended.
+        let num_slices = if role == ModelRole::Target { self.num_target_layers() } else { 1 };
+        let has_fast = self.models.has(Lane::Fast);
+        // What context costs takes long to measure; where nobody is in a hurry the start does not wait for it.
+        let context_seconds = if has_fast { self.time_context(role, costs, &reach, clock)? } else { 0.0 };
+        let budget = prefill_budget(costs, num_slices);
+        let most = self.limits.embedding[role as usize].num_tokens;
+        let num_tokens = prefill_chunk(costs, budget).min(most).max(1);
+        let context_cost = context_seconds * num_tokens as f64 / budget.as_secs_f64().max(1e-9);
+        let limit = PrefillLimit { num_tokens, context_cost, reach };
+        self.limits.embedding[role as usize] = limit;
+        if has_fast {
+            self.limits.deep_prefill[role as usize] = limit;
         }
         Ok(())
     }
@@ -145,12 +163,13 @@ impl Engine {
         self.models.target.as_ref().map_or(1, |model| model.config().num_layers.max(1))
     }
 
-    /// Seconds that each token of context adds to a row of a pass that makes no logits. Few rows are timed
+    /// Seconds that each token of context adds that a row attends to, in a pass that makes no logits. Few rows are timed
     /// where passes are slow, `costs` says how slow; 0 where there is no room for enough context.
     fn time_context(
         &mut self,
         role: ModelRole,
         costs: &[(usize, Duration)],
+        reach: &Reach,
         clock: &dyn Fn() -> Duration,
     ) -> Result<f64, EngineError> {
         let quick = costs.iter().rev().find(|(_, time)| *time < TIME_OF_SLOW_PASSES);
@@ -173,7 +192,8 @@ impl Engine {
         }
         self.scheduler.blocks.release(table);
         let seconds = best[1].saturating_sub(best[0]).as_secs_f64();
-        outcome.map(|()| seconds / (rows * (far - CONTEXT)) as f64)
+        let num_tokens = reach.tokens(far) - reach.tokens(CONTEXT);
+        outcome.map(|()| if num_tokens > 0.0 { seconds / (rows as f64 * num_tokens) } else { 0.0 })
     }
 
     /// Times passes of one sequence of each of these many rows after some context, up to the first count that is

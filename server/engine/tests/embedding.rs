@@ -3,6 +3,7 @@
 
 mod common;
 
+use std::cell::Cell;
 use std::sync::mpsc::{Receiver, sync_channel};
 use std::time::Duration;
 
@@ -128,6 +129,35 @@ fn nothing_is_taken_from_the_prefix_cache_and_nothing_left_there() {
     }
     assert_eq!(engine.stats().num_cached_blocks, cached);
     assert_eq!(engine.stats().num_cached_tokens, 0);
+}
+
+/// Prompts may have a whole pass where there is no fast lane to wait for them; a text to embed, for which nobody is in
+/// a hurry, may not.
+#[test]
+fn without_a_fast_lane_texts_come_in_chunks_and_prompts_do_not() {
+    let models = Models { target: HashModel::boxed(0.0), draft: None };
+    let mut engine = Engine::new(&config(DraftTokens::Fixed(0)), models).expect("the engine starts");
+    let readings = Cell::new(0);
+    // A pass takes a millisecond, whatever it computes.
+    let clock = || Duration::from_millis(readings.replace(readings.get() + 1));
+    engine.profile(DraftTokens::Fixed(0), &clock).expect("the model is sound");
+    let mut num_passes = |embeds: bool| {
+        let before = engine.stats().num_target_passes;
+        let (events, params) = (embed(1, Lane::Deep, &text(1, 1000)), SamplingParams::default());
+        let (request, answer) =
+            request(2, Lane::Deep, &text(2, 1000), SamplingParams { max_tokens: 1, ..params }, 4);
+        if embeds {
+            engine.embed(events.0, clock())
+        } else {
+            engine.submit(request, clock())
+        }
+        run_to_end(&mut engine, &clock, &mut || {
+            answer.try_iter().chain(events.1.try_iter()).for_each(drop);
+        });
+        engine.stats().num_target_passes - before
+    };
+    assert_eq!(num_passes(false), 1);
+    assert!(num_passes(true) >= 4);
 }
 
 /// Whoever has waited long goes before others, but not by taking the seat of one that gives way to everybody:

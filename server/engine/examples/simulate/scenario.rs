@@ -88,7 +88,7 @@ fn engine_config(rng: &Rng, shape: Shape, pair: PairSpec) -> EngineConfig {
         vocab_map: (pair.target.is_some() && pair.draft.is_some() && rng.one_in(4))
             .then(|| Arc::new(vocab_map(rng))),
         draft_tokens: if rng.one_in(3) {
-            DraftTokens::Fixed(rng.range(0, 8) as u8)
+            DraftTokens::Fixed(rng.pick(&[0, rng.range(1, 8), rng.range(9, 40)]) as u8)
         } else {
             DraftTokens::Auto
         },

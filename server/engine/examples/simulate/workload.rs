@@ -141,7 +141,7 @@ impl Workload {
             (prompt, params, grammar) = (twin.prompt.to_vec(), twin.params.clone(), twin.grammar.clone());
             if rng.one_in(2) {
                 // The next of `n` answers to one request.
-                params.seed += 1;
+                params.seed = params.seed.wrapping_add(1);
                 arrives_after = 0;
             }
         }
@@ -183,7 +183,7 @@ impl Workload {
         SpeculationParams {
             max_draft_tokens: match rng.range(0, 2) {
                 _ if self.plain => Some(0),
-                0 => Some(rng.range(0, 16) as u8),
+                0 => Some(rng.pick(&[rng.range(0, 8), rng.range(9, 40), 255]) as u8),
                 _ => None,
             },
             sources: DraftSource::ALL
@@ -212,15 +212,21 @@ impl Workload {
         Plan::plain(lane, prompt.into(), params)
     }
 
-    /// A client whose prompt and answer fill `capacity` tokens.
+    /// A client whose prompt and answer, or text to embed or to score, fill `capacity` tokens.
     pub(crate) fn last_plan(&self, rng: &Rng, capacity: usize) -> Plan {
-        let max_tokens = rng.range(1, self.shape.max_output.min(capacity - 1));
+        let max_tokens = match rng.range(0, 5) {
+            0 | 1 => 0,
+            _ => rng.range(1, self.shape.max_output.min(capacity - 1)),
+        };
         let mut prompt = self.fresh(rng, capacity - max_tokens);
-        let mut params = SamplingParams { max_tokens: max_tokens as u32, ..SamplingParams::default() };
+        let prompt_logprobs = (max_tokens == 0).then_some(1);
+        let max_tokens = max_tokens as u32;
+        let mut params = SamplingParams { max_tokens, prompt_logprobs, ..SamplingParams::default() };
         if let Some(fault) = self.fault {
             avoid(fault, &mut prompt, &mut params);
         }
-        Plan { priority: Priority::Batch, ..Plan::plain(self.lane(rng), prompt.into(), params) }
+        let plan = Plan { priority: Priority::Batch, ..Plan::plain(self.lane(rng), prompt.into(), params) };
+        if max_tokens == 0 && rng.one_in(2) { plan.embedding() } else { plan }
     }
 
     fn params(&self, rng: &Rng) -> SamplingParams {
@@ -236,7 +242,7 @@ impl Workload {
             presence_penalty: penalty,
             frequency_penalty: penalty / 2.0,
             logit_bias: if rng.one_in(6) { vec![(3, 1.5), (9, -50.0)] } else { Vec::new() },
-            seed: rng.range(0, 3) as u64,
+            seed: rng.pick(&[0, 1, 2, 3, u64::MAX]),
             logprobs,
             prompt_logprobs: if scores_only || rng.one_in(8) { Some(logprobs.unwrap_or(1)) } else { None },
             num_margins: 2,

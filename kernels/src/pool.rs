@@ -7,15 +7,15 @@
 //! operations workers spin for some tens of microseconds and then park.
 //!
 //! That one task is what other programs cost: nobody else may do it again, so the operation waits until
-//! the worker has a core once more, a hundred times as long as it had worked. In a pool of two threads an
-//! operation that waited for `t` is therefore followed by `t` on the caller alone, and where one wait soon
-//! follows another by twice as long as the last time, up to `8 t`: however busy the machine stays, about
-//! a ninth of the time goes into such waits, and a wait that was by chance, however long, costs little more
-//! than itself. With more threads the caller alone would be slower than the wait.
+//! the worker has a core once more, a hundred times as long as it had worked. In a pool of two threads such
+//! a wait is therefore followed by a while on the caller alone (`pool/alone.rs`); with more threads the caller
+//! alone would be slower than the wait.
 //!
 //! Cost: about a cache-line exchange each way when the workers spin; a wake-up by the operating system
 //! (some microseconds) when they have parked. Operations too small to pay for that run on the caller,
 //! which never changes a result: tasks only say who computes what.
+
+mod alone;
 
 use std::any::Any;
 use std::panic::{AssertUnwindSafe, catch_unwind, resume_unwind};
@@ -27,6 +27,7 @@ use std::time::{Duration, Instant};
 use crate::dispatch::{self, Kernels};
 use crate::isa::{self, Isa, IsaError};
 use crate::matmul::quantized::QuantizedRows;
+use alone::Alone;
 
 /// How long an idle worker stays hot. Longer than the gaps inside a forward pass and between the
 /// passes of a busy engine; short enough to leave the core to others when there is no work.
@@ -34,9 +35,6 @@ const SPIN: Duration = Duration::from_micros(50);
 /// How often the caller looks for the end of the others' last tasks (some tens of microseconds in all)
 /// before it also offers its core: a worker that was put aside may be waiting for it.
 const CALLER_SPINS: u32 = 4_000;
-
-/// How many times as long as an operation was held up the next ones do without the worker, at most.
-const MOST_ALONE_FACTOR: u64 = 8;
 
 /// Bits of a ticket's begin and end; the remaining 40 bits hold the number of the operation.
 const INDEX_BITS: u32 = 12;
@@ -73,29 +71,6 @@ struct Shared {
     /// Held while an operation is in flight.
     busy: AtomicBool,
     closing: AtomicBool,
-}
-
-/// Until when operations run on the caller alone. Changed only by an operation in flight, of which there is one.
-#[derive(Default)]
-struct Alone {
-    /// Nanoseconds from the pool's start.
-    until: AtomicU64,
-    /// Nanoseconds of the wait that was the cause, and how many times as long the caller stays alone.
-    held_up: AtomicU64,
-    factor: AtomicU64,
-}
-
-impl Alone {
-    /// Begins at `now`, an operation having been held up for `held_up`.
-    fn extend(&self, now: u64, held_up: u64) {
-        let soon = MOST_ALONE_FACTOR * self.held_up.load(Ordering::Relaxed);
-        let has_come_soon = now - held_up < self.until.load(Ordering::Relaxed) + soon;
-        let last = if has_come_soon { self.factor.load(Ordering::Relaxed) } else { 0 };
-        let factor = (2 * last).clamp(1, MOST_ALONE_FACTOR);
-        self.factor.store(factor, Ordering::Relaxed);
-        self.held_up.store(held_up, Ordering::Relaxed);
-        self.until.store(now + factor * held_up, Ordering::Relaxed);
-    }
 }
 
 /// A fixed set of threads, the caller being one of them, and the kernels they run.
@@ -215,8 +190,7 @@ impl ThreadPool {
             return (0..num_tasks).for_each(task);
         }
         let begin = self.start.elapsed();
-        if are_alike && as_nanos(begin) < self.alone.until.load(Ordering::Relaxed)
-            || self.shared.busy.swap(true, Ordering::Acquire)
+        if are_alike && self.alone.lasts_at(as_nanos(begin)) || self.shared.busy.swap(true, Ordering::Acquire)
         {
             return (0..num_tasks).for_each(task);
         }
@@ -468,22 +442,6 @@ mod tests {
             done.fetch_add(1, Ordering::Relaxed);
         });
         assert_eq!(done.load(Ordering::Relaxed), 9);
-    }
-
-    #[test]
-    fn waits_that_follow_each_other_are_avoided_for_longer_and_one_by_chance_is_not() {
-        let alone = Alone::default();
-        let end = || alone.until.load(Ordering::Relaxed);
-        alone.extend(1_000_000, 100);
-        assert_eq!(end(), 1_000_100, "as long as the wait");
-        for factor in [2, 4, 8, 8] {
-            let now = end() + 700;
-            alone.extend(now, 100);
-            assert_eq!(end(), now + 100 * factor);
-        }
-        let now = end() + 1_500;
-        alone.extend(now, 500);
-        assert_eq!(end(), now + 500, "long after the last");
     }
 
     #[test]

@@ -133,3 +133,17 @@ fn room_serves_passes_of_any_size_one_after_the_other() {
         assert_eq!(room.chosen(), expected_chosen);
     }
 }
+
+#[test]
+#[should_panic(expected = "head: outputs of 2 types; wanted one")]
+fn outputs_of_several_types_are_refused() {
+    let mut noise = Noise::new(9);
+    let (inputs, outputs) = (64, 20);
+    let blocks = weights(&mut noise, Q4_0, outputs * inputs);
+    let floats = weights(&mut noise, WeightType::F32, outputs * inputs);
+    let parts = [Weights::new(Q4_0, &blocks), Weights::new(WeightType::F32, &floats)];
+    let matrix = PackedMatrix::stack(&parts, inputs);
+    let of = Head { weights: &matrix, scale: 1.0, soft_cap: None, num_token_ids: 2 * outputs };
+    let (pool, mut room) = (ThreadPool::new(1), HeadRoom::default());
+    head(&pool, &noise.floats(inputs), &of, &[wanted(0)], &mut room, &mut []);
+}

@@ -2,8 +2,8 @@
 
 pub use tandem_kernels::matmul::head::Wanted;
 pub use tandem_kernels::sampling::choice::{Choice, Chosen, Race};
-pub use tandem_kernels::sampling::choose;
 pub use tandem_kernels::sampling::noise::Noise;
+pub use tandem_kernels::sampling::{ShareRoom, choose, choose_in};
 
 /// The outputs of a pass, in the order of [`crate::ForwardBatch::logits_rows`]; lent by the model until its next pass.
 #[derive(Clone, Copy, Debug, Default, PartialEq)]
@@ -20,6 +20,7 @@ pub struct WholeRows {
     /// `[rows, row_width]`
     pub logits: Vec<f32>,
     chosen: Vec<Chosen>,
+    room: ShareRoom,
 }
 
 impl WholeRows {
@@ -46,7 +47,7 @@ impl WholeRows {
                 }
                 Wanted::Token(choice) => {
                     let tokens = &self.logits[row * width..][..width.min(num_token_ids)];
-                    self.chosen.push(choose(tokens, *choice));
+                    self.chosen.push(choose_in(tokens, *choice, &mut self.room));
                 }
             }
         }

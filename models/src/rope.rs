@@ -5,6 +5,7 @@
 //! 100,000 the last bit of a frequency is a hundredth of a radian, so a "better" table is a wrong one.
 
 use std::f32::consts::PI;
+use std::sync::{Mutex, PoisonError};
 use std::thread;
 
 use crate::config::{Rope, RopeScaling};
@@ -34,23 +35,32 @@ impl RopeTable {
         let (mut cos, mut sin) = (vec![1.0; num_positions * half], vec![0.0; num_positions * half]);
         let threads = thread::available_parallelism().map_or(1, usize::from);
         let share = num_positions.div_ceil(threads).max(LEAST_SHARE);
-        thread::scope(|scope| {
-            let shares = cos.chunks_mut((share * half).max(1)).zip(sin.chunks_mut((share * half).max(1)));
-            for (first, (cos, sin)) in (0..).step_by(share).zip(shares) {
-                let frequencies = &frequencies;
-                scope.spawn(move || {
-                    let rows = cos.chunks_exact_mut(half.max(1)).zip(sin.chunks_exact_mut(half.max(1)));
-                    for (position, (cos, sin)) in (first..).zip(rows) {
-                        for ((cos, sin), &frequency) in cos.iter_mut().zip(sin).zip(frequencies) {
-                            // The product is rounded to f32; its cosine is then the nearest f32, whatever the
-                            // system's maths library.
-                            let angle = f64::from(position as f32 * frequency);
-                            *cos = angle.cos() as f32 * scale;
-                            *sin = angle.sin() as f32 * scale;
-                        }
+        let chunk = (share * half).max(1);
+        let shares = (0usize..).step_by(share).zip(cos.chunks_mut(chunk).zip(sin.chunks_mut(chunk)));
+        let shares = Mutex::new(shares);
+        let next = || shares.lock().unwrap_or_else(PoisonError::into_inner).next();
+        let work = || {
+            while let Some((first, (cos, sin))) = next() {
+                let rows = cos.chunks_exact_mut(half.max(1)).zip(sin.chunks_exact_mut(half.max(1)));
+                for (position, (cos, sin)) in (first..).zip(rows) {
+                    for ((cos, sin), &frequency) in cos.iter_mut().zip(sin).zip(&frequencies) {
+                        // The product is rounded to f32; its cosine is then the nearest f32, whatever the
+                        // system's maths library.
+                        let angle = f64::from(position as f32 * frequency);
+                        *cos = angle.cos() as f32 * scale;
+                        *sin = angle.sin() as f32 * scale;
                     }
-                });
+                }
             }
+        };
+        thread::scope(|scope| {
+            for _ in 1..num_positions.div_ceil(share) {
+                // A system that refuses a thread leaves its share to the others, of which the caller is one.
+                if thread::Builder::new().spawn_scoped(scope, work).is_err() {
+                    break;
+                }
+            }
+            work();
         });
         RopeTable { cos, sin, num_positions }
     }
@@ -238,6 +248,20 @@ mod tests {
         assert_eq!(table.sin[..4], [0.0; 4]);
         assert_eq!((table.cos.len(), table.sin.len(), table.num_positions), (12, 12, 3));
         assert_eq!(table.cos[8], (2.0f64).cos() as f32);
+    }
+
+    #[test]
+    fn a_table_of_many_shares_has_no_seam() {
+        let rope = Rope::plain(4, 10_000.0);
+        let num_positions = 3 * LEAST_SHARE + 5;
+        let table = RopeTable::new(&rope, 4, num_positions);
+        assert_eq!((table.cos.len(), table.sin.len()), (2 * num_positions, 2 * num_positions));
+        for (position, (cos, sin)) in table.cos.chunks_exact(2).zip(table.sin.chunks_exact(2)).enumerate() {
+            for (channel, frequency) in frequencies(&rope).into_iter().enumerate() {
+                let angle = f64::from(position as f32 * frequency);
+                assert_eq!((cos[channel], sin[channel]), (angle.cos() as f32, angle.sin() as f32));
+            }
+        }
     }
 
     #[test]

@@ -1,8 +1,10 @@
 //! What `Model::finish` gives of a row of which one token is wanted is what would be chosen of the whole row: for
-//! any mix of rows in a pass, of whole and short heads, on the CPU backend and the reference backend.
+//! any mix of rows in a pass, of whole and short heads and of one with a vocabulary of its own, on the CPU backend and
+//! the reference backend.
 
 mod oracle_support;
 
+use std::path::Path;
 use std::sync::Arc;
 
 use oracle_support::{config, random_tokens, write_checkpoint};
@@ -11,7 +13,7 @@ use serde_json::json;
 use tandem_kernels::ThreadPool;
 use tandem_models::backend::BackendKind;
 use tandem_models::outputs::{Choice, Chosen, Noise, Race, choose};
-use tandem_models::{Checkpoint, ForwardBatch, Model, Wanted};
+use tandem_models::{Checkpoint, ForwardBatch, Head, KvType, Model, Wanted};
 
 /// Several chunks of the head, the last of them short.
 const VOCAB_SIZE: usize = 1307;
@@ -47,6 +49,18 @@ fn outputs(model: &mut dyn Model, batch: &ForwardBatch) -> (Vec<f32>, Vec<Chosen
     (outputs.logits.to_vec(), outputs.chosen.to_vec())
 }
 
+/// What the batch wants of whole rows of `width`.
+fn expected(whole: &[f32], width: usize, batch: &ForwardBatch) -> (Vec<f32>, Vec<Chosen>) {
+    let (mut logits, mut chosen) = (Vec::new(), Vec::new());
+    for (row, wanted) in whole.chunks_exact(width).zip(&batch.wanted) {
+        match wanted {
+            Wanted::Whole => logits.extend_from_slice(row),
+            Wanted::Token(choice) => chosen.push(choose(&row[..width.min(batch.num_token_ids)], *choice)),
+        }
+    }
+    (logits, chosen)
+}
+
 #[test]
 fn a_token_of_a_row_is_the_one_of_the_whole_row() {
     for kind in [BackendKind::Cpu, BackendKind::Reference] {
@@ -61,14 +75,8 @@ fn a_token_of_a_row_is_the_one_of_the_whole_row() {
             let (whole, none) = outputs(&mut *model, &batch);
             assert!(none.is_empty() && whole.len() == LEN * width);
             batch.want((0..LEN).map(wanted));
-            let (mut logits, mut chosen) = (Vec::new(), Vec::new());
-            for (row, wanted) in whole.chunks_exact(width).zip(&batch.wanted) {
-                match wanted {
-                    Wanted::Whole => logits.extend_from_slice(row),
-                    Wanted::Token(choice) => chosen.push(choose(&row[..width.min(NUM_TOKEN_IDS)], *choice)),
-                }
-            }
-            assert_eq!(outputs(&mut *model, &batch), (logits, chosen), "{kind:?}, short head: {is_short}");
+            let expected = expected(&whole, width, &batch);
+            assert_eq!(outputs(&mut *model, &batch), expected, "{kind:?}, short head: {is_short}");
             // Some rows alone, all of which give a token.
             batch.clear();
             batch.push_sequence(&random_tokens(5, LEN, NUM_TOKEN_IDS), 0, &[0, 1], 16, 3);
@@ -82,5 +90,36 @@ fn a_token_of_a_row_is_the_one_of_the_whole_row() {
                 "{kind:?}, short head: {is_short}"
             );
         }
+    }
+}
+
+/// Of an EAGLE-3 head whose outputs are some of its target's tokens.
+#[test]
+fn a_token_of_a_head_with_its_own_vocabulary_is_the_one_of_the_row_in_its_targets() {
+    let folder = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/golden/heads");
+    let target = Checkpoint::open(&folder.join("llama")).unwrap();
+    let head = Head::open(&folder.join("eagle3"), &target, None).unwrap();
+    let vocab_size = target.config.vocab_size;
+    let num_token_ids = vocab_size - 7;
+    let ids = head.to_target.as_deref().expect("the head has a vocabulary of its own");
+    assert!(ids.len() < vocab_size && ids.iter().any(|&id| id as usize >= ids.len()));
+    for kind in [BackendKind::Cpu, BackendKind::Reference] {
+        let pool = Arc::new(ThreadPool::new(2));
+        let mut model = tandem_models::load_with_head(&target, &head, kind, KvType::F32, pool).unwrap();
+        model.allocate_kv_cache(2, 16).unwrap();
+        // The head's guesses replace what it read, so the target has to leave that anew before each of its passes.
+        let mut outputs_of_head = |batch: &ForwardBatch| {
+            outputs(&mut *model, batch);
+            outputs(model.drafting_head().expect("it was loaded with one"), batch)
+        };
+        let mut batch = ForwardBatch::new();
+        batch.push_sequence(&random_tokens(5, LEN, num_token_ids), 0, &[0, 1], 16, LEN);
+        batch.num_token_ids = num_token_ids;
+        let (whole, none) = outputs_of_head(&batch);
+        assert!(none.is_empty() && whole.len() == LEN * vocab_size);
+        batch.want((0..LEN).map(wanted));
+        let (logits, chosen) = outputs_of_head(&batch);
+        assert!(chosen.iter().all(|chosen| chosen.is_finite && ids.contains(&chosen.token)), "{kind:?}");
+        assert_eq!((logits, chosen), expected(&whole, vocab_size, &batch), "{kind:?}");
     }
 }

@@ -51,6 +51,8 @@ pub(crate) type Described = (ModelInfo, LaneModel);
 pub(crate) struct HeadInfo {
     pub(crate) kind: HeadKind,
     pub(crate) info: ModelInfo,
+    /// Its outputs are some of the target's tokens, in an order of their own.
+    pub(crate) has_own_outputs: bool,
 }
 
 /// A running engine and everything that the front needs beside it.
@@ -182,11 +184,11 @@ fn load(
     let pool = thread_pool(threads)?;
     let OpenedPair { target, draft, vocab_map } = OpenedPair::open(config)?;
     let load = |opened: Opened| opened.load(config.backend, kv::kv_type(config), &pool);
-    let (mut target, mut draft) = pair::side_by_side(target, draft, load)?;
-    warn_of_useless_draft_head(config, target.as_mut(), draft.as_mut(), vocab_map.is_some())?;
+    let (mut target, draft) = pair::side_by_side(target, draft, load)?;
 
     let (kv, max_model_len) = kv::size_context(config, [&target, &draft])?;
     let num_token_ids = num_token_ids([&target, &draft], vocab_map.as_deref());
+    warn_of_useless_draft_head(config, [&target, &draft], vocab_map.is_some(), num_token_ids);
     let engine_config = EngineConfig {
         block_size: kv.block_size,
         num_blocks: kv.num_blocks,
@@ -224,32 +226,26 @@ fn load(
     })
 }
 
-/// Says so where `--draft-head` asks for a part of a head that is only had whole, or of none.
+/// Says so where `--draft-head` is a number that cannot have an effect.
 fn warn_of_useless_draft_head(
     config: &Config,
-    target: Option<&mut Loaded>,
-    draft: Option<&mut Loaded>,
+    [target, draft]: [&Option<Loaded>; 2],
     is_mapped: bool,
-) -> anyhow::Result<()> {
-    let DraftHead::First(num_tokens) = config.draft_head else { return Ok(()) };
-    let head = target.and_then(|loaded| {
-        let name = loaded.head.as_ref()?.info.name.clone();
-        Some((loaded.model.drafting_head()?, name))
-    });
+    num_token_ids: usize,
+) {
+    let DraftHead::First(num_tokens) = config.draft_head else { return };
+    let head = target.as_ref().and_then(|loaded| loaded.head.as_ref());
     let reason = match (draft, head) {
-        (Some(_), _) if is_mapped => "its vocabulary is not the target's".to_owned(),
-        (Some(_), _) => return Ok(()),
-        (None, Some((model, name))) => {
-            let num_tokens = num_tokens.min(model.config().vocab_size);
-            if model.set_short_head(num_tokens)? {
-                return Ok(());
-            }
-            format!("{name} has outputs of its own, which are few and always computed")
-        }
         (None, None) => "there is no draft; name one with --draft".to_owned(),
+        (Some(_), _) if target.is_none() => "there is no target; name one with --target".to_owned(),
+        (Some(_), _) if is_mapped => "the draft's vocabulary is not the target's".to_owned(),
+        (None, Some(head)) if head.has_own_outputs => {
+            format!("{} has outputs of its own, which are few and always computed", head.info.name)
+        }
+        _ if num_tokens >= num_token_ids => format!("the vocabulary has only {num_token_ids} tokens"),
+        _ => return,
     };
     tracing::warn!("--draft-head {num_tokens} has no effect: {reason}");
-    Ok(())
 }
 
 /// Ids below this are the target's tokens, or both models'. Tokenizers may know fewer ids than embeddings have

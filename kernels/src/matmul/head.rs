@@ -32,7 +32,7 @@ pub enum Wanted {
 /// The head of a model.
 #[derive(Clone, Copy, Debug)]
 pub struct Head<'a> {
-    /// `[outputs, inputs]`
+    /// `[outputs, inputs]`, of one type.
     pub weights: &'a PackedMatrix,
     /// What logits are multiplied by.
     pub scale: f32,
@@ -65,7 +65,8 @@ pub struct HeadRoom {
 /// order of the rows.
 ///
 /// # Panics
-/// If a length does not fit the others, or no output stands for a token.
+/// If a length does not fit the others, if no output stands for a token, or if outputs are of several types: chunks
+/// begin anew with each, and those of a whole row ([`choose`](crate::sampling::choose())) do not.
 pub fn head(
     pool: &ThreadPool,
     x: &[f32],
@@ -88,15 +89,17 @@ pub fn head(
         (1..=num_outputs).contains(&num_token_ids),
         "head: {num_token_ids} tokens of {num_outputs} outputs"
     );
+    let [part] = weights.parts() else {
+        panic!("head: outputs of {} types; wanted one", weights.parts().len());
+    };
     room.chosen.clear();
     if rows == 0 {
         return;
     }
-    let chunks = Chunks::of(weights, if num_whole > 0 { num_outputs } else { num_token_ids });
-    let ns =
-        weights.parts().iter().map(|part| CHUNK_PANELS * panel_ns(part, rows, weights.in_features())).max();
-    let tasks = pool.num_tasks(chunks.count, ns.unwrap_or(1));
-    room.begin(rows, tasks, chunks.count, wanted);
+    let num_computed = if num_whole > 0 { num_outputs } else { num_token_ids };
+    let num_chunks = num_computed.div_ceil(SHARE_CHUNK);
+    let tasks = pool.num_tasks(num_chunks, CHUNK_PANELS * panel_ns(part, rows, weights.in_features()));
+    room.begin(rows, tasks, num_chunks, wanted);
     let HeadRoom { bests, masses, places, chosen } = room;
     let out = Outputs {
         bests: SharedOut::new(bests),
@@ -106,15 +109,15 @@ pub fn head(
     };
     with_input(pool, x, weights, |input| {
         pool.run(tasks, &|task| {
-            let range = task * chunks.count / tasks..(task + 1) * chunks.count / tasks;
+            let range = task * num_chunks / tasks..(task + 1) * num_chunks / tasks;
             // SAFETY: lengths are checked, and every task has a place and chunks of its own.
-            unsafe { work(pool, &Work { input, head, wanted, chunks: &chunks }, range, task, &out) };
+            unsafe { work(pool, &Work { input, head, wanted, part, num_chunks }, range, task, &out) };
         });
     });
     for (row, wanted) in wanted.iter().enumerate() {
         let Wanted::Token(choice) = wanted else { continue };
         let best = (0..tasks).map(|task| bests[task * rows + row]).fold(Best::NONE, Best::or);
-        let masses = if choice.share { &masses[row * chunks.count..][..chunks.count] } else { &[] };
+        let masses = if choice.share { &masses[row * num_chunks..][..num_chunks] } else { &[] };
         chosen.push(best.chosen(masses));
     }
 }
@@ -141,40 +144,15 @@ impl HeadRoom {
     }
 }
 
-/// The outputs of a matrix in chunks, which do not depend on anything but the matrix.
-struct Chunks<'a> {
-    weights: &'a PackedMatrix,
-    /// Of the outputs that are computed.
-    count: usize,
-}
-
-impl<'a> Chunks<'a> {
-    fn of(weights: &'a PackedMatrix, num_outputs: usize) -> Self {
-        let parts = weights.parts().iter().take_while(|part| part.first_output < num_outputs);
-        let outputs = parts.map(|part| part.outputs.min(num_outputs - part.first_output));
-        Chunks { weights, count: outputs.map(|outputs| outputs.div_ceil(SHARE_CHUNK)).sum() }
-    }
-
-    /// Part and panels of a chunk.
-    fn at(&self, mut index: usize) -> (&'a Part, Range<usize>) {
-        for part in self.weights.parts() {
-            let count = part.outputs.div_ceil(SHARE_CHUNK);
-            if index < count {
-                let first = index * CHUNK_PANELS;
-                return (part, first..part.num_panels().min(first + CHUNK_PANELS));
-            }
-            index -= count;
-        }
-        unreachable!("a chunk past the last: this is a bug")
-    }
-}
-
 /// What all tasks share.
 struct Work<'a> {
     input: Input<'a>,
     head: &'a Head<'a>,
     wanted: &'a [Wanted],
-    chunks: &'a Chunks<'a>,
+    /// All of the head's outputs.
+    part: &'a Part,
+    /// Of a row, as far as it is computed.
+    num_chunks: usize,
 }
 
 /// Where they leave their results.
@@ -195,18 +173,19 @@ thread_local! {
 /// # Safety
 /// Lengths are checked; no other call has the same task or any of the chunks.
 unsafe fn work(pool: &ThreadPool, work: &Work<'_>, chunks: Range<usize>, task: usize, out: &Outputs<'_>) {
-    let num_rows = work.input.num_rows;
+    let (num_rows, part) = (work.input.num_rows, work.part);
     // SAFETY: the task's own.
     let bests = unsafe { out.bests.part(task * num_rows, num_rows) };
     SCRATCH.with_borrow_mut(|scratch| {
         let len = num_rows.min(SCRATCH_ROWS) * SHARE_CHUNK;
         scratch.resize(scratch.len().max(len), 0.0);
         for chunk in chunks {
-            let (part, panels) = work.chunks.at(chunk);
+            let first = chunk * CHUNK_PANELS;
+            let panels = first..part.num_panels().min(first + CHUNK_PANELS);
             for begin in (0..num_rows).step_by(SCRATCH_ROWS) {
                 let rows = begin..num_rows.min(begin + SCRATCH_ROWS);
-                let first_output = part.first_output + panels.start * LANES;
-                let width = (panels.len() * LANES).min(part.first_output + part.outputs - first_output);
+                let first_output = first * LANES;
+                let width = (panels.len() * LANES).min(part.outputs - first_output);
                 let shared = SharedOut::new(scratch);
                 let place = Place { to: &shared, stride: SHARE_CHUNK, first_row: begin, first_output };
                 let (input, weights, tile_rows) = (work.input, work.head.weights, rows.clone());
@@ -270,7 +249,7 @@ impl Work<'_> {
                     let logits = &logits[..num_tokens];
                     look_at(kernels, logits, first_output as u32, choice.race.as_ref(), best);
                     if choice.share {
-                        out.masses.part(row * self.chunks.count + chunk, 1)[0] = mass(kernels, logits, 1.0);
+                        out.masses.part(row * self.num_chunks + chunk, 1)[0] = mass(kernels, logits, 1.0);
                     }
                 }
             }

@@ -101,7 +101,7 @@ impl Race {
     }
 }
 
-/// A power of two that is at least twice `exp(x)`, for `x <= 0`; for very small `x`, 2^-1022.
+/// A power of two that is at least twice `exp(x)`, for `x <= 0`; for very small `x`, 2^-1021.
 #[inline]
 fn power_of_two_above(x: f64) -> f64 {
     // Truncation rounds a negative number up.

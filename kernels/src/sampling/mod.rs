@@ -40,15 +40,28 @@ pub fn all_finite(values: &[f32]) -> bool {
     unsafe { (active().all_finite)(values) }
 }
 
-/// Chooses a token of a whole row, as the output head does of rows that are never whole: the same bits.
+/// Room for [`choose_in`]; a buffer that is used again and again.
+#[derive(Clone, Debug, Default)]
+pub struct ShareRoom {
+    /// `[chunks]`
+    masses: Vec<Mass>,
+}
+
+/// As [`choose_in`], with room of its own: allocates if the share is wanted.
 pub fn choose(logits: &[f32], choice: Choice) -> Chosen {
-    let mut best = Best::NONE;
-    let mut masses = Vec::new();
+    choose_in(logits, choice, &mut ShareRoom::default())
+}
+
+/// Chooses a token of a whole row, as the output head does of rows that are never whole: the same bits.
+pub fn choose_in(logits: &[f32], choice: Choice, room: &mut ShareRoom) -> Chosen {
+    let ShareRoom { masses } = room;
+    masses.clear();
     if choice.share {
         masses.extend(logits.chunks(SHARE_CHUNK).map(|chunk| mass(active(), chunk, 1.0)));
     }
+    let mut best = Best::NONE;
     look_at(active(), logits, 0, choice.race.as_ref(), &mut best);
-    best.chosen(&masses)
+    best.chosen(masses)
 }
 
 /// Lets the tokens from `first` on, with these logits, run against the best of those before them.
@@ -174,9 +187,9 @@ mod tests {
         }
     }
 
-    /// Races at temperatures from nearly none to hot.
+    /// Races at temperatures from nearly none to hot; the inverse of the last is no f32.
     fn races() -> impl Iterator<Item = Race> {
-        let temperatures = [1e-38, 0.01, 0.2, 0.8, 1.0, 3.0, 100.0];
+        let temperatures = [1e-38, 0.01, 0.2, 0.8, 1.0, 3.0, 100.0, 1e-40];
         temperatures.into_iter().zip(1..).map(|(temperature, seed)| Race {
             noise: Noise::new(seed, 40 + seed),
             inverse_temperature: 1.0 / temperature,

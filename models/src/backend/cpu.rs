@@ -3,18 +3,19 @@
 //! anything but the pool's own workers, and keeps the bit rule of [`crate::Model`] because every
 //! kernel does.
 
-use std::ops::Range;
+mod attention;
+mod experts;
+mod rows;
+
 use std::sync::Arc;
 
-use tandem_kernels::attention::{PagedAttention, paged_attention};
-use tandem_kernels::kv::{self, KvRows, KvType, Values, write_kv};
+use tandem_kernels::kv::KvType;
 use tandem_kernels::matmul::gated::{FeedForward, feed_forward};
 use tandem_kernels::matmul::head;
 use tandem_kernels::matmul::heads::{HeadProducts, head_matmul};
 use tandem_kernels::pack::{WeightType, Weights};
-use tandem_kernels::pages::{PageWarmer, ZeroedPages};
-use tandem_kernels::rope::{Rope, rope};
-use tandem_kernels::{PackedMatrix, ThreadPool, experts, gate, head_norm, layer_norm, matmul, norm, scaling};
+use tandem_kernels::pages::PageWarmer;
+use tandem_kernels::{PackedMatrix, ThreadPool, gate, head_norm, layer_norm, matmul, norm, scaling};
 
 use super::{
     Attention, Backend, Columns, ExpertLinear, GatedFeedForward, Heads, Linear, Norm, OutputHead, OutputRoom,
@@ -23,10 +24,12 @@ use super::{
 use crate::batch::ForwardBatch;
 use crate::config::{Activation, Experts, NormKind};
 use crate::error::ModelError;
-use crate::kv_cache::{KvLayout, try_zeros};
+use crate::kv_cache::KvLayout;
 use crate::outputs::{Outputs, Wanted};
 use crate::rope::RopeTable;
 use crate::weights::{Dtype, TensorView};
+pub use attention::KvLayer;
+pub use experts::Routing;
 
 /// See the module's documentation.
 pub struct CpuBackend {
@@ -45,30 +48,6 @@ impl CpuBackend {
     pub fn new(pool: Arc<ThreadPool>, kv_type: KvType) -> Self {
         CpuBackend { pool, kv_type, warmer: PageWarmer::new(BYTES_AHEAD), block_size: 1 }
     }
-}
-
-/// Keys and values of one layer, in the layout of [`tandem_kernels::kv`].
-#[derive(Debug)]
-pub struct KvLayer {
-    layout: kv::KvLayout,
-    storage: ZeroedPages,
-}
-
-/// Which experts compute which rows, and room to bring an expert's rows together.
-#[derive(Debug)]
-pub struct Routing {
-    picks_per_row: usize,
-    /// By which a row's experts are chosen; room for those of groups, too.
-    scores: Vec<f32>,
-    /// `[picks]`
-    picks: Vec<u32>,
-    /// `[picks]`
-    weights: Vec<f32>,
-    /// Of [`experts::group`].
-    order: Vec<u32>,
-    groups: Vec<(u32, Range<usize>)>,
-    gathered: Vec<f32>,
-    projected: Vec<f32>,
 }
 
 fn gate_of(activation: Activation) -> gate::Gate {
@@ -130,12 +109,10 @@ impl Backend for CpuBackend {
     }
 
     fn allocate_kv_layer(&mut self, shape: &KvLayout) -> Result<KvLayer, ModelError> {
-        let KvLayout { block_size, num_kv_heads, head_dim, values, kv_type, .. } = *shape;
-        let layout = kv::KvLayout { block_size, num_kv_heads, head_dim, values, kv_type };
-        let storage = try_zeros(shape.num_blocks * layout.block_bytes())?;
-        self.warmer.watch(&storage, layout.block_bytes());
-        self.block_size = block_size;
-        Ok(KvLayer { layout, storage })
+        let layer = KvLayer::new(shape)?;
+        layer.be_watched(&mut self.warmer);
+        self.block_size = shape.block_size;
+        Ok(layer)
     }
 
     fn allocate_buffer(&mut self, len: usize) -> Result<Vec<f32>, ModelError> {
@@ -143,17 +120,7 @@ impl Backend for CpuBackend {
     }
 
     fn allocate_routing(&mut self, max_rows: usize, experts: &Experts) -> Result<Routing, ModelError> {
-        let picks = max_rows * experts.num_experts_per_token;
-        Ok(Routing {
-            picks_per_row: experts.num_experts_per_token,
-            scores: Vec::with_capacity(2 * experts.num_experts),
-            picks: Vec::with_capacity(picks),
-            weights: Vec::with_capacity(picks),
-            order: Vec::with_capacity(picks),
-            groups: Vec::with_capacity(picks.min(experts.num_experts)),
-            gathered: Vec::new(),
-            projected: Vec::new(),
-        })
+        Ok(Routing::new(max_rows, experts))
     }
 
     fn allocate_inputs(&mut self, _layout: &KvLayout) -> Result<ForwardBatch, ModelError> {
@@ -351,24 +318,10 @@ impl Backend for CpuBackend {
         qkv: &mut Vec<f32>,
         kv: &mut KvLayer,
     ) -> Result<(), ModelError> {
-        let row_stride = heads.qkv_width();
         if let Some(table) = table {
-            let rotation = Rope {
-                cos: &table.cos,
-                sin: &table.sin,
-                positions: &inputs.positions,
-                // Queries and keys stand side by side.
-                num_heads: heads.num_heads + heads.num_kv_heads,
-                head_dim: table.width(),
-                head_stride: heads.head_dim,
-                row_stride,
-            };
-            rope(&self.pool, &mut qkv[heads.head_dim - table.width()..], &rotation);
+            attention::rotate(&self.pool, inputs, heads, table, qkv);
         }
-        let k = &qkv[heads.q_width()..];
-        let v = if heads.values == Values::Own { &k[heads.kv_width()..] } else { &[] };
-        let rows = KvRows { k, v, row_stride, slot_mapping: &inputs.slot_mapping };
-        write_kv(&self.pool, &kv.layout, &rows, &mut kv.storage);
+        kv.store(&self.pool, inputs, heads, qkv);
         Ok(())
     }
 
@@ -381,24 +334,8 @@ impl Backend for CpuBackend {
         kv: &KvLayer,
         out: &mut Vec<f32>,
     ) -> Result<(), ModelError> {
-        let args = PagedAttention {
-            q: qkv,
-            q_row_stride: heads.qkv_width(),
-            storage: &kv.storage,
-            layout: kv.layout,
-            num_heads: heads.num_heads,
-            scale: attention.scale,
-            window: attention.window,
-            first_key: attention.first_key,
-            soft_cap: attention.soft_cap,
-            sinks: attention.sinks.map(Vec::as_slice),
-            block_tables: &inputs.block_tables,
-            block_table_offsets: &inputs.block_table_offsets,
-            cu_seqlens_q: &inputs.cu_seqlens_q,
-            context_lens: &inputs.context_lens,
-        };
         let len = inputs.num_tokens() * heads.out_width();
-        paged_attention(&self.pool, &args, &mut out[..len]);
+        kv.attend(&self.pool, inputs, heads, &attention, qkv, &mut out[..len]);
         Ok(())
     }
 
@@ -461,20 +398,7 @@ impl Backend for CpuBackend {
         logits: &Vec<f32>,
         routing: &mut Routing,
     ) -> Result<(), ModelError> {
-        let router = experts::Router {
-            num_experts: config.num_experts,
-            num_picks: config.num_experts_per_token,
-            scoring: config.scoring,
-            choice_bias: choice_bias.map(Vec::as_slice),
-            groups: config.groups,
-            renormalise: config.renormalise,
-            scale: config.weight_scale,
-        };
-        routing.picks.resize(rows * router.num_picks, 0);
-        routing.weights.resize(rows * router.num_picks, 0.0);
-        let Routing { scores, picks, weights, order, groups, .. } = routing;
-        experts::route(&logits[..rows * router.num_experts], &router, scores, picks, weights);
-        experts::group(picks, order, groups);
+        routing.route(rows, config, choice_bias.map(Vec::as_slice), logits);
         Ok(())
     }
 
@@ -486,26 +410,7 @@ impl Backend for CpuBackend {
         linear: ExpertLinear<'_, PackedMatrix, Vec<f32>>,
         out: &mut Vec<f32>,
     ) -> Result<(), ModelError> {
-        let (inp, outp) = (linear.weights[0].in_features(), linear.weights[0].out_features());
-        let Routing { picks_per_row, order, groups, gathered, projected, .. } = routing;
-        for (expert, range) in groups.iter() {
-            let picks = &order[range.clone()];
-            gathered.clear();
-            for &pick in picks {
-                let row = match share {
-                    Share::Row => pick as usize / *picks_per_row,
-                    Share::Pick => pick as usize,
-                };
-                gathered.extend_from_slice(&x[row * inp..(row + 1) * inp]);
-            }
-            projected.resize(projected.len().max(picks.len() * outp), 0.0);
-            let projected = &mut projected[..picks.len() * outp];
-            let bias = linear.biases.map(|biases| biases[*expert as usize].as_slice());
-            matmul::matmul(&self.pool, gathered, &linear.weights[*expert as usize], bias, projected);
-            for (&pick, row) in picks.iter().zip(projected.chunks_exact(outp)) {
-                out[pick as usize * outp..(pick as usize + 1) * outp].copy_from_slice(row);
-            }
-        }
+        routing.project(&self.pool, x, share, &linear, out);
         Ok(())
     }
 
@@ -517,19 +422,12 @@ impl Backend for CpuBackend {
         x: &Vec<f32>,
         out: &mut Vec<f32>,
     ) -> Result<(), ModelError> {
-        let x = &x[..routing.weights.len() * width];
-        experts::combine(&self.pool, x, &routing.weights, width, &mut out[..rows * width]);
+        routing.combine(&self.pool, x, width, &mut out[..rows * width]);
         Ok(())
     }
 
     fn allocate_slots(&mut self, num_slots: usize, width: usize) -> Result<Vec<f32>, ModelError> {
-        // Not made ready ahead of use, as keys and values are: first touching a row of 896 to 3584 numbers takes 3 to
-        // 9 us, once a token and not once a layer.
-        let zeros = num_slots.checked_mul(width).map(bytemuck::allocation::try_zeroed_vec::<f32>);
-        zeros.and_then(Result::ok).ok_or_else(|| ModelError::Backend {
-            context: "KV cache",
-            reason: format!("no memory for the hidden states of {num_slots} tokens, {width} numbers each"),
-        })
+        rows::allocate_slots(num_slots, width)
     }
 
     fn store_slots(
@@ -540,18 +438,7 @@ impl Backend for CpuBackend {
         x: &Vec<f32>,
         store: &mut Vec<f32>,
     ) -> Result<(), ModelError> {
-        let mut put = |slot: u32, row: &[f32]| {
-            let at = slot as usize * width;
-            store[at..at + width].copy_from_slice(row);
-        };
-        let values = x.chunks_exact(width);
-        match rows {
-            Rows::All => inputs.slot_mapping.iter().zip(values).for_each(|(&slot, row)| put(slot, row)),
-            Rows::Logits => {
-                let slots = inputs.logits_rows.iter().map(|&row| inputs.slot_mapping[row as usize]);
-                slots.zip(values).for_each(|(slot, row)| put(slot, row));
-            }
-        }
+        rows::store_slots(inputs, rows, width, x, store);
         Ok(())
     }
 
@@ -563,20 +450,7 @@ impl Backend for CpuBackend {
         store: &Vec<f32>,
         out: &mut Vec<f32>,
     ) -> Result<(), ModelError> {
-        for sequence in 0..inputs.num_seqs() {
-            let rows = inputs.cu_seqlens_q[sequence] as usize..inputs.cu_seqlens_q[sequence + 1] as usize;
-            let blocks = &inputs.block_tables[inputs.block_table_offsets[sequence] as usize..];
-            for row in rows {
-                let to = &mut out[row * width..(row + 1) * width];
-                match (inputs.positions[row] as usize).checked_sub(1) {
-                    None => to.fill(0.0),
-                    Some(before) => {
-                        let slot = blocks[before / block_size] as usize * block_size + before % block_size;
-                        to.copy_from_slice(&store[slot * width..(slot + 1) * width]);
-                    }
-                }
-            }
-        }
+        rows::load_slots_before(inputs, block_size, width, store, out);
         Ok(())
     }
 
@@ -587,10 +461,7 @@ impl Backend for CpuBackend {
         columns: Columns,
         out: &mut Vec<f32>,
     ) -> Result<(), ModelError> {
-        let Columns { first, width, of } = columns;
-        for (x, out) in x.chunks_exact(width).zip(out.chunks_exact_mut(of)).take(rows) {
-            out[first..first + width].copy_from_slice(x);
-        }
+        rows::put_columns(rows, x, columns, out);
         Ok(())
     }
 
@@ -600,10 +471,7 @@ impl Backend for CpuBackend {
         width: usize,
         x: &mut Vec<f32>,
     ) -> Result<(), ModelError> {
-        for (to, &from) in inputs.logits_rows.iter().enumerate() {
-            let from = from as usize * width;
-            x.copy_within(from..from + width, to * width);
-        }
+        rows::pick_logits_rows(inputs, width, x);
         Ok(())
     }
 }

@@ -5,7 +5,8 @@
 //! [`Backend::upload`], then any number of operations that are merely put in order, then
 //! [`Backend::outputs`], before it [`Backend::download`] if hidden states are wanted. So a backend may queue them on a
 //! stream or record them as a graph: which operations run, and on which buffers, depends only on the *counts* of a
-//! batch (tokens, logits rows), never on its contents, which reach the operations through [`Backend::Inputs`].
+//! batch (tokens, logits rows), never on its contents, which reach the operations through [`Backend::Inputs`]. The one
+//! that looks at more is [`Backend::outputs`], the last: what it does depends on what is wanted of each row.
 //!
 //! Activations are f32 in row-major `[rows, width]`; a buffer may be longer than what an operation
 //! uses of it. Weights keep the element type of their file where the device can.

@@ -95,13 +95,14 @@ pub(super) struct Loader<'a, B> {
     /// Of the rows of each query and key head, or of the part of it that turns; see [`row_order`].
     pub(super) row_order: Option<Vec<usize>>,
     pub(super) memory: WeightMemory,
-    /// That were read since the files' pages were released.
+    /// Of the matrices that were made since the files' pages were released.
     pub(super) unreleased_bytes: usize,
     pub(super) backend: B,
 }
 
-/// Of the files at most about so much lies in memory beside the weights: a fraction of a model that is large, and
-/// so much that giving pages back costs nothing.
+/// Bytes of matrices after which the files' pages are given back: so many that giving them back costs nothing. Of the
+/// files, at most the largest tensor or what about so much was made of lies in memory beside the weights, whichever
+/// is more (where matrices are quantised as they are loaded, several times this): a fraction of a model that is large.
 const RELEASE_BYTES: usize = 64 << 20;
 
 impl<'a, B: Backend> Loader<'a, B> {

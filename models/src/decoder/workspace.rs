@@ -26,7 +26,7 @@ pub(super) struct Workspace<B: Backend> {
     pub(super) gate_up: B::Buffer,
     /// The same after the nonlinearity.
     pub(super) activated: B::Buffer,
-    /// `vocab_size`, for logits rows only.
+    /// For logits rows only; `vocab_size` logits of each.
     pub(super) outputs: OutputRoom<B::Buffer>,
     pub(super) experts: Option<ExpertWorkspace<B>>,
 }

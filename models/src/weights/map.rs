@@ -22,9 +22,9 @@ pub(super) fn map_file(path: &Path, min_bytes: u64, format: &str) -> Result<Mmap
             format!("is {} bytes long, too short for a {format} header; is it truncated?", metadata.len()),
         ));
     }
-    // SAFETY: the mapping is private and read-only, it is read only as bytes (or as integers and
-    // floats of which every bit pattern is valid), and all lengths are taken from the mapping itself,
-    // never again from the file. What no reader of a mapped file can rule out is another process that
+    // SAFETY: the mapping is read-only (and shared: `MAP_SHARED`, which copies no page), it is read only as
+    // bytes (or as integers and floats of which every bit pattern is valid), and all lengths are taken from the
+    // mapping itself, never again from the file. What no reader of a mapped file can rule out is another process that
     // writes to or truncates the file meanwhile: then values change or the process is killed by
     // SIGBUS. As with every mapped-weights server, the documented rule is to replace a checkpoint by
     // renaming a new file over it (which leaves this mapping on the old one), never in place.
@@ -36,8 +36,11 @@ pub(super) fn map_file(path: &Path, min_bytes: u64, format: &str) -> Result<Mmap
 #[cfg(unix)]
 #[allow(unsafe_code)]
 pub(super) fn release(map: &Mmap) {
-    // SAFETY: the mapping is one of a file, private and never written, so that a page which is read again is
-    // read from the file, with the bytes that it had.
+    // SAFETY: there are borrows of the mapping while this runs (the caller's, at least; views of tensors, too), so
+    // no byte may change under them, and none does. The mapping is `Mmap::map`'s: of a file, shared and read-only, so
+    // that it has no page of its own which could be lost. `MADV_DONTNEED` drops its entries in this process's page
+    // table and nothing else; addresses stay mapped, and a later read faults in the same page of the file, with the
+    // same bytes as long as nobody modifies the file, which `map_file` relies on anyway.
     // A system that refuses keeps them, which costs nothing but the count.
     let _ = unsafe { map.unchecked_advise(memmap2::UncheckedAdvice::DontNeed) };
 }

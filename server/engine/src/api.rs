@@ -162,7 +162,8 @@ pub struct SubmitRequest {
 }
 
 /// Who goes first when there is not room for all. Within a priority the oldest goes first, and a
-/// batch sequence that has waited [`BATCH_PATIENCE`] counts as interactive, so nobody starves.
+/// batch sequence that has waited [`BATCH_PATIENCE`] counts as interactive, so nobody starves. (A text to
+/// embed does where seats and blocks are given out; in a pass it still comes after what somebody reads.)
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash, PartialOrd, Ord)]
 pub enum Priority {
     /// Somebody is waiting for it.

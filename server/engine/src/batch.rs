@@ -3,7 +3,8 @@
 //!
 //! There is no separate prefill or decode: a sequence with one token to compute decodes, one with more
 //! prefills (in chunks, if the budget is short), one with draft tokens verifies. Whoever reaches its
-//! last token gets logits. Sequences that decode come first, so prefill never stops the others.
+//! last token gets logits, or the one token that is chosen of them. Sequences that decode come first, so
+//! prefill never stops the others.
 
 use std::sync::Arc;
 use std::time::Duration;
@@ -47,7 +48,8 @@ impl PassLimits {
         }
     }
 
-    fn of_bulk(&self, sequence: &Sequence, role: ModelRole) -> &PrefillLimit {
+    /// What bounds a prompt's or a text's part of a pass.
+    pub(crate) fn of_bulk(&self, sequence: &Sequence, role: ModelRole) -> &PrefillLimit {
         if sequence.is_embedding() {
             &self.embedding[role as usize]
         } else {

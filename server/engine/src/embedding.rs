@@ -2,10 +2,11 @@
 //!
 //! An embedding is a sequence that asks for no output: it waits, has a seat and blocks, is computed in chunks
 //! and can be preempted as any other, and shares passes with those that generate. It differs in three ways.
-//! Nobody watches it come token by token, so its chunks are as small as those of the deep lane's prompts, and
-//! it does not count among those that wait for a first token. Every one of its rows is computed, so it takes
-//! nothing from the prefix cache, and leaves nothing there, as nobody would find it of use. And what it is
-//! after is not logits but the rows themselves, which are added up here.
+//! Nobody watches it come token by token, so its chunks are small, by a limit of their own, which they have also
+//! where prompts have none because there is no fast lane; and it does not count among those that wait for a
+//! first token. Every one of its rows is computed, so it takes nothing from the prefix cache, and leaves
+//! nothing there, as nobody would find it of use. And what it is after is not logits but the rows themselves,
+//! which are added up here.
 //!
 //! The sum runs over the positions in ascending order, in f64, one row after the other. So it does not show
 //! how the text was cut into passes, and neither does a preemption: rows that are computed again are passed

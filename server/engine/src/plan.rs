@@ -124,14 +124,17 @@ impl Engine {
     }
 
     fn step_load(&self) -> StepLoad {
-        let limit = &self.limits.deep_prefill[ModelRole::Target as usize];
-        let of_prompts = |s: &Sequence| s.lane == Lane::Deep && s.is_prefilling() && s.finished.is_none();
-        let rows = |s: &Sequence| {
-            let computed = s.num_computed(ModelRole::Target);
-            (s.num_tokens() - computed).min(limit.tokens(limit.num_tokens, computed))
-        };
-        let prefill: usize = self.scheduler.running().filter(|s| of_prompts(s)).map(rows).sum();
-        StepLoad { num_fast: self.num_fast(), num_prefill_rows: prefill.min(limit.num_tokens) }
+        // Of prompts, and of texts to embed: each has a limit of its own.
+        let mut rows = [0; 2];
+        let of_bulk = |s: &&Sequence| s.lane == Lane::Deep && s.is_prefilling() && s.finished.is_none();
+        for sequence in self.scheduler.running().filter(of_bulk) {
+            let computed = sequence.num_computed(ModelRole::Target);
+            let limit = self.limits.of_bulk(sequence, ModelRole::Target);
+            let wanted = (sequence.num_tokens() - computed).min(limit.tokens(limit.num_tokens, computed));
+            let rows = &mut rows[usize::from(sequence.is_embedding())];
+            *rows = (*rows + wanted).min(limit.num_tokens);
+        }
+        StepLoad { num_fast: self.num_fast(), num_prefill_rows: rows[0].max(rows[1]) }
     }
 
     fn num_fast(&self) -> usize {

@@ -179,7 +179,7 @@ impl Scheduler {
         }
         let of_lane = lane * self.max_num_seqs..(lane + 1) * self.max_num_seqs;
         let empty = of_lane.clone().find(|&seat| self.seats[seat].is_none());
-        let is_batch = |s: &Sequence| s.urgency(now).priority() == Priority::Batch;
+        let is_batch = |s: &Sequence| s.turn(now).priority() == Priority::Batch;
         empty.or_else(|| self.least_urgent(now, |seat, s| of_lane.contains(&seat) && is_batch(s)))
     }
 
@@ -214,12 +214,11 @@ impl Scheduler {
         at_most.saturating_sub(self.blocks.blocks_for(sequence.num_tokens())).min(HEADROOM_BLOCKS)
     }
 
-    /// True if a waiting sequence may take the seat of one that runs: only interactive work that of batch work,
-    /// as they stand when both run. Otherwise whoever runs goes on, or they would take turns at computing the
-    /// same again.
+    /// True if a waiting sequence may take the seat of one that runs: only interactive work that of batch work.
+    /// Otherwise whoever runs goes on, or they would take turns at computing the same again.
     fn outranks(&self, waiting: &Sequence, seat: usize, now: Duration) -> bool {
-        let priority = waiting.urgency(now).priority();
-        self.seats[seat].as_ref().is_some_and(|s| priority < s.urgency(now).priority())
+        let priority = waiting.turn(now).priority();
+        self.seats[seat].as_ref().is_some_and(|s| priority < s.turn(now).priority())
     }
 
     /// The running sequence that gives way first. Those of a pass under way do not.
@@ -227,7 +226,7 @@ impl Scheduler {
         let candidates = self.seats.iter().enumerate().filter_map(|(seat, s)| Some((seat, s.as_deref()?)));
         candidates
             .filter(|(seat, s)| s.finished.is_none() && !s.in_flight && may(*seat, s))
-            .max_by_key(|(_, s)| s.urgency(now))
+            .max_by_key(|(_, s)| s.turn(now))
             .map(|(seat, _)| seat)
     }
 
@@ -247,8 +246,8 @@ impl Scheduler {
             if self.blocks.grow(&mut sequence.block_table, num_tokens) {
                 return true;
             }
-            let urgency = sequence.urgency(now);
-            let gives_way = |other: usize, s: &Sequence| other != seat && s.urgency(now) > urgency;
+            let turn = sequence.turn(now);
+            let gives_way = |other: usize, s: &Sequence| other != seat && s.turn(now) > turn;
             let Some(victim) = self.least_urgent(now, gives_way) else { return false };
             self.preempt(victim);
         }

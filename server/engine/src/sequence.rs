@@ -155,14 +155,15 @@ impl Sequence {
         }
     }
 
-    /// Where the sequence stands among those that run. A text to embed stays what it is, however long it has taken: it
-    /// makes room whenever somebody waits for a token.
+    /// Where the sequence stands in a pass. A text to embed comes after those that somebody reads, however long it has
+    /// taken: it would have the whole of each small pass.
     pub(crate) fn urgency(&self, now: Duration) -> Urgency {
-        let urgency = self.turn(now);
-        if self.is_embedding() { Urgency { priority: self.priority, ..urgency } } else { urgency }
+        let turn = self.turn(now);
+        if self.is_embedding() { Urgency { priority: self.priority, ..turn } } else { turn }
     }
 
-    /// Where the sequence stands among those that wait.
+    /// Where the sequence stands among those that wait, and among those that may have to give way: the same place, or
+    /// two would take turns at one seat.
     pub(crate) fn turn(&self, now: Duration) -> Urgency {
         let is_patient = self.age(now) < BATCH_PATIENCE;
         let priority = if is_patient { self.priority } else { Priority::Interactive };

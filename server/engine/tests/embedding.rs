@@ -224,6 +224,32 @@ fn a_text_that_starts_over_and_over_does_not_stop_who_runs() {
     );
 }
 
+/// Nobody starves: a text that has waited long keeps the seat that it gets, though somebody who waits for a token
+/// always stands before it.
+#[test]
+fn a_text_that_has_waited_long_is_computed_while_others_keep_coming() {
+    let config =
+        EngineConfig { max_num_seqs: 1, max_num_batched_tokens: 16, ..config(DraftTokens::Fixed(0)) };
+    let mut engine = Engine::new(&config, hash_pair(0.0)).expect("the engine starts");
+    let ticks = clock();
+    let late = || 2 * BATCH_PATIENCE + ticks();
+    let tokens = text(1, 100);
+    let (old, old_events) = embed(1, Lane::Deep, &tokens);
+    engine.embed(old, Duration::ZERO);
+    let mut answer = Answer::default();
+    let mut others = Vec::new();
+    for id in 2..200 {
+        let params = SamplingParams { max_tokens: 2, ..SamplingParams::default() };
+        let (request, events) = request(id, Lane::Deep, &text(id as u32, 5), params, 16);
+        engine.submit(request, late());
+        others.push(events);
+        engine.step(&late).expect("the account is whole");
+        old_events.try_iter().for_each(|event| answer.take(event));
+        others.iter().for_each(|events| events.try_iter().for_each(drop));
+    }
+    assert_eq!(answer.embedding, Some(mean_hidden_state(&tokens)));
+}
+
 #[test]
 fn one_that_nobody_waits_for_any_more_gives_its_blocks_back() {
     let config = EngineConfig { max_num_batched_tokens: 8, ..config(DraftTokens::Fixed(0)) };

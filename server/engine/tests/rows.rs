@@ -8,7 +8,7 @@ use std::path::Path;
 use std::sync::Arc;
 
 use common::{Answer, Ask, Server};
-use tandem_engine::{DraftTokens, EngineConfig, Lane, Models, SamplingParams};
+use tandem_engine::{DraftTokens, EngineConfig, FinishReason, Lane, Models, SamplingParams};
 use tandem_kernels::ThreadPool;
 use tandem_models::{BackendKind, Checkpoint, Model};
 
@@ -66,5 +66,36 @@ fn reporting_logits_changes_no_token() {
         let alone: Vec<_> =
             asks(|_| false).iter().flat_map(|ask| tokens(server.serve(std::slice::from_ref(ask)))).collect();
         assert_eq!(unseen, alone, "{draft_tokens:?}, one by one");
+    }
+}
+
+/// [`asks`] whose answers end at an even id, but not before two tokens (the first) to seven (the last): until then
+/// whoever asks gets whole rows, of which stop tokens are struck out.
+fn asks_that_stop(reports: impl Fn(usize) -> bool) -> Vec<Ask> {
+    let mut asks = asks(reports);
+    for (ask, min_tokens) in asks.iter_mut().zip(2..) {
+        ask.params.stop_token_ids = (0..4096).step_by(2).collect();
+        ask.params.min_tokens = min_tokens;
+    }
+    asks
+}
+
+fn outcomes(draft_tokens: DraftTokens, reports: bool) -> Vec<(Vec<u32>, FinishReason)> {
+    let answers = server(draft_tokens).serve(&asks_that_stop(|_| reports));
+    let outcome = |answer: Answer| (answer.tokens, answer.finished.expect("it ends").reason);
+    answers.into_iter().map(outcome).collect()
+}
+
+/// Three tokens are drafted after the first one; a row goes from whole to token among those that verify them.
+#[test]
+fn min_tokens_may_end_in_the_middle_of_a_draft() {
+    let plain = outcomes(DraftTokens::Fixed(0), true);
+    for (index, (tokens, _)) in plain.iter().enumerate() {
+        assert!(tokens.len() >= 2 + index && tokens.iter().all(|id| id % 2 == 1), "{index}: {tokens:?}");
+    }
+    assert!(plain.iter().any(|(_, reason)| matches!(reason, FinishReason::Stop(_))), "{plain:?}");
+    for draft_tokens in [DraftTokens::Fixed(0), DraftTokens::Fixed(3), DraftTokens::Auto] {
+        assert_eq!(plain, outcomes(draft_tokens, false), "{draft_tokens:?}");
+        assert_eq!(plain, outcomes(draft_tokens, true), "{draft_tokens:?}, with log-probabilities");
     }
 }

@@ -131,6 +131,7 @@ impl Opened {
         let head = self.head.as_ref().zip(model.drafting_head()).map(|(head, model)| HeadInfo {
             kind: head.kind,
             info: describe(&head.checkpoint, &model.weight_memory()),
+            has_own_outputs: head.to_target.is_some(),
         });
         Ok(Loaded { model, info, head, text: self.text })
     }

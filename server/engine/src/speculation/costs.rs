@@ -15,6 +15,8 @@ pub(crate) struct StepCosts {
     target_overhead: Overhead,
     /// One a row count of the target's.
     seen: Vec<Seen>,
+    /// Of passes over more rows than were measured.
+    seen_beyond: Seen,
     /// As measured at start, for the draft.
     draft: Vec<(usize, f64)>,
     draft_factor: Factor,
@@ -25,7 +27,8 @@ pub(crate) struct StepCosts {
 /// What the engine does for a target pass beyond what was measured, in seconds.
 #[derive(Clone, Copy, Debug, Default)]
 struct Overhead {
-    /// Drawing from a row of logits, at the temperatures of the day.
+    /// What is made of a row after the pass, at the temperatures of the day: only whole rows are drawn from then; of
+    /// the others the pass itself has chosen a token.
     of_row: f64,
     /// All else.
     of_pass: f64,
@@ -114,7 +117,13 @@ impl StepCosts {
 
     /// Seconds of a target pass over `rows` rows; none for no rows.
     pub(crate) fn target(&self, rows: usize) -> f64 {
-        Self::lookup(&self.target, rows)
+        match self.target.last() {
+            Some(&(most, seconds)) if rows > most => {
+                let measured = Self::lookup(&self.measured_target, rows);
+                (self.seen_beyond.factor() * self.expected(rows, measured)).max(seconds)
+            }
+            _ => Self::lookup(&self.target, rows),
+        }
     }
 
     /// Notes what a target pass over `rows` rows took, `drawing` of it for drawing from `num_logits` of them.
@@ -131,19 +140,19 @@ impl StepCosts {
         if measured > 0.0 {
             let times = (seconds / self.expected(rows, measured)).min(MOST_TIMES);
             let after = self.measured_target.partition_point(|c| c.0 < rows);
-            let share = match (after.checked_sub(1), self.measured_target.get(after)) {
-                (Some(before), Some(&(r1, _))) => {
+            if let Some(&(r1, _)) = self.measured_target.get(after) {
+                let before = after.checked_sub(1);
+                let share = before.map_or(0.0, |before| {
                     let r0 = self.measured_target[before].0;
                     (r1 - rows) as f64 / (r1 - r0) as f64
+                });
+                if let Some(before) = before {
+                    self.seen[before].observe(times, share);
                 }
-                (Some(_), None) => 1.0,
-                (None, _) => 0.0,
-            };
-            if let Some(before) = after.checked_sub(1) {
-                self.seen[before].observe(times, share);
-            }
-            if let Some(seen) = self.seen.get_mut(after) {
-                seen.observe(times, 1.0 - share);
+                self.seen[after].observe(times, 1.0 - share);
+            } else {
+                // What follows in proportion may be far off, which says nothing about the counts below.
+                self.seen_beyond.observe(times, 1.0);
             }
         }
         let mut target = std::mem::take(&mut self.target);
@@ -271,5 +280,11 @@ mod tests {
         close(costs.target(8), 1000.0);
         close(costs.target(6), 600.0);
         assert!(costs.target(1) < costs.target(4));
+        // Prompts take half of what follows in proportion.
+        for _ in 0..500 {
+            costs.observe_target(32, 1, Duration::ZERO, Duration::from_micros(1_600));
+        }
+        close(costs.target(32), 1_600.0);
+        close(costs.target(8), 1000.0);
     }
 }

@@ -51,6 +51,10 @@ const FIRST_INTERVAL: u32 = 2;
 const SHORTEST_INTERVAL: u32 = 16;
 const LONGEST_INTERVAL: u32 = 512;
 
+/// Rounds with prompts that go on plainly because that was the faster without them: then plans are followed again,
+/// since the text may have changed and nothing is learned meanwhile.
+const MOST_UNMEASURED: u32 = 512;
+
 /// Weight of an arm's past after each window.
 const WINDOW_DECAY: f64 = 0.7;
 
@@ -109,6 +113,8 @@ struct Contest {
     /// Windows of the leader before the next trial, and what they started from.
     windows_left: u32,
     interval: u32,
+    /// Since the last that was measured.
+    unmeasured_rounds: u32,
 }
 
 impl Default for Contest {
@@ -120,12 +126,22 @@ impl Default for Contest {
             window: Measured::default(),
             windows_left: FIRST_INTERVAL,
             interval: FIRST_INTERVAL,
+            unmeasured_rounds: 0,
         }
     }
 }
 
 impl Contest {
+    fn unmeasured(&mut self) -> Arm {
+        self.unmeasured_rounds += 1;
+        if self.unmeasured_rounds > MOST_UNMEASURED {
+            *self = Contest::default();
+        }
+        self.leader
+    }
+
     fn record(&mut self, window: u32, tokens: u64, seconds: f64) {
+        self.unmeasured_rounds = 0;
         let past = self.measured[self.current as usize];
         let most = if past.rounds > 0.0 { MOST_TIMES * past.seconds / past.rounds } else { f64::INFINITY };
         self.window.add(Measured { rounds: 1.0, tokens: tokens as f64, seconds: seconds.min(most) }, 1.0);
@@ -181,7 +197,7 @@ impl Trials {
     /// Begins a round from which nothing can be learned; the way that has been the faster so far.
     pub(crate) fn begin_unmeasured(&mut self, kind: BatchKind) -> Arm {
         self.open = None;
-        self.contests[kind.0].leader
+        self.contests[kind.0].unmeasured()
     }
 
     /// Ends the round at time `now`, of which `other` went to other work.
@@ -215,7 +231,10 @@ mod tests {
         play(&mut trials, 2_000, 100, 200);
         assert!(play(&mut trials, 20_000, 100, 200) < 0.01);
         play(&mut trials, 20_000, 200, 100);
-        assert_eq!(trials.begin_unmeasured(BatchKind::new(4, true)), Arm::Plain);
+        let mut unmeasured = || trials.begin_unmeasured(BatchKind::new(4, true));
+        assert!((0..MOST_UNMEASURED).all(|_| unmeasured() == Arm::Plain));
+        assert_eq!(unmeasured(), Arm::Planned, "the text may have changed");
+        play(&mut trials, 20_000, 200, 100);
         assert!(play(&mut trials, 20_000, 200, 100) > 0.95, "what was faster has become slower");
         play(&mut trials, 40_000, 100, 200);
         assert!(play(&mut trials, 20_000, 100, 200) < 0.05, "and faster again");

@@ -1,7 +1,7 @@
 //! The output head: the product whose outputs are a row's logits, of which mostly nobody wants to see more than the
 //! token they give ([`choice`](crate::sampling::choice)).
 //!
-//! A task computes [`SHARE_CHUNK`] outputs of some dozens of rows at a time into a scratch of its own, looks for the
+//! A task computes 512 outputs of some dozens of rows at a time into a scratch of its own, looks for the
 //! best of each row, and goes on: over a vocabulary of 152 thousand tokens that spares sixteen rows ten megabytes
 //! written and read again, and what is done with a row is done on all threads. Rows that are wanted whole are
 //! copied from the scratch. The operations on a logit are those of [`matmul`](super::matmul()),

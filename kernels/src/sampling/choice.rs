@@ -10,7 +10,7 @@
 //! `log2(c) < (logit / temperature - best score) * log2(e)`, of which bounds cost a few operations on 16 tokens at a
 //! time.
 //!
-//! A token's *share*, its probability at temperature 1, is of sums over [`SHARE_CHUNK`] logits each, added in order.
+//! A token's *share*, its probability at temperature 1, is of sums over 512 logits each, added in order.
 
 use super::noise::Noise;
 use crate::math;

@@ -3,13 +3,15 @@
 //! The system hands out a page, and zeroes it, when it is first touched: tenths of a millisecond for a
 //! large one, milliseconds on a virtual machine whose host has to find the memory too. A pass that comes
 //! to the end of a page does so in every layer at once, and would stand still in each. So the warmer
-//! touches pages some way ahead of what is in use, at the lowest priority. What is never in use, nor
-//! so far ahead, is never touched.
+//! touches pages some way ahead of what is in use, at the lowest priority, and sleeps after each: whom the
+//! system has put aside for it, even a thread of higher priority, is otherwise back at the clock's next tick only,
+//! some milliseconds later. What is never in use, nor so far ahead, is never touched.
 
 use std::io;
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex, PoisonError, Weak};
 use std::thread::{self, JoinHandle};
+use std::time::{Duration, Instant};
 
 use memmap2::{MmapMut, MmapRaw};
 
@@ -54,6 +56,9 @@ const LARGE_PAGE: usize = 2 << 20;
 
 /// Least bytes ahead in each memory, so that a large page is ready before the last one is full.
 const LEAST_AHEAD: usize = 2 * LARGE_PAGE;
+
+/// A rest is as long as the page before it took, but a page that took long was kept waiting itself.
+const LONGEST_REST: Duration = Duration::from_millis(1);
 
 /// Makes pages ready ahead of use. Ends its thread when it is dropped.
 #[derive(Debug)]
@@ -146,9 +151,11 @@ impl Shared {
         while !self.closing.load(Ordering::Relaxed) {
             match self.next() {
                 Some((map, begin)) => {
+                    let start = Instant::now();
                     if !make_ready(&map, begin) {
                         return;
                     }
+                    thread::sleep(start.elapsed().min(LONGEST_REST));
                 }
                 None => thread::park(),
             }
@@ -236,8 +243,6 @@ mod tests {
     #[cfg(all(target_os = "linux", target_arch = "x86_64"))]
     #[test]
     fn pages_are_ready_some_way_ahead_of_use_and_no_further() {
-        use std::time::{Duration, Instant};
-
         let mut warmer = PageWarmer::new(0);
         let pages = ZeroedPages::new(32 * LARGE_PAGE).unwrap();
         if pages.map.advise_range(memmap2::Advice::PopulateWrite, 0, 1).is_err() {

@@ -6,13 +6,13 @@
 //!    the draft over the fast lane's sequences *and* the deep lane's proposals, so the fast lane gains a
 //!    token a round.
 //! 2. **Target.** One pass of the target over the deep lane: prefill, decode and verification together.
-//!    It is suspended after every layer; fast-lane sequences that have work take a pass of the draft in
+//!    It is suspended after every layer; fast-lane sequences that have work take passes of the draft in
 //!    the gap. When it ends, its tokens are verified, committed and handed to the clients.
 //!
 //! Between any two steps commands are taken, and waiting sequences start. A fast-lane request therefore
-//! waits for at most one pass of the draft and one layer of the target before its own pass. Whoever waits
-//! for a first token goes in every gap; others as long as the fast lane has had less of the pass's time
-//! than the target, so that neither lane can starve the other. None of it changes a bit of any answer.
+//! waits for at most one pass of the draft or one layer of the target before its own pass. Whoever waits
+//! for a first token goes in every gap; others, pass after pass, as long as the fast lane has had less of
+//! the time than the target, so that neither lane can starve the other. None of it changes a bit of any answer.
 
 use std::time::Duration;
 
@@ -26,8 +26,9 @@ use crate::sequence::{ModelRole, Sequence};
 pub(crate) enum Phase {
     /// The next pass of the draft is this round; before round 0 drafts are planned.
     Draft { round: usize },
-    /// The target's pass is under way. Times since it began.
-    Target { fast_time: Duration, target_time: Duration },
+    /// The target's pass is under way. Times since it began; and whether the fast lane has had a pass since the
+    /// last layer.
+    Target { fast_time: Duration, target_time: Duration, fast_has_gone: bool },
 }
 
 impl Default for Phase {
@@ -123,26 +124,29 @@ impl Engine {
         self.stats.num_target_passes += 1;
         let has_begun = self.begin_pass(ModelRole::Target);
         let target_time = clock().saturating_sub(start);
-        self.phase = Phase::Target { fast_time: Duration::ZERO, target_time };
+        self.phase = Phase::Target { fast_time: Duration::ZERO, target_time, fast_has_gone: false };
         if !has_begun {
             self.end_target(false, clock);
         }
         true
     }
 
-    /// One layer of the target, after the fast lane's turn; at the end of the pass its tokens.
+    /// A pass of the fast lane if it is its turn, else one layer of the target; at the end of its pass the
+    /// target's tokens.
     fn advance_target(&mut self, clock: &dyn Fn() -> Duration) {
-        let Phase::Target { fast_time, target_time } = self.phase else { return };
+        let Phase::Target { fast_time, target_time, fast_has_gone } = self.phase else { return };
         let start = clock();
-        if self.lane_isolation && self.fast_lane_is_due(fast_time <= target_time) {
-            self.draft_pass(PassKind::FastOnly, clock);
+        if self.lane_isolation
+            && self.fast_lane_is_due(fast_time <= target_time, fast_has_gone)
+            && self.draft_pass(PassKind::FastOnly, clock)
+        {
+            let fast_time = fast_time + clock().saturating_sub(start);
+            self.phase = Phase::Target { fast_time, target_time, fast_has_gone: true };
+            return;
         }
-        let middle = clock();
         let progress = self.advance_pass(ModelRole::Target);
-        self.phase = Phase::Target {
-            fast_time: fast_time + middle.saturating_sub(start),
-            target_time: target_time + clock().saturating_sub(middle),
-        };
+        let target_time = target_time + clock().saturating_sub(start);
+        self.phase = Phase::Target { fast_time, target_time, fast_has_gone: false };
         match progress {
             Some(true) => {}
             Some(false) => self.end_target(true, clock),
@@ -158,7 +162,7 @@ impl Engine {
         }
         let drawing = self.end_pass(ModelRole::Target, is_whole, clock);
         self.retire();
-        if let Phase::Target { fast_time, target_time } = phase {
+        if let Phase::Target { fast_time, target_time, .. } = phase {
             self.trials.end(clock(), fast_time, self.stats.num_deep_tokens);
             let inputs = &self.target_batch.inputs;
             let time = target_time + clock().saturating_sub(start);
@@ -167,12 +171,17 @@ impl Engine {
         }
     }
 
-    /// True if a fast-lane sequence has something to compute and it is its turn.
-    fn fast_lane_is_due(&self, in_turn: bool) -> bool {
+    /// True if a fast-lane sequence has something to compute and it is its turn: `in_turn` as long as the lane has
+    /// had no more time than the target.
+    fn fast_lane_is_due(&self, in_turn: bool, has_gone: bool) -> bool {
         // Nobody waits for an embedding's next token: it has the first round of every step.
         let waits = |s: &&Sequence| s.lane == Lane::Fast && s.finished.is_none() && !s.is_embedding();
         let fast = || self.scheduler.running().filter(waits);
-        if in_turn { fast().next().is_some() } else { fast().any(Sequence::awaits_first_token) }
+        if in_turn {
+            fast().next().is_some()
+        } else {
+            !has_gone && fast().any(Sequence::awaits_first_token)
+        }
     }
 
     /// Takes what has finished from its seat.

@@ -70,7 +70,7 @@ pub(in crate::cli) struct IsolationArgs {
     #[arg(long, value_name = "N", default_value_t = 4000, value_parser = clap::value_parser!(u32).range(1..))]
     deep_prompt: u32,
 
-    /// Tokens of a fast answer
+    /// Most tokens of a fast answer
     #[arg(long, value_name = "N", default_value_t = 16, value_parser = clap::value_parser!(u32).range(2..))]
     fast_tokens: u32,
 
@@ -232,12 +232,12 @@ impl Subject {
     }
 
     async fn fast_request(&mut self, phase: &mut Phase) -> anyhow::Result<()> {
+        // It may end before its last token: what a model says behind its end has no text, and would look late.
         let body = json!({
             "model": "fast",
             "prompt": self.dealer.new_text(FAST_PROMPT_CHARS),
             "max_tokens": self.num_fast_tokens,
             "temperature": 0,
-            "ignore_eos": true,
             "stream": true,
             "stream_options": { "include_usage": true },
         });

@@ -3,9 +3,9 @@
 //! The system hands out a page, and zeroes it, when it is first touched: tenths of a millisecond for a
 //! large one, milliseconds on a virtual machine whose host has to find the memory too. A pass that comes
 //! to the end of a page does so in every layer at once, and would stand still in each. So the warmer
-//! touches pages some way ahead of what is in use, at the lowest priority, and sleeps after each: whom the
-//! system has put aside for it, even a thread of higher priority, is otherwise back at the clock's next tick only,
-//! some milliseconds later. What is never in use, nor so far ahead, is never touched.
+//! touches pages some way ahead of what is in use, at the lowest priority. Even so it holds up whom the system puts
+//! aside for it, until the page is done or the clock's next tick, some milliseconds. So it works while nobody
+//! computes, and beside others only when little is left. What is never in use, nor so far ahead, is never touched.
 
 use std::io;
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
@@ -57,7 +57,10 @@ const LARGE_PAGE: usize = 2 << 20;
 /// Least bytes ahead in each memory, so that a large page is ready before the last one is full.
 const LEAST_AHEAD: usize = 2 * LARGE_PAGE;
 
-/// A rest is as long as the page before it took, but a page that took long was kept waiting itself.
+/// Nobody computes if no use was noted for so long.
+const IDLE: Duration = Duration::from_millis(20);
+
+/// Behind a page made ready beside others, the warmer rests as long as that took, but no longer than this.
 const LONGEST_REST: Duration = Duration::from_millis(1);
 
 /// Makes pages ready ahead of use. Ends its thread when it is dropped.
@@ -74,6 +77,8 @@ struct Shared {
     ahead: usize,
     /// The first so many blocks of every memory are in use.
     num_used_blocks: AtomicUsize,
+    /// How often use was noted.
+    num_uses: AtomicUsize,
     /// From so many on there is work again.
     wake_at: AtomicUsize,
     closing: AtomicBool,
@@ -88,12 +93,14 @@ struct Watched {
 }
 
 impl PageWarmer {
-    /// Keeps `ahead` bytes ready beyond what is in use, over all memories, and at least two large pages of each.
+    /// Keeps `ahead` bytes ready beyond what is in use, over all memories, and at least two large pages of each; a
+    /// quarter of them, and at least the two, even while passes compute.
     pub fn new(ahead: usize) -> Self {
         let shared = Shared {
             watched: Mutex::default(),
             ahead,
             num_used_blocks: AtomicUsize::new(0),
+            num_uses: AtomicUsize::new(0),
             wake_at: AtomicUsize::new(0),
             closing: AtomicBool::new(false),
         };
@@ -115,9 +122,10 @@ impl PageWarmer {
         self.thread = thread.inspect(|thread| thread.thread().unpark());
     }
 
-    /// Notes that the first `num_blocks` blocks of every memory are in use. A load and a store, and now
-    /// and then a wake-up.
+    /// Notes that the first `num_blocks` blocks of every memory are in use, and that somebody computes. A few loads
+    /// and stores, and now and then a wake-up.
     pub fn note_use(&self, num_blocks: usize) {
+        self.shared.num_uses.fetch_add(1, Ordering::Relaxed);
         let before = self.shared.num_used_blocks.fetch_max(num_blocks, Ordering::Relaxed);
         if num_blocks > before
             && num_blocks >= self.shared.wake_at.load(Ordering::Relaxed)
@@ -148,22 +156,31 @@ impl Shared {
         #[cfg(target_os = "linux")]
         // Without it the warmer only gets in the way a little more.
         let _ = rustix::process::setpriority_process(None, 19);
+        // What had been noted when the warmer last rested.
+        let mut uses_before = None;
         while !self.closing.load(Ordering::Relaxed) {
-            match self.next() {
-                Some((map, begin)) => {
+            let uses = self.num_uses.load(Ordering::Relaxed);
+            let is_idle = uses_before == Some(uses);
+            match self.next(is_idle) {
+                Next::Page(map, begin) => {
                     let start = Instant::now();
                     if !make_ready(&map, begin) {
                         return;
                     }
-                    thread::sleep(start.elapsed().min(LONGEST_REST));
+                    if !is_idle {
+                        thread::sleep(start.elapsed().min(LONGEST_REST));
+                    }
                 }
-                None => thread::park(),
+                Next::WhenIdle => {
+                    uses_before = Some(uses);
+                    thread::park_timeout(IDLE);
+                }
+                Next::Nothing => thread::park(),
             }
         }
     }
 
-    /// The next page to make ready: a memory that still lives and the page's begin in it.
-    fn next(&self) -> Option<(Arc<MmapRaw>, usize)> {
+    fn next(&self, is_idle: bool) -> Next {
         let mut watched = self.lock();
         watched.retain(|memory| memory.map.strong_count() > 0);
         let ahead = (self.ahead / watched.len().max(1)).max(LEAST_AHEAD);
@@ -172,21 +189,45 @@ impl Shared {
         let mut next: Option<(Arc<MmapRaw>, &mut Watched)> = None;
         for memory in watched.iter_mut() {
             let Some(map) = memory.map.upgrade() else { continue };
-            let blocks_ahead = (ahead / memory.block_bytes.max(1)).max(1);
+            let blocks_ahead = memory.num_blocks(ahead);
             least_blocks_ahead = least_blocks_ahead.min(blocks_ahead);
-            let wanted = num_used.saturating_add(blocks_ahead).saturating_mul(memory.block_bytes);
             let is_next = next.as_ref().is_none_or(|(_, next)| memory.num_ready < next.num_ready);
-            if memory.num_ready < wanted.min(map.len()) && is_next {
+            if memory.num_ready < memory.end_of(num_used, ahead).min(map.len()) && is_next {
                 next = Some((map, memory));
             }
         }
-        if let Some((map, memory)) = next {
-            let begin = memory.num_ready;
-            memory.num_ready += LARGE_PAGE;
-            return Some((map, begin));
+        let Some((map, memory)) = next else {
+            self.wake_at.store(num_used.saturating_add(least_blocks_ahead.div_ceil(4)), Ordering::Relaxed);
+            return Next::Nothing;
+        };
+        let is_urgent = memory.num_ready < memory.end_of(num_used, (ahead / 4).max(LEAST_AHEAD));
+        if !is_idle && !is_urgent {
+            return Next::WhenIdle;
         }
-        self.wake_at.store(num_used.saturating_add(least_blocks_ahead.div_ceil(4)), Ordering::Relaxed);
-        None
+        let begin = memory.num_ready;
+        memory.num_ready += LARGE_PAGE;
+        Next::Page(map, begin)
+    }
+}
+
+/// What the warmer has to do.
+enum Next {
+    /// To make ready the large page of a memory that begins at so many bytes.
+    Page(Arc<MmapRaw>, usize),
+    /// Something that can wait until nobody computes.
+    WhenIdle,
+    Nothing,
+}
+
+impl Watched {
+    /// Blocks in so many bytes, at least one.
+    fn num_blocks(&self, len: usize) -> usize {
+        (len / self.block_bytes.max(1)).max(1)
+    }
+
+    /// Where `ahead` bytes behind the blocks in use end, from the start.
+    fn end_of(&self, num_used_blocks: usize, ahead: usize) -> usize {
+        num_used_blocks.saturating_add(self.num_blocks(ahead)).saturating_mul(self.block_bytes)
     }
 }
 

@@ -41,7 +41,7 @@ pub struct CpuBackend {
 }
 
 /// Bytes of the KV cache that are made ready ahead of use, over all layers.
-const BYTES_AHEAD: usize = 128 << 20;
+const BYTES_AHEAD: usize = 256 << 20;
 
 impl CpuBackend {
     /// A backend whose operations run on `pool` and whose keys and values are stored as `kv_type`.

@@ -58,7 +58,7 @@ const LARGE_PAGE: usize = 2 << 20;
 const LEAST_AHEAD: usize = 2 * LARGE_PAGE;
 
 /// Nobody computes if no use was noted for so long.
-const IDLE: Duration = Duration::from_millis(20);
+const IDLE: Duration = Duration::from_millis(100);
 
 /// Behind a page made ready beside others, the warmer rests as long as that took, but no longer than this.
 const LONGEST_REST: Duration = Duration::from_millis(1);

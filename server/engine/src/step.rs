@@ -137,7 +137,7 @@ impl Engine {
         let Phase::Target { fast_time, target_time, fast_has_gone } = self.phase else { return };
         let start = clock();
         if self.lane_isolation
-            && self.fast_lane_is_due(fast_time <= target_time, fast_has_gone)
+            && self.fast_lane_is_due(fast_time < target_time, fast_has_gone)
             && self.draft_pass(PassKind::FastOnly, clock)
         {
             let fast_time = fast_time + clock().saturating_sub(start);
@@ -172,16 +172,12 @@ impl Engine {
     }
 
     /// True if a fast-lane sequence has something to compute and it is its turn: `in_turn` as long as the lane has
-    /// had no more time than the target.
+    /// had less time than the target.
     fn fast_lane_is_due(&self, in_turn: bool, has_gone: bool) -> bool {
         // Nobody waits for an embedding's next token: it has the first round of every step.
         let waits = |s: &&Sequence| s.lane == Lane::Fast && s.finished.is_none() && !s.is_embedding();
         let fast = || self.scheduler.running().filter(waits);
-        if in_turn {
-            fast().next().is_some()
-        } else {
-            !has_gone && fast().any(Sequence::awaits_first_token)
-        }
+        if in_turn { fast().next().is_some() } else { !has_gone && fast().any(Sequence::awaits_first_token) }
     }
 
     /// Takes what has finished from its seat.
@@ -200,5 +196,66 @@ impl Engine {
                 }
             }
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::sync::mpsc::Receiver;
+
+    use super::*;
+    use crate::api::{Event, SamplingParams};
+    use crate::common::{config, hash_pair, request};
+    use crate::speculation::DraftTokens;
+
+    const TICK: Duration = Duration::from_millis(1);
+
+    /// An engine in the middle of the target's pass, with a sequence of the fast lane that has its first token, or
+    /// waits for it.
+    fn in_a_gap(awaits_first_token: bool) -> (Engine, Vec<Receiver<Event>>) {
+        let mut engine = Engine::new(&config(DraftTokens::Fixed(0)), hash_pair(1.0)).expect("it starts");
+        let params = || SamplingParams { max_tokens: 50, ..SamplingParams::default() };
+        let mut clients = Vec::new();
+        let mut submit = |engine: &mut Engine, id, lane| {
+            let (request, events) = request(id, lane, &[1, 2, 3], params(), 100);
+            engine.submit(request, Duration::ZERO);
+            clients.push(events);
+        };
+        submit(&mut engine, 1, Lane::Deep);
+        if !awaits_first_token {
+            submit(&mut engine, 2, Lane::Fast);
+        }
+        while !matches!(engine.phase, Phase::Target { .. }) {
+            engine.step(&|| Duration::ZERO).expect("its account is whole");
+        }
+        if awaits_first_token {
+            submit(&mut engine, 2, Lane::Fast);
+            engine.scheduler.admit(Duration::ZERO);
+        }
+        (engine, clients)
+    }
+
+    /// Whether the fast lane goes next, the lanes having had so many ticks of the target's pass.
+    fn fast_goes(engine: &mut Engine, fast: u32, target: u32, fast_has_gone: bool) -> bool {
+        engine.phase = Phase::Target { fast_time: fast * TICK, target_time: target * TICK, fast_has_gone };
+        let before = engine.stats.num_draft_passes;
+        engine.advance_target(&|| Duration::ZERO);
+        engine.stats.num_draft_passes > before
+    }
+
+    #[test]
+    fn the_fast_lane_goes_on_in_a_gap_until_it_has_had_as_much_time_as_the_target() {
+        let (mut engine, _clients) = in_a_gap(false);
+        for (fast, target) in [(0, 3), (1, 3), (2, 3)] {
+            assert!(fast_goes(&mut engine, fast, target, fast > 0));
+        }
+        assert!(!fast_goes(&mut engine, 3, 3, true), "the lanes are even");
+    }
+
+    #[test]
+    fn who_waits_for_a_first_token_goes_in_every_gap_and_once() {
+        let (mut engine, _clients) = in_a_gap(true);
+        assert!(!fast_goes(&mut engine, 9, 3, true), "a layer comes between");
+        assert!(fast_goes(&mut engine, 9, 3, false));
     }
 }

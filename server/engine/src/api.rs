@@ -527,9 +527,9 @@ pub struct EngineStats {
     pub num_draft_tokens_at: [u64; MAX_DRAFT_TOKENS],
     /// Of those, accepted.
     pub num_accepted_tokens_at: [u64; MAX_DRAFT_TOKENS],
-    /// Milliseconds until a sequence that starts to wait now would run, from the measured rate at which
-    /// waiting ones start; 0 while nobody waits.
-    pub queue_wait_ms: u64,
+    /// Milliseconds until a sequence that starts to wait now would run, by [`Lane`], from the measured rate at
+    /// which waiting ones start; 0 while nobody waits.
+    pub queue_wait_ms_by_lane: [u64; 2],
     /// Sequences that finished by themselves.
     pub num_finished: u64,
     /// Sequences aborted by their client.
@@ -539,9 +539,10 @@ pub struct EngineStats {
 }
 
 impl EngineStats {
-    /// When a sequence that is refused now should be tried again: a second at least, a minute at most.
-    pub fn retry_after(&self) -> Duration {
-        Duration::from_millis(self.queue_wait_ms).clamp(Duration::from_secs(1), Duration::from_secs(60))
+    /// When a sequence that a lane refuses now should be tried again: a second at least, a minute at most.
+    pub fn retry_after(&self, lane: Lane) -> Duration {
+        Duration::from_millis(self.queue_wait_ms_by_lane[lane as usize])
+            .clamp(Duration::from_secs(1), Duration::from_secs(60))
     }
 }
 

@@ -163,24 +163,24 @@ impl EngineHandle {
         if !self.shared.accepting.load(Ordering::Relaxed) {
             return Err(EngineError::ShuttingDown);
         }
-        let lane = lane as usize;
-        let num_submitted = &self.shared.num_submitted[lane];
+        let num_submitted = &self.shared.num_submitted[lane as usize];
         let submitted = num_submitted.fetch_add(1, Ordering::Relaxed);
         let stats = self.shared.stats.load();
-        let waiting = (submitted + stats.num_waiting_by_lane[lane]) as usize;
+        let waiting = (submitted + stats.num_waiting_by_lane[lane as usize]) as usize;
         let limits = &self.shared.limits;
-        let free_seats = limits.max_num_seqs.saturating_sub(stats.num_running_by_lane[lane] as usize);
+        let free_seats =
+            limits.max_num_seqs.saturating_sub(stats.num_running_by_lane[lane as usize] as usize);
         let refuse = |error| {
             num_submitted.fetch_sub(1, Ordering::Relaxed);
             Err(error)
         };
         if waiting >= limits.max_waiting + free_seats {
-            return refuse(EngineError::QueueFull { waiting, retry_after: stats.retry_after() });
+            return refuse(EngineError::QueueFull { waiting, retry_after: stats.retry_after(lane) });
         }
         match self.commands.try_send(command) {
             Ok(()) => Ok(()),
             Err(TrySendError::Full(_)) => {
-                refuse(EngineError::QueueFull { waiting, retry_after: stats.retry_after() })
+                refuse(EngineError::QueueFull { waiting, retry_after: stats.retry_after(lane) })
             }
             Err(TrySendError::Disconnected(_)) => refuse(EngineError::ShuttingDown),
         }

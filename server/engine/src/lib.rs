@@ -8,6 +8,7 @@ mod api;
 mod batch;
 mod block_manager;
 mod constraint;
+mod drain;
 mod embedding;
 mod engine;
 mod handle;

@@ -141,6 +141,11 @@ async fn every_fault_is_named() {
             &["missing field `text`"],
         ),
         (&long_salt, Some("cache_salt"), &["257 bytes"]),
+        (
+            "{\"prompt\": \"a\", \"prediction\": {\"type\": \"content\", \"content\": [{\"type\": \"image\", \"text\": \"b\"}]}}",
+            Some("prediction.content"),
+            &["another type than text, the only one understood"],
+        ),
         (&long_prediction, Some("prediction.content"), &["tokens", "256"]),
         (&longer_prediction, Some("prediction.content"), &["bytes of text", "256"]),
         ("{\"prompt\": \"a\", \"suffix\": \"b\", \"echo\": true}", Some("echo"), &["suffix"]),

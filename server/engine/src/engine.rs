@@ -311,7 +311,7 @@ impl Engine {
             num_preemptions: self.scheduler.num_preemptions(),
             num_cached_tokens: self.scheduler.num_cached_tokens(),
             num_evictions: blocks.num_evictions(),
-            queue_wait_ms: self.scheduler.queue_wait().as_millis() as u64,
+            queue_wait_ms_by_lane: self.scheduler.queue_wait_by_lane().map(|wait| wait.as_millis() as u64),
             ..self.stats
         }
     }

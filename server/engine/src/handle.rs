@@ -17,6 +17,7 @@ use crate::api::{Command, EngineError, EngineStats, Event, Lane, SequenceId, Sub
 use crate::embedding::EmbedRequest;
 use crate::engine::{Engine, EngineConfig, Models};
 use crate::kv_events::KvEvents;
+use crate::limits::Limits;
 use crate::speculation::DraftTokens;
 
 /// Talks to a running engine. Cheap to clone; never blocks on the engine, except to tell it to stop.
@@ -36,20 +37,6 @@ struct Shared {
     heartbeat: AtomicU64,
     stats: SharedStats,
     limits: Limits,
-}
-
-struct Limits {
-    /// By [`Lane`].
-    num_token_ids: [usize; 2],
-    /// By [`Lane`]; 0 of a lane that is not there.
-    hidden_size: [usize; 2],
-    max_model_len: usize,
-    max_waiting: usize,
-    max_num_seqs: usize,
-    block_size: usize,
-    num_blocks: usize,
-    has_fast: bool,
-    has_deep: bool,
 }
 
 /// Commands that can be under way; aborts of a full house and as many submissions.
@@ -86,18 +73,7 @@ impl EngineHandle {
             accepting: AtomicBool::new(true),
             heartbeat: AtomicU64::new(0),
             stats: SharedStats::default(),
-            limits: Limits {
-                num_token_ids: config.num_token_ids_by_lane(),
-                hidden_size: [&models.draft, &models.target]
-                    .map(|model| model.as_ref().map_or(0, |model| model.config().hidden_size)),
-                max_model_len: config.max_model_len,
-                max_waiting: config.max_waiting,
-                max_num_seqs: config.max_num_seqs,
-                block_size: config.block_size,
-                num_blocks: config.num_blocks,
-                has_fast: models.has(Lane::Fast),
-                has_deep: models.has(Lane::Deep),
-            },
+            limits: Limits::new(&config, &models),
         });
         let start = Instant::now();
         let mut engine = Engine::new(&config, models)?;
@@ -163,24 +139,24 @@ impl EngineHandle {
         if !self.shared.accepting.load(Ordering::Relaxed) {
             return Err(EngineError::ShuttingDown);
         }
-        let lane = lane as usize;
-        let num_submitted = &self.shared.num_submitted[lane];
+        let num_submitted = &self.shared.num_submitted[lane as usize];
         let submitted = num_submitted.fetch_add(1, Ordering::Relaxed);
         let stats = self.shared.stats.load();
-        let waiting = (submitted + stats.num_waiting_by_lane[lane]) as usize;
+        let waiting = (submitted + stats.num_waiting_by_lane[lane as usize]) as usize;
         let limits = &self.shared.limits;
-        let free_seats = limits.max_num_seqs.saturating_sub(stats.num_running_by_lane[lane] as usize);
+        let free_seats =
+            limits.max_num_seqs.saturating_sub(stats.num_running_by_lane[lane as usize] as usize);
         let refuse = |error| {
             num_submitted.fetch_sub(1, Ordering::Relaxed);
             Err(error)
         };
         if waiting >= limits.max_waiting + free_seats {
-            return refuse(EngineError::QueueFull { waiting, retry_after: stats.retry_after() });
+            return refuse(EngineError::QueueFull { waiting, retry_after: stats.retry_after(lane) });
         }
         match self.commands.try_send(command) {
             Ok(()) => Ok(()),
             Err(TrySendError::Full(_)) => {
-                refuse(EngineError::QueueFull { waiting, retry_after: stats.retry_after() })
+                refuse(EngineError::QueueFull { waiting, retry_after: stats.retry_after(lane) })
             }
             Err(TrySendError::Disconnected(_)) => refuse(EngineError::ShuttingDown),
         }
@@ -266,61 +242,6 @@ impl EngineHandle {
     /// Ids below this are tokens of a lane.
     pub fn vocab_size(&self, lane: Lane) -> usize {
         self.shared.limits.num_token_ids[lane as usize]
-    }
-}
-
-impl Limits {
-    /// Checks a request and limits `max_tokens` to what the context holds.
-    fn check(&self, request: &mut SubmitRequest) -> Result<(), EngineError> {
-        self.check_lane(request.lane)?;
-        let num_token_ids = self.num_token_ids[request.lane as usize];
-        request.params.validate(num_token_ids)?;
-        self.check_tokens(request.lane, &request.prompt)?;
-        check_ids(&request.speculation.prediction, num_token_ids)?;
-        let num_prompt_tokens = request.prompt.len();
-        let room = self.max_model_len - num_prompt_tokens;
-        if room == 0 && request.params.max_tokens > 0 {
-            return Err(EngineError::PromptTooLong { num_prompt_tokens, max_model_len: self.max_model_len });
-        }
-        request.params.max_tokens = request.params.max_tokens.min(u32::try_from(room).unwrap_or(u32::MAX));
-        self.check_blocks(num_prompt_tokens + request.params.max_tokens as usize)
-    }
-
-    /// Checks what is to be computed.
-    fn check_tokens(&self, lane: Lane, tokens: &[TokenId]) -> Result<(), EngineError> {
-        self.check_lane(lane)?;
-        if tokens.is_empty() {
-            return Err(EngineError::EmptyPrompt);
-        }
-        check_ids(tokens, self.num_token_ids[lane as usize])?;
-        if tokens.len() > self.max_model_len {
-            let max_model_len = self.max_model_len;
-            return Err(EngineError::PromptTooLong { num_prompt_tokens: tokens.len(), max_model_len });
-        }
-        Ok(())
-    }
-
-    fn check_lane(&self, lane: Lane) -> Result<(), EngineError> {
-        let has_lane = match lane {
-            Lane::Fast => self.has_fast,
-            Lane::Deep => self.has_deep,
-        };
-        if has_lane { Ok(()) } else { Err(EngineError::LaneUnavailable(lane)) }
-    }
-
-    fn check_blocks(&self, num_tokens: usize) -> Result<(), EngineError> {
-        let needed_blocks = num_tokens.div_ceil(self.block_size);
-        if needed_blocks > self.num_blocks {
-            return Err(EngineError::KvCacheTooSmall { needed_blocks, total_blocks: self.num_blocks });
-        }
-        Ok(())
-    }
-}
-
-fn check_ids(ids: &[TokenId], vocab_size: usize) -> Result<(), EngineError> {
-    match ids.iter().find(|&&id| id as usize >= vocab_size) {
-        Some(&id) => Err(EngineError::TokenOutOfRange { id, vocab_size }),
-        None => Ok(()),
     }
 }
 

@@ -18,14 +18,12 @@ use std::time::Duration;
 
 use crate::api::{BATCH_PATIENCE, FinishReason, Lane, Priority, SequenceId};
 use crate::block_manager::{BlockManager, CachedPrefix};
+use crate::drain::DrainRate;
 use crate::sequence::{ModelRole, Sequence, Urgency};
 
 /// Blocks that an admitted sequence, and each running one, should still be able to take before
 /// anybody must be preempted; fewer if it will not need as many.
 const HEADROOM_BLOCKS: usize = 4;
-
-/// Weight of the past in the measured interval between starts.
-const DECAY: f64 = 0.9;
 
 /// Waiting and running sequences, and the blocks they own.
 pub(crate) struct Scheduler {
@@ -42,26 +40,8 @@ pub(crate) struct Scheduler {
     expired: Vec<Box<Sequence>>,
     num_preemptions: u64,
     num_cached_tokens: u64,
-    drain: DrainRate,
-}
-
-/// How fast waiting sequences start.
-#[derive(Debug, Default)]
-struct DrainRate {
-    /// Seconds between starts, decayed; `None` before the first two.
-    interval: Option<f64>,
-    last_start: Option<Duration>,
-}
-
-impl DrainRate {
-    fn started(&mut self, now: Duration, others_wait: bool) {
-        if let Some(last) = self.last_start {
-            let seconds = now.saturating_sub(last).as_secs_f64();
-            self.interval = Some(self.interval.map_or(seconds, |i| DECAY * i + (1.0 - DECAY) * seconds));
-        }
-        // Time in which nobody waited says nothing of how fast the queue drains.
-        self.last_start = others_wait.then_some(now);
-    }
+    /// By lane.
+    drain: [DrainRate; 2],
 }
 
 impl Scheduler {
@@ -76,7 +56,7 @@ impl Scheduler {
             expired: Vec::new(),
             num_preemptions: 0,
             num_cached_tokens: 0,
-            drain: DrainRate::default(),
+            drain: Default::default(),
         }
     }
 
@@ -107,10 +87,9 @@ impl Scheduler {
         self.num_cached_tokens
     }
 
-    /// Time until a sequence that starts to wait now would run.
-    pub(crate) fn queue_wait(&self) -> Duration {
-        let places = self.num_waiting() as f64;
-        Duration::from_secs_f64((places * self.drain.interval.unwrap_or(0.0)).min(3600.0))
+    /// Time until a sequence that starts to wait now would run, by lane.
+    pub(crate) fn queue_wait_by_lane(&self) -> [Duration; 2] {
+        std::array::from_fn(|lane| self.drain[lane].time_for(self.waiting[lane].len()))
     }
 
     /// Nothing to compute.
@@ -128,6 +107,7 @@ impl Scheduler {
         // Set when somebody has waited long for blocks: nobody less urgent starts before.
         let mut overdue: Option<Urgency> = None;
         for lane in 0..2 {
+            let mut num_started = 0;
             while let Some(seat) = self.seat_for(lane, now) {
                 let may = |s: &Sequence| self.seats[seat].is_none() || self.outranks(s, seat, now);
                 let Some((index, turn)) = self.first_waiting(lane, now, may) else { break };
@@ -143,7 +123,9 @@ impl Scheduler {
                 // Unless that was done for its blocks.
                 self.preempt(seat);
                 self.start(lane, index, seat, now);
+                num_started += 1;
             }
+            self.drain[lane].observe(num_started, !self.waiting[lane].is_empty(), now);
         }
     }
 
@@ -156,7 +138,6 @@ impl Scheduler {
         };
         sequence.start(prefix, now);
         self.num_cached_tokens += sequence.num_computed(sequence.lane.answered_by()) as u64;
-        self.drain.started(now, !self.waiting[lane].is_empty());
         self.seats[seat] = Some(sequence);
     }
 

@@ -6,13 +6,14 @@ use std::time::Duration;
 use arrayvec::ArrayVec;
 
 use crate::api::{
-    BATCH_PATIENCE, CacheSalt, DraftSource, EngineError, Event, EventSink, FinishReason, Finished, Lane,
-    MAX_DRAFT_TOKENS, OutputToken, Priority, SamplingParams, SequenceId, SinkError, SpeculationParams,
-    SubmitRequest, TokenChunk, TokenId, TokenLogprobs, Usage,
+    BATCH_PATIENCE, CacheSalt, DraftSource, EngineError, Event, FinishReason, Finished, Lane,
+    MAX_DRAFT_TOKENS, OutputToken, Priority, SamplingParams, SequenceId, SpeculationParams, SubmitRequest,
+    TokenId, TokenLogprobs, Usage,
 };
 use crate::block_manager::{BlockTable, CachedPrefix};
 use crate::constraint::Constrained;
 use crate::embedding::Pooling;
+use crate::outbox::{ClientGone, Outbox};
 use crate::sampler::{Draw, TokenCounts};
 use crate::speculation::{Acceptance, Offer, ProposalKind, TextProposers};
 
@@ -194,7 +195,7 @@ impl Sequence {
         if self.scores_prompt() {
             // Prompt tokens whose successors have not been scored must be computed for their logits.
             let computed = &mut self.num_computed[self.lane.answered_by() as usize];
-            *computed = (*computed).min(self.outbox.num_scored);
+            *computed = (*computed).min(self.outbox.num_scored());
         }
         if self.clock.started.is_none() {
             self.clock.started = Some(now);
@@ -446,28 +447,25 @@ impl Sequence {
 
     /// Reports how sure the model was of the token committed last.
     pub(crate) fn push_margin(&mut self, margin: f32) {
-        if let Some(chunk) = self.outbox.tokens.back_mut() {
-            chunk.margins.push(margin);
-        }
+        self.outbox.push_margin(margin);
     }
 
     /// True while prompt tokens wait to be scored; there is no output yet then.
     pub(crate) fn scores_prompt(&self) -> bool {
-        self.params.prompt_logprobs.is_some() && self.outbox.num_scored + 1 < self.prompt.len()
+        self.params.prompt_logprobs.is_some() && self.outbox.num_scored() + 1 < self.prompt.len()
     }
 
     /// Prompt tokens whose successor has been scored, from the start.
     pub(crate) fn num_scored(&self) -> usize {
-        self.outbox.num_scored
+        self.outbox.num_scored()
     }
 
     pub(crate) fn push_prompt_logprobs(&mut self, logprobs: TokenLogprobs) {
-        self.outbox.prompt_logprobs.get_or_insert_with(|| vec![None]).push(Some(logprobs));
-        self.outbox.num_scored += 1;
+        self.outbox.push_prompt_logprobs(logprobs);
     }
 
     pub(crate) fn send_embedding(&mut self, embedding: Vec<f32>) {
-        self.outbox.embedding = Some(embedding);
+        self.outbox.push_embedding(embedding);
     }
 
     /// Offers what is new to the client.
@@ -482,99 +480,11 @@ impl Sequence {
 
     /// True once the client has been handed everything.
     pub(crate) fn is_delivered(&self) -> bool {
-        self.outbox.delivered
+        self.outbox.is_delivered()
     }
 
     /// Tells the client that the sequence failed, as far as there is room.
-    pub(crate) fn fail(mut self, error: EngineError) -> BlockTable {
-        // A client too slow for one more event finds its channel closed instead.
-        let _ = self.outbox.sink.try_send(Event::Failed(error));
-        self.block_table
-    }
-}
-
-/// Nobody listens to a sequence's events any more.
-#[derive(Debug)]
-pub(crate) struct ClientGone;
-
-/// What has been committed and not yet been handed to the client.
-struct Outbox {
-    sink: Box<dyn EventSink>,
-    prompt_logprobs: Option<Vec<Option<TokenLogprobs>>>,
-    num_scored: usize,
-    embedding: Option<Vec<f32>>,
-    /// Unsent output, in chunks that each fit one event.
-    tokens: std::collections::VecDeque<TokenChunk>,
-    with_logprobs: bool,
-    delivered: bool,
-}
-
-impl Outbox {
-    fn new(sink: Box<dyn EventSink>, params: &SamplingParams) -> Self {
-        Outbox {
-            sink,
-            // The first prompt token has no distribution; a one-token prompt reports just that.
-            prompt_logprobs: params.prompt_logprobs.map(|_| vec![None]),
-            num_scored: 0,
-            embedding: None,
-            tokens: std::collections::VecDeque::with_capacity(2),
-            with_logprobs: params.logprobs.is_some(),
-            delivered: false,
-        }
-    }
-
-    fn push(&mut self, token: OutputToken, logprobs: Option<TokenLogprobs>) {
-        if self.tokens.back().is_none_or(|chunk| chunk.tokens.is_full()) {
-            self.tokens.push_back(TokenChunk::default());
-        }
-        let chunk = self.tokens.back_mut().expect("a chunk was just made sure of: this is a bug");
-        chunk.tokens.push(token);
-        if self.with_logprobs {
-            chunk.logprobs.extend(logprobs);
-        }
-    }
-
-    fn flush(&mut self, prompt_done: bool, last: Option<Event>) -> Result<(), ClientGone> {
-        if self.delivered {
-            return Ok(());
-        }
-        if prompt_done && let Some(logprobs) = self.prompt_logprobs.take() {
-            match self.sink.try_send(Event::PromptLogprobs(logprobs)) {
-                Ok(()) => {}
-                Err(SinkError::Full(Event::PromptLogprobs(logprobs))) => {
-                    self.prompt_logprobs = Some(logprobs);
-                    return Ok(());
-                }
-                Err(_) => return Err(ClientGone),
-            }
-        }
-        if let Some(embedding) = self.embedding.take() {
-            match self.sink.try_send(Event::Embedding(embedding)) {
-                Ok(()) => {}
-                Err(SinkError::Full(Event::Embedding(embedding))) => {
-                    self.embedding = Some(embedding);
-                    return Ok(());
-                }
-                Err(_) => return Err(ClientGone),
-            }
-        }
-        while let Some(chunk) = self.tokens.pop_front() {
-            match self.sink.try_send(Event::Tokens(chunk)) {
-                Ok(()) => {}
-                Err(SinkError::Full(Event::Tokens(chunk))) => {
-                    self.tokens.push_front(chunk);
-                    return Ok(());
-                }
-                Err(_) => return Err(ClientGone),
-            }
-        }
-        if let Some(event) = last {
-            match self.sink.try_send(event) {
-                Ok(()) => self.delivered = true,
-                Err(SinkError::Full(_)) => {}
-                Err(SinkError::Closed) => return Err(ClientGone),
-            }
-        }
-        Ok(())
+    pub(crate) fn fail(self, error: EngineError) {
+        self.outbox.fail(error);
     }
 }

@@ -291,8 +291,9 @@ impl Collector for EngineCollector {
             let gauge = ConstGauge::new(i64::try_from(value).unwrap_or(i64::MAX));
             gauge.encode(encoder.encode_descriptor(name, help, None, gauge.metric_type())?)?;
         }
-        let wait = ConstGauge::new(stats.queue_wait_ms as f64 / 1000.0);
-        let help = "How long a sequence that begins to wait now would wait";
+        let longest = stats.queue_wait_ms_by_lane.into_iter().max().unwrap_or(0);
+        let wait = ConstGauge::new(longest as f64 / 1000.0);
+        let help = "How long a sequence that begins to wait now would wait, in the slower lane";
         wait.encode(encoder.encode_descriptor(
             "queue_wait",
             help,

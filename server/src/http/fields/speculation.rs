@@ -78,7 +78,10 @@ impl<'de> Deserialize<'de> for PredictedText {
                 let mut joined = String::new();
                 while let Some(TextPart { r#type, text }) = parts.next_element()? {
                     if r#type != "text" {
-                        return Err(de::Error::custom("only parts of type \"text\" are understood"));
+                        // Without quotation marks: what is in them may be the client's own, and is cut.
+                        return Err(de::Error::custom(
+                            "a part has another type than text, the only one understood",
+                        ));
                     }
                     joined.push_str(&text);
                 }

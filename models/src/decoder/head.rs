@@ -369,3 +369,26 @@ impl<B: Backend> Attached<B> {
         &mut self.head
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::outputs::{Choice, choose};
+
+    /// The policy goes by it: a head with few outputs must not look less sure than it is.
+    #[test]
+    fn a_share_is_of_the_outputs_that_a_head_has() {
+        let to_target: Vec<u32> = (0..700).map(|output| 5 * output + 3).collect();
+        let outputs: Vec<f32> = (0..700).map(|i| ((i * 37 % 101) as f32 - 50.0) / 10.0).collect();
+        let choice = Choice { share: true, ..Choice::default() };
+        let own = choose(&outputs, choice);
+        let mut spread = OwnOutputs::new(to_target.clone());
+        // Longer than the last output: some chunks of the sum have none.
+        spread.spread(&outputs, 5_000);
+        let chosen = spread.spread.outputs(&[Wanted::Token(choice)], 5_000).chosen[0];
+        assert_eq!(chosen.token, to_target[own.token as usize]);
+        assert!(own.share > 0.01 && chosen.is_finite);
+        // The same terms, added in other chunks.
+        assert!((chosen.share / own.share - 1.0).abs() < 1e-5, "{} is not {}", chosen.share, own.share);
+    }
+}

@@ -64,11 +64,12 @@ impl Engine {
         }
         let load = self.step_load();
         let kind = BatchKind::new(plan.seats.len(), samples);
-        let always_plans = must_plan || plan.seats.len() < 2;
-        // How long a round with prompts takes says more about them.
-        let arm = if always_plans || load.num_prefill_rows > 0 {
-            let leader = self.trials.begin_unmeasured(kind);
-            if always_plans { Arm::Planned } else { leader }
+        let arm = if must_plan || plan.seats.len() < 2 {
+            self.trials.begin_uncontested();
+            Arm::Planned
+        } else if load.num_prefill_rows > 0 {
+            // How long a round with prompts takes says more about them.
+            self.trials.begin_unmeasured(kind)
         } else {
             self.trials.begin(kind, now, self.stats.num_deep_tokens)
         };

@@ -51,8 +51,8 @@ const FIRST_INTERVAL: u32 = 2;
 const SHORTEST_INTERVAL: u32 = 16;
 const LONGEST_INTERVAL: u32 = 512;
 
-/// Rounds with prompts that go on plainly because that was the faster without them: then plans are followed again,
-/// since the text may have changed and nothing is learned meanwhile.
+/// Rounds with prompts that go on plainly because that was the faster without them, and none between that was
+/// measured: then plans are followed again, since the text may have changed and nothing is learned meanwhile.
 const MOST_UNMEASURED: u32 = 512;
 
 /// Weight of an arm's past after each window.
@@ -133,9 +133,11 @@ impl Default for Contest {
 
 impl Contest {
     fn unmeasured(&mut self) -> Arm {
-        self.unmeasured_rounds += 1;
-        if self.unmeasured_rounds > MOST_UNMEASURED {
-            *self = Contest::default();
+        if self.leader == Arm::Plain {
+            self.unmeasured_rounds += 1;
+            if self.unmeasured_rounds > MOST_UNMEASURED {
+                *self = Contest::default();
+            }
         }
         self.leader
     }
@@ -194,6 +196,11 @@ impl Trials {
         self.contests[kind.0].current
     }
 
+    /// Begins a round that goes as planned whatever was measured, and of which nothing is learned.
+    pub(crate) fn begin_uncontested(&mut self) {
+        self.open = None;
+    }
+
     /// Begins a round from which nothing can be learned; the way that has been the faster so far.
     pub(crate) fn begin_unmeasured(&mut self, kind: BatchKind) -> Arm {
         self.open = None;
@@ -238,6 +245,16 @@ mod tests {
         assert!(play(&mut trials, 20_000, 200, 100) > 0.95, "what was faster has become slower");
         play(&mut trials, 40_000, 100, 200);
         assert!(play(&mut trials, 20_000, 100, 200) < 0.05, "and faster again");
+    }
+
+    #[test]
+    fn rounds_that_must_go_as_planned_take_nothing_from_what_was_learned() {
+        let mut trials = Trials::default();
+        play(&mut trials, 20_000, 200, 100);
+        let kind = BatchKind::new(4, true);
+        (0..2 * MOST_UNMEASURED).for_each(|_| trials.begin_uncontested());
+        assert_eq!(trials.begin_unmeasured(kind), Arm::Plain);
+        assert!(play(&mut trials, 1_000, 200, 100) > 0.9);
     }
 
     #[test]

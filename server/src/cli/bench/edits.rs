@@ -14,8 +14,9 @@ use anyhow::{Context as _, bail, ensure};
 use clap::Args;
 use serde::Deserialize;
 use tandem_engine::{
-    CacheSalt, DraftSource, DraftSources, DraftTokens, Engine, EngineConfig, Event, Finished, Lane, Models,
-    Priority, SamplingParams, SequenceId, SpeculationParams, SubmitRequest, TokenId,
+    CacheSalt, DraftSource, DraftSources, DraftTokens, Engine, EngineConfig, Event, Finished, Lane,
+    MAX_DRAFT_TOKENS, Models, Priority, SamplingParams, SequenceId, SpeculationParams, SubmitRequest,
+    TokenId,
 };
 use tandem_models::{Checkpoint, Model, Tokenizer};
 
@@ -38,7 +39,8 @@ file, with the file before the edit as `prediction` and without.
 
 The answer is forced: the target computes every pass as it is, and then the token that the edited file has at \
 each position is made the likeliest. So the figures say what speculation does with edits, and not how clever \
-the target is. The draft proposes unaided. All ways to speculate take turns on each edit.
+the target is. The draft proposes unaided. All ways to speculate take turns on each edit; --fixed adds drafts of \
+fixed lengths, to see which is the fastest.
 
 The run checks that every answer is the edited file, token for token; the exit status is 1 if one is not.";
 
@@ -66,6 +68,10 @@ pub(in crate::cli) struct EditsArgs {
     #[arg(long, value_name = "N", default_value_t = 1, value_parser = clap::value_parser!(u32).range(1..=1000))]
     rounds: u32,
 
+    /// Also with the prediction and always so many draft tokens, no draft model; comma-separated
+    #[arg(long, value_name = "N,...", value_delimiter = ',', value_parser = clap::value_parser!(u8).range(1..=MAX_DRAFT_TOKENS as i64))]
+    fixed: Vec<u8>,
+
     /// Write the report to this file
     #[arg(long, value_name = "FILE")]
     json: Option<PathBuf>,
@@ -87,9 +93,9 @@ struct Edit {
 }
 
 /// One way to speculate.
-#[derive(Clone, Copy, Debug)]
+#[derive(Clone, Debug)]
 struct Setting {
-    name: &'static str,
+    name: String,
     /// Most draft tokens; `None` leaves it to the policy.
     max_draft_tokens: Option<u8>,
     sources: DraftSources,
@@ -102,25 +108,34 @@ const DRAFT_ONLY: usize = 1;
 const WITHOUT_PREDICTION: usize = 3;
 const WITH_PREDICTION: usize = 4;
 
-/// The policy's choices, and the longest drafts: what the proposals are worth where rows cost nothing.
-fn settings() -> [Setting; 8] {
+/// The policy's choices, the longest drafts (what the proposals are worth where rows cost nothing), and those of
+/// `fixed` lengths.
+fn settings(fixed: &[u8]) -> Vec<Setting> {
     let only = |source| DraftSources::NONE.with(source);
-    let auto =
-        |name, sources, has_prediction| Setting { name, max_draft_tokens: None, sources, has_prediction };
-    let longest =
-        |setting| Setting { max_draft_tokens: Some(tandem_engine::MAX_DRAFT_TOKENS as u8), ..setting };
+    let setting = |name: &str, max_draft_tokens, sources, has_prediction| Setting {
+        name: name.to_owned(),
+        max_draft_tokens,
+        sources,
+        has_prediction,
+    };
     let draft_and_ngram = only(DraftSource::Draft).with(DraftSource::Ngram);
-    let none = auto("no speculation", DraftSources::NONE, false);
-    [
-        Setting { max_draft_tokens: Some(0), ..none },
-        auto("draft", only(DraftSource::Draft), false),
-        auto("n-gram", only(DraftSource::Ngram), false),
-        auto("draft, n-gram (default without a prediction)", draft_and_ngram, false),
-        auto("draft, n-gram, prediction (default with one)", DraftSources::ALL, true),
-        auto("prediction", only(DraftSource::Prediction), true),
-        longest(auto("default without a prediction, longest drafts", draft_and_ngram, false)),
-        longest(auto("default with a prediction, longest drafts", DraftSources::ALL, true)),
-    ]
+    let most = Some(MAX_DRAFT_TOKENS as u8);
+    let mut settings = vec![
+        setting("no speculation", Some(0), DraftSources::NONE, false),
+        setting("draft", None, only(DraftSource::Draft), false),
+        setting("n-gram", None, only(DraftSource::Ngram), false),
+        setting("draft, n-gram (default without a prediction)", None, draft_and_ngram, false),
+        setting("draft, n-gram, prediction (default with one)", None, DraftSources::ALL, true),
+        setting("prediction", None, only(DraftSource::Prediction), true),
+        setting("default without a prediction, longest drafts", most, draft_and_ngram, false),
+        setting("default with a prediction, longest drafts", most, DraftSources::ALL, true),
+    ];
+    let texts = only(DraftSource::Ngram).with(DraftSource::Prediction);
+    settings.extend(fixed.iter().map(|&length| {
+        let name = format!("n-gram, prediction, {length} drafted");
+        setting(&name, Some(length), texts, true)
+    }));
+    settings
 }
 
 /// An edit in tokens.
@@ -146,8 +161,8 @@ pub(super) fn run(args: &EditsArgs) -> anyhow::Result<ExitCode> {
         tasks.extend(bench.task(edit).with_context(|| format!("edit {}", edit.id))?);
     }
     ensure!(!tasks.is_empty(), "none of the {} edits fits the context", edits.len());
-    let settings = settings();
-    let mut totals = settings.map(|setting| Total::new(setting.name));
+    let settings = settings(&args.fixed);
+    let mut totals: Vec<Total> = settings.iter().map(|setting| Total::new(&setting.name)).collect();
     let progress = report::progress_bar(args.rounds as usize * tasks.len() * settings.len(), "answers");
     for round in 0..args.rounds as usize {
         for (index, task) in tasks.iter().enumerate() {
@@ -329,7 +344,7 @@ mod tests {
 
     #[test]
     fn the_headline_compares_what_it_says() {
-        let settings = settings();
+        let settings = settings(&[4]);
         assert_eq!(settings[DRAFT_ONLY].name, "draft");
         assert!(settings[WITHOUT_PREDICTION].name.contains("default without"));
         assert!(settings[WITH_PREDICTION].name.contains("default with one"));

@@ -45,7 +45,8 @@ const EXAMPLES: &str = "\
 Examples:
   tandem bench policy
   tandem bench policy --prompts HumanEval.jsonl --limit 48 --rounds 10 --json policy.json
-  tandem bench policy --batches 1 --temperatures 0 --fixed 0,4 --only-real";
+  tandem bench policy --batches 1 --temperatures 0 --fixed 0,4 --only-real
+  tandem bench policy --batches 16 --temperatures 0.8 --only-random";
 
 /// Arguments of `tandem bench policy`.
 #[derive(Args, Debug)]
@@ -83,6 +84,10 @@ pub(in crate::cli) struct PolicyArgs {
     #[arg(long)]
     only_real: bool,
 
+    /// Leave the pair's own draft out
+    #[arg(long, conflicts_with = "only_real")]
+    only_random: bool,
+
     /// Seed of the sampled answers and of the random weights
     #[arg(long, value_name = "SEED", default_value_t = 1)]
     seed: u64,
@@ -109,7 +114,13 @@ pub(super) fn run(args: &PolicyArgs) -> anyhow::Result<ExitCode> {
     let header = Header::of("policy", &runtime)?;
     header.print();
     let random = random_pair(args, &config, &runtime)?;
-    let mut cells = tokio.block_on(measure(args, "the pair's", runtime, &prompts))?;
+    let mut cells = Vec::new();
+    if args.only_random {
+        runtime.engine.shutdown();
+        runtime.engine_thread.join().map_err(|_| anyhow::anyhow!("the engine's thread panicked"))?;
+    } else {
+        cells.extend(tokio.block_on(measure(args, "the pair's", runtime, &prompts))?);
+    }
     if let Some((_folder, config)) = &random {
         cells.extend(tokio.block_on(measure(args, "random", runtime::start(config)?, &prompts))?);
     }

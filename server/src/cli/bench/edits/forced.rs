@@ -3,7 +3,7 @@
 use std::sync::{Arc, Mutex, PoisonError};
 
 use tandem_engine::TokenId;
-use tandem_models::outputs::WholeRows;
+use tandem_models::outputs::Chosen;
 use tandem_models::{DecoderConfig, ForwardBatch, Model, ModelError, Outputs, Wanted};
 
 /// What a forced model has to say; shared with the one who tells it.
@@ -26,29 +26,31 @@ impl Script {
     }
 }
 
+impl Answer {
+    /// The token that follows `position`, which counts the prompt.
+    fn token_after(&self, position: usize) -> Option<TokenId> {
+        (position + 1).checked_sub(self.prompt_len).and_then(|index| self.tokens.get(index).copied())
+    }
+}
+
 /// More than any logit, and far from the end of f32.
 const RAISE: f32 = 1e4;
 
-/// Passes everything to the real model, and raises the logit of the answer's token in each row. One
-/// sequence at a time.
+/// Passes everything to the real model as it is, so that a pass costs what it costs a server, and puts the answer's
+/// token in each row: it is the one that was chosen, or its logit is raised. One sequence at a time, which is not
+/// drawn.
 pub(super) struct Forced {
     real: Box<dyn Model>,
     script: Script,
-    /// The pass under way, as it was asked for, and as it is asked of the real model: all rows whole.
-    batch: ForwardBatch,
-    whole: ForwardBatch,
-    rows: WholeRows,
+    /// Of the pass under way: whether each row is wanted whole, and the token that it is to give.
+    rows: Vec<(bool, Option<TokenId>)>,
+    logits: Vec<f32>,
+    chosen: Vec<Chosen>,
 }
 
 impl Forced {
     pub(super) fn new(real: Box<dyn Model>, script: Script) -> Self {
-        Forced {
-            real,
-            script,
-            batch: ForwardBatch::new(),
-            whole: ForwardBatch::new(),
-            rows: WholeRows::default(),
-        }
+        Forced { real, script, rows: Vec::new(), logits: Vec::new(), chosen: Vec::new() }
     }
 }
 
@@ -66,10 +68,14 @@ impl Model for Forced {
     }
 
     fn begin(&mut self, batch: &ForwardBatch) -> Result<(), ModelError> {
-        self.batch.clone_from(batch);
-        self.whole.clone_from(batch);
-        self.whole.wanted.fill(Wanted::Whole);
-        self.real.begin(&self.whole)
+        let script = self.script.0.lock().unwrap_or_else(PoisonError::into_inner);
+        let tokens = batch.logits_rows.iter().map(|&row| {
+            let position = batch.positions[row as usize];
+            script.token_after(position as usize)
+        });
+        self.rows.clear();
+        self.rows.extend(batch.wanted.iter().map(|wanted| matches!(wanted, Wanted::Whole)).zip(tokens));
+        self.real.begin(batch)
     }
 
     fn advance(&mut self) -> Result<bool, ModelError> {
@@ -77,19 +83,25 @@ impl Model for Forced {
     }
 
     fn finish(&mut self) -> Result<Outputs<'_>, ModelError> {
-        let Forced { batch, rows, .. } = self;
-        rows.logits.clear();
-        rows.logits.extend_from_slice(self.real.finish()?.logits);
+        let Forced { rows, logits, chosen, .. } = self;
         let vocab_size = self.real.config().vocab_size;
-        let script = self.script.0.lock().unwrap_or_else(PoisonError::into_inner);
-        for (logits, &row) in rows.logits.chunks_exact_mut(vocab_size).zip(&batch.logits_rows) {
-            // A row speaks of the token after its own.
-            let index = (batch.positions[row as usize] as usize + 1).checked_sub(script.prompt_len);
-            if let Some(&token) = index.and_then(|index| script.tokens.get(index)) {
-                logits[token as usize] += RAISE;
+        let mut outputs = self.real.finish()?;
+        logits.clear();
+        logits.extend_from_slice(outputs.logits);
+        chosen.clear();
+        chosen.extend_from_slice(outputs.chosen);
+        let (mut whole_rows, mut chosen_rows) = (logits.chunks_exact_mut(vocab_size), chosen.iter_mut());
+        for &mut (is_whole, token) in rows {
+            if is_whole {
+                let row = whole_rows.next().expect("logits of each: this is a bug");
+                token.iter().for_each(|&token| row[token as usize] += RAISE);
+            } else {
+                let row = chosen_rows.next().expect("a token of each: this is a bug");
+                row.token = token.unwrap_or(row.token);
             }
         }
-        Ok(rows.outputs(&batch.wanted, batch.num_token_ids))
+        (outputs.logits, outputs.chosen) = (logits, chosen);
+        Ok(outputs)
     }
 }
 
@@ -98,12 +110,19 @@ mod tests {
     use std::path::Path;
 
     use tandem_kernels::ThreadPool;
+    use tandem_models::outputs::Choice;
     use tandem_models::{BackendKind, Checkpoint};
 
     use super::*;
 
+    fn run<'a>(model: &'a mut dyn Model, batch: &ForwardBatch) -> Outputs<'a> {
+        model.begin(batch).expect("a pass");
+        while model.advance().expect("a layer") {}
+        model.finish().expect("a pass")
+    }
+
     #[test]
-    fn rows_of_the_answer_are_raised_and_others_are_the_models_own() {
+    fn rows_of_the_answer_are_forced_and_others_are_the_models_own() {
         let dir = Path::new(env!("CARGO_MANIFEST_DIR")).join("../models/demo/draft");
         let checkpoint = Checkpoint::open(&dir).expect("the demo pair is in the repository");
         let load = || {
@@ -125,5 +144,13 @@ mod tests {
         wanted[2 * vocab_size + 7] += RAISE;
         wanted[3 * vocab_size + 9] += RAISE;
         assert!(wanted == found);
+        // The same where only tokens are wanted, and of one row all.
+        batch.wanted.fill(Wanted::Token(Choice::default()));
+        batch.wanted[2] = Wanted::Whole;
+        let tokens = |outputs: Outputs<'_>| outputs.chosen.iter().map(|row| row.token).collect::<Vec<_>>();
+        let real = tokens(run(real.as_mut(), &batch));
+        let outputs = run(&mut forced, &batch);
+        assert!(outputs.logits == &wanted[2 * vocab_size..3 * vocab_size]);
+        assert_eq!(tokens(outputs), [real[0], real[1], 9, real[3]]);
     }
 }

@@ -14,7 +14,7 @@ const AIM: f64 = 3.0;
 /// All answers of one setting.
 #[derive(Clone, Debug)]
 pub(super) struct Total {
-    setting: &'static str,
+    setting: String,
     num_tokens: u64,
     num_passes: u64,
     num_draft_tokens: [u64; 3],
@@ -24,9 +24,9 @@ pub(super) struct Total {
 }
 
 impl Total {
-    pub(super) fn new(setting: &'static str) -> Self {
+    pub(super) fn new(setting: &str) -> Self {
         Total {
-            setting,
+            setting: setting.to_owned(),
             num_tokens: 0,
             num_passes: 0,
             num_draft_tokens: [0; 3],
@@ -57,7 +57,7 @@ impl Total {
 /// One setting in numbers.
 #[derive(Clone, Debug, Serialize)]
 struct Row {
-    setting: &'static str,
+    setting: String,
     passes_per_token: f64,
     tokens_per_pass: f64,
     tokens_per_second: f64,
@@ -90,7 +90,7 @@ pub(super) struct Report {
 impl Report {
     pub(super) fn new(header: Header, num_edits: usize, num_measured: usize, totals: &[Total]) -> Self {
         let row = |total: &Total| Row {
-            setting: total.setting,
+            setting: total.setting.clone(),
             passes_per_token: total.passes_per_token(),
             tokens_per_pass: 1.0 / total.passes_per_token(),
             tokens_per_second: total.num_tokens as f64 / total.decode_time.as_secs_f64(),
@@ -123,7 +123,7 @@ impl Report {
             "prediction acc./off.",
         ];
         let cells = |row: &Row| {
-            let mut cells = vec![row.setting.to_owned()];
+            let mut cells = vec![row.setting.clone()];
             cells.push(format!("{:.3}", row.passes_per_token));
             cells.push(format!("{:.2}", row.tokens_per_pass));
             cells.push(format!("{:.0}", row.tokens_per_second));

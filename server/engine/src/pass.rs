@@ -13,8 +13,8 @@ use tandem_models::VocabMap;
 use crate::api::{EngineError, EngineStats, FinishReason, Lane};
 use crate::batch::ScheduledSequence;
 use crate::engine::Engine;
-use crate::rows::{Row, Rows};
-use crate::sampler::{LogprobScratch, Sampler};
+use crate::rows::{Asked, Row, Rows};
+use crate::sampler::{Drawn, Sampler};
 use crate::scheduler::Scheduler;
 use crate::sequence::{ModelRole, Sequence};
 use crate::speculation::{DraftPolicy, HeadPolicy, verify};
@@ -114,7 +114,6 @@ impl Engine {
         let mut receivers = Receivers {
             scheduler: &mut self.scheduler,
             sampler: &mut self.sampler,
-            logprobs: &mut self.logprobs,
             policy: &mut self.policy,
             draft_head: &mut self.draft_head,
             stats: &mut self.stats,
@@ -171,7 +170,7 @@ impl Engine {
             ModelRole::Target => &mut self.target_batch,
             ModelRole::Draft => &mut self.draft_batch,
         };
-        batch.retain_only(scheduled, role, &self.scheduler);
+        batch.retain_only(scheduled, role, &mut self.scheduler);
         let model = self.models.get(role).expect("a lane has its model: this is a bug");
         guard(|| {
             model.begin(&batch.inputs).map_err(forward_error)?;
@@ -235,7 +234,6 @@ struct Given<'a> {
 struct Receivers<'a> {
     scheduler: &'a mut Scheduler,
     sampler: &'a mut Sampler,
-    logprobs: &'a mut LogprobScratch,
     policy: &'a mut DraftPolicy,
     draft_head: &'a mut HeadPolicy,
     stats: &'a mut EngineStats,
@@ -262,7 +260,6 @@ impl Receivers<'_> {
         let mut pass = SequencePass {
             sequence,
             sampler: self.sampler,
-            logprobs: self.logprobs,
             policy: self.policy,
             draft_head: self.draft_head,
             stats: self.stats,
@@ -293,7 +290,6 @@ impl Receivers<'_> {
 struct SequencePass<'a> {
     sequence: &'a mut Sequence,
     sampler: &'a mut Sampler,
-    logprobs: &'a mut LogprobScratch,
     policy: &'a mut DraftPolicy,
     draft_head: &'a mut HeadPolicy,
     stats: &'a mut EngineStats,
@@ -367,7 +363,7 @@ impl SequencePass<'_> {
         {
             if position >= sequence.num_scored() {
                 let next = sequence.tokens()[position + 1];
-                let scores = self.logprobs.compute(&row.logits()[..self.num_token_ids], next, num_top.into());
+                let scores = self.sampler.score(&row.logits()[..self.num_token_ids], next, num_top.into());
                 sequence.push_prompt_logprobs(scores);
             }
             position += 1;
@@ -380,7 +376,7 @@ impl SequencePass<'_> {
         let before = sequence.usage;
         let num_draft_tokens = sequence.draft_tokens().len();
         let rows = rows.map(|row| row.first(self.num_token_ids));
-        let outcome = verify(sequence, rows, self.sampler, self.logprobs, self.now);
+        let outcome = verify(sequence, rows, self.sampler, self.now);
         let after = sequence.usage;
         let new_tokens = u64::from(after.num_output_tokens - before.num_output_tokens);
         match sequence.lane {
@@ -436,15 +432,13 @@ impl SequencePass<'_> {
                 Row::Whole(self.translated)
             }
         };
-        let is_adaptive = sequence.drafting.is_adaptive;
-        let drawn = sequence.draw_after(sequence.draft_tokens().len()).and_then(|draw| {
-            let id = self.sampler.draw(row, &draw)?;
-            Ok((id, is_adaptive.then(|| draw.probability(row, id))))
-        });
-        match drawn {
-            Ok((id, confidence)) => {
+        let num_provisional = sequence.draft_tokens().len();
+        let asked = Asked::of(sequence, num_provisional, true);
+        let drawn = sequence.draw_after(num_provisional);
+        match drawn.and_then(|draw| self.sampler.draw(row, &draw, asked)) {
+            Ok(Drawn { id, share, .. }) => {
                 sequence.push_draft_token(id);
-                sequence.drafting.confidences.extend(confidence);
+                sequence.drafting.confidences.extend(asked.share.then_some(share));
                 // Nothing follows a stop token, or the end of what was asked for.
                 let is_last = sequence.params.stop_token_ids.contains(&id)
                     || sequence.is_complete_after(sequence.draft_tokens().len()).unwrap_or(true);

@@ -3,8 +3,9 @@
 //!
 //! `cargo run --release -p tandem-kernels --example draw [-- THREADS INPUTS TEMPERATURE DEVIATION ROUNDS]`
 //!
-//! Over a vocabulary of 152 thousand tokens, Q8_0 weights, at 1, 5 and 16 rows of logits that are normally distributed
-//! with this deviation (3: a few tokens are likely; less: many). In turn, medians, so only ratios count.
+//! Over a vocabulary of 152 thousand tokens, Q8_0 weights, at 1, 5 and 16 rows of logits: a few tokens stand out by
+//! [`PEAKS`] deviations, the others are normally distributed (3, as a model's are; less: flat, nearly all may be drawn).
+//! In turn, medians, so only ratios count.
 
 use std::hint::black_box;
 use std::sync::Arc;
@@ -21,6 +22,8 @@ use tandem_kernels::sampling::{RowRoom, choose_in};
 const OUTPUTS: usize = 151_936;
 const NUM_TOKEN_IDS: usize = 151_665;
 const ROWS: [usize; 3] = [1, 5, 16];
+/// What the likeliest tokens' logits are, about, in deviations of the others'.
+const PEAKS: [f32; 6] = [8.0, 7.7, 7.2, 6.5, 5.8, 5.0];
 /// Elements and bytes of a block of Q8_0.
 const BLOCK: (usize, usize) = (32, 34);
 
@@ -65,13 +68,21 @@ fn main() {
     let number =
         |i: usize, default: f64| arguments.get(i).map_or(default, |arg| arg.parse().expect("a number"));
     let (threads, inputs) = (number(0, 2.0) as usize, number(1, 896.0) as usize);
-    let (temperature, deviation, rounds) = (number(2, 0.2), number(3, 3.0) as f32, number(4, 9.0) as usize);
+    let (temperature, deviation, rounds) = (number(2, 0.8), number(3, 3.0) as f32, number(4, 9.0) as usize);
     let pool = ThreadPool::new(threads);
     let mut stream = Stream(1);
     let weights = weights(&mut stream, inputs);
     // A weight is uniform among 256 numbers from -1/2 to 1/2.
     let scale = deviation / ((1.0f32 / 12.0).sqrt() * (inputs as f32).sqrt());
-    let x: Vec<f32> = (0..ROWS[2] * inputs).map(|_| scale * stream.normal()).collect();
+    let mut x: Vec<f32> = (0..ROWS[2] * inputs).map(|_| scale * stream.normal()).collect();
+    let mut weight = vec![0.0; inputs];
+    for row in x.chunks_exact_mut(inputs) {
+        for peak in PEAKS {
+            weights.row(stream.next() as usize % NUM_TOKEN_IDS, &mut weight);
+            let share = deviation * peak / weight.iter().map(|weight| weight * weight).sum::<f32>();
+            row.iter_mut().zip(&weight).for_each(|(x, weight)| *x += share * weight);
+        }
+    }
     println!(
         "{threads} threads, {}, inputs {inputs}, temperature {temperature}, deviation {deviation}",
         pool.isa()

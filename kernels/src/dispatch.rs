@@ -29,7 +29,7 @@ pub(crate) struct Kernels {
     pub(crate) greatest: unsafe fn(logits: &[f32], first: u32, best: &mut Best),
     pub(crate) race: unsafe fn(logits: &[f32], first: u32, race: &Race, best: &mut Best),
     pub(crate) mass: unsafe fn(logits: &[f32], factor: f32) -> Mass,
-    pub(crate) maxima: unsafe fn(logits: &[f32], out: &mut Vec<f32>),
+    pub(crate) mask: unsafe fn(logits: &mut [f32], words: &[u32]),
     pub(crate) collect: sampling::Collect,
     pub(crate) pack: unsafe fn(format: BlockFormat, rows: &words::Rows<'_>, panel: &mut [Line]),
     pub(crate) read: unsafe fn(&[Line]) -> u64,
@@ -60,7 +60,7 @@ static SCALAR: Kernels = Kernels {
     greatest: sampling::scalar::greatest,
     race: sampling::scalar::race,
     mass: sampling::scalar::mass,
-    maxima: sampling::scalar::maxima,
+    mask: sampling::scalar::mask,
     collect: sampling::scalar::collect,
     pack: words::pack,
     read: roof::scalar::read,
@@ -200,8 +200,9 @@ macro_rules! vector_kernels {
                 exp_sub = sampling::vector::exp_sub(x: &[f32], max: f32, out: &mut [f32]);
                 greatest = sampling::vector::greatest(logits: &[f32], first: u32, best: &mut Best);
                 race = sampling::vector::race(logits: &[f32], first: u32, race: &Race, best: &mut Best);
-                maxima = sampling::vector::maxima(logits: &[f32], out: &mut Vec<f32>);
-                collect = sampling::vector::collect(logits: &[f32], least: f32, out: &mut Vec<(u32, f32)>);
+                collect = sampling::vector::collect(
+                    logits: &[f32], first: u32, least: f32, out: &mut Vec<(u32, f32)>
+                );
                 layer_norm = layer_norm::vector::layer_norm(
                     x: &[f32], weight: &[f32], bias: &[f32], eps: f32, out: &mut [f32]
                 );
@@ -222,6 +223,11 @@ macro_rules! vector_kernels {
             #[target_feature(enable = $features)]
             unsafe fn pack(format: BlockFormat, rows: &words::Rows<'_>, panel: &mut [Line]) {
                 words::pack(format, rows, panel);
+            }
+
+            #[target_feature(enable = $features)]
+            unsafe fn mask(logits: &mut [f32], words: &[u32]) {
+                sampling::scalar::mask(logits, words);
             }
 
             #[target_feature(enable = $features)]
@@ -276,7 +282,7 @@ macro_rules! vector_kernels {
                 greatest: Self::greatest,
                 race: Self::race,
                 mass: Self::mass,
-                maxima: Self::maxima,
+                mask: Self::mask,
                 collect: Self::collect,
                 pack: Self::pack,
                 read: Self::read,

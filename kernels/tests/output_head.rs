@@ -4,13 +4,15 @@
 
 mod common;
 
+use std::sync::Arc;
+
 use common::{Noise, assert_same_bits, pools};
 use tandem_kernels::matmul::head::{Head, HeadRoom, Wanted, head};
 use tandem_kernels::matmul::matmul;
 use tandem_kernels::pack::{PackedMatrix, WeightType, Weights};
 use tandem_kernels::quant::BlockFormat;
-use tandem_kernels::sampling::choice::{Choice, Chosen, Race};
-use tandem_kernels::sampling::{choose, noise};
+use tandem_kernels::sampling::choice::{Change, Choice, Chosen, Keep, Race};
+use tandem_kernels::sampling::{RowRoom, choose_in, noise};
 use tandem_kernels::scaling::{scale, soft_cap};
 use tandem_kernels::{Isa, ThreadPool};
 
@@ -27,15 +29,29 @@ fn weights(noise: &mut Noise, weight_type: WeightType, elements: usize) -> Vec<u
 
 /// What is wanted of a row: everything in turn.
 fn wanted(row: usize) -> Wanted {
-    let race = Race { noise: noise::Noise::new(5, row as u64), inverse_temperature: 1.0 / 0.8 };
-    match row % 6 {
-        0 => Wanted::Token(Choice { race: None, share: true }),
-        1 => Wanted::Token(Choice { race: Some(race), share: false }),
-        2 => Wanted::Whole,
-        3 => Wanted::Token(Choice { race: None, share: false }),
-        4 => Wanted::Token(Choice { race: Some(race), share: true }),
-        _ => Wanted::Token(Choice { race: Some(Race { inverse_temperature: 0.01, ..race }), share: false }),
-    }
+    let noise = noise::Noise::new(5, row as u64);
+    let drawn =
+        |inverse_temperature| Choice { race: Some(Race { noise, inverse_temperature }), ..Choice::default() };
+    let kept = |top_k, top_p, min_p| Choice { keep: Keep { top_k, top_p, min_p }, ..drawn(1.25) };
+    let mask = || Some(Arc::new((0..40).map(|word: u32| word.wrapping_mul(0x9e37_79b9)).collect::<Vec<_>>()));
+    let change = |id| Change { bias: 0.5, repetition: 1.2, is_forbidden: id % 9 == 0, ..Change::none(id) };
+    let changes = || Some(Arc::new((0..300).map(|i| change(5 * i)).collect::<Vec<_>>()));
+    Wanted::Token(match row % 14 {
+        0 => Choice { share: true, ..Choice::default() },
+        1 => drawn(1.25),
+        2 => return Wanted::Whole,
+        3 => Choice::default(),
+        4 => Choice { share: true, ..drawn(1.25) },
+        5 => drawn(0.01),
+        6 => kept(20, 1.0, 0.0),
+        7 => Choice { share: true, ..kept(0, 0.7, 0.0) },
+        8 => Choice { report: Some(5), ..kept(20, 0.8, 0.05) },
+        9 => Choice { report: Some(0), ..Choice::default() },
+        10 => Choice { mask: mask(), share: true, ..kept(0, 1.0, 0.5) },
+        11 => Choice { mask: mask(), ..Choice::default() },
+        12 => Choice { changes: changes(), report: Some(2), ..drawn(2.0) },
+        _ => Choice { changes: changes(), mask: mask(), report: Some(3), share: true, ..kept(0, 0.9, 0.0) },
+    })
 }
 
 #[derive(Clone, Copy)]
@@ -62,7 +78,12 @@ const CASES: [Case; 5] = [
 ];
 
 /// What is to come of the rows of `x`: the whole ones, and the tokens of the others.
-fn expected(case: &Case, matrix: &PackedMatrix, x: &[f32], wanted: &[Wanted]) -> (Vec<f32>, Vec<Chosen>) {
+fn expected(
+    case: &Case,
+    matrix: &PackedMatrix,
+    x: &[f32],
+    wanted: &[Wanted],
+) -> (Vec<f32>, Vec<Chosen>, Vec<(u32, f32)>) {
     let pool = ThreadPool::with_isa(1, Isa::Scalar).unwrap();
     let mut logits = vec![0.0; wanted.len() * case.outputs];
     matmul(&pool, x, matrix, None, &mut logits);
@@ -72,14 +93,18 @@ fn expected(case: &Case, matrix: &PackedMatrix, x: &[f32], wanted: &[Wanted]) ->
     if let Some(cap) = case.cap {
         soft_cap(&pool, &mut logits, cap);
     }
-    let (mut whole, mut chosen) = (Vec::new(), Vec::new());
+    let (mut whole, mut chosen, mut top) = (Vec::new(), Vec::new(), Vec::new());
+    let mut room = RowRoom::default();
     for (row, wanted) in logits.chunks_exact(case.outputs).zip(wanted) {
         match wanted {
             Wanted::Whole => whole.extend_from_slice(row),
-            Wanted::Token(choice) => chosen.push(choose(&row[..case.num_token_ids], *choice)),
+            Wanted::Token(choice) => {
+                chosen.push(choose_in(&row[..case.num_token_ids], choice, &mut room));
+                top.extend_from_slice(room.top());
+            }
         }
     }
-    (whole, chosen)
+    (whole, chosen, top)
 }
 
 #[test]
@@ -93,9 +118,9 @@ fn a_row_gives_what_the_whole_row_would() {
             if rows > 3 {
                 x[3 * case.inputs + 5] = f32::NAN;
             }
-            let all_alike = [Wanted::Whole, wanted(0), wanted(1)].map(|wanted| vec![wanted; rows]);
+            let all_alike = [2, 0, 1, 7, 8].map(|kind| vec![wanted(kind); rows]);
             for wanted in [(0..rows).map(wanted).collect()].into_iter().chain(all_alike) {
-                let (expected_whole, expected_chosen) = expected(&case, &matrix, &x, &wanted);
+                let (expected_whole, expected_chosen, expected_top) = expected(&case, &matrix, &x, &wanted);
                 let Case { num_token_ids, scale, cap, .. } = case;
                 let of = Head { weights: &matrix, scale, soft_cap: cap, num_token_ids };
                 for pool in pools() {
@@ -105,6 +130,7 @@ fn a_row_gives_what_the_whole_row_would() {
                     let what = format!("{pool:?} {matrix:?} rows {rows}");
                     assert_same_bits(&whole, &expected_whole, &what);
                     assert_eq!(chosen.len(), expected_chosen.len(), "{what}");
+                    assert_eq!(room.top(), expected_top, "{what}");
                     for (got, expected) in chosen.iter().zip(&expected_chosen) {
                         assert_eq!(got.is_finite, expected.is_finite, "{what}");
                         assert!(!got.is_finite || got == expected, "{what}: {got:?}, not {expected:?}");
@@ -125,12 +151,13 @@ fn room_serves_passes_of_any_size_one_after_the_other() {
     for rows in [20, 1, 5, 0, 33] {
         let x = noise.floats(rows * PLAIN.inputs);
         let wanted: Vec<Wanted> = (0..rows).map(wanted).collect();
-        let (expected_whole, expected_chosen) = expected(&PLAIN, &matrix, &x, &wanted);
+        let (expected_whole, expected_chosen, expected_top) = expected(&PLAIN, &matrix, &x, &wanted);
         let mut whole = vec![0.0; expected_whole.len()];
         let of = Head { weights: &matrix, scale: 1.0, soft_cap: None, num_token_ids: PLAIN.num_token_ids };
         head(&pool, &x, &of, &wanted, &mut room, &mut whole);
         assert_same_bits(&whole, &expected_whole, "whole rows");
         assert_eq!(room.chosen(), expected_chosen);
+        assert_eq!(room.top(), expected_top);
     }
 }
 

@@ -96,8 +96,9 @@ impl ForwardBatch {
 
     /// What is wanted of the rows that [`ForwardBatch::push_sequence`] asked for last; the last of them if `wanted` is
     /// shorter.
-    pub fn want(&mut self, wanted: impl DoubleEndedIterator<Item = Wanted>) {
-        for (row, wanted) in self.wanted.iter_mut().rev().zip(wanted.rev()) {
+    pub fn want(&mut self, wanted: impl ExactSizeIterator<Item = Wanted>) {
+        let begin = self.wanted.len().saturating_sub(wanted.len());
+        for (row, wanted) in self.wanted[begin..].iter_mut().zip(wanted) {
             *row = wanted;
         }
     }

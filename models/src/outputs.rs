@@ -1,9 +1,9 @@
 //! What a pass gives: of every row that was asked for its logits, or the one token that is chosen of them.
 
 pub use tandem_kernels::matmul::head::Wanted;
-pub use tandem_kernels::sampling::choice::{Choice, Chosen, Race};
+pub use tandem_kernels::sampling::choice::{Change, Choice, Chosen, Keep, Race, Report};
 pub use tandem_kernels::sampling::noise::Noise;
-pub use tandem_kernels::sampling::{ShareRoom, choose, choose_in};
+pub use tandem_kernels::sampling::{RowRoom, choose, choose_in};
 
 /// The outputs of a pass, in the order of [`crate::ForwardBatch::logits_rows`]; lent by the model until its next pass.
 #[derive(Clone, Copy, Debug, Default, PartialEq)]
@@ -12,6 +12,9 @@ pub struct Outputs<'a> {
     pub logits: &'a [f32],
     /// Of each of the other rows.
     pub chosen: &'a [Chosen],
+    /// The likeliest tokens of those that report any, likeliest first, one row's after the other's: as many as its
+    /// [`Report`] says, with their bare logits.
+    pub top: &'a [(u32, f32)],
 }
 
 /// The outputs of a model that computes all rows whole, whatever is wanted; buffers that are used again and again.
@@ -20,7 +23,8 @@ pub struct WholeRows {
     /// `[rows, row_width]`
     pub logits: Vec<f32>,
     chosen: Vec<Chosen>,
-    room: ShareRoom,
+    top: Vec<(u32, f32)>,
+    room: RowRoom,
 }
 
 impl WholeRows {
@@ -38,6 +42,7 @@ impl WholeRows {
             wanted.len()
         );
         self.chosen.clear();
+        self.top.clear();
         let mut num_whole = 0;
         for (row, wanted) in wanted.iter().enumerate() {
             match wanted {
@@ -47,12 +52,13 @@ impl WholeRows {
                 }
                 Wanted::Token(choice) => {
                     let tokens = &self.logits[row * width..][..width.min(num_token_ids)];
-                    self.chosen.push(choose_in(tokens, *choice, &mut self.room));
+                    self.chosen.push(choose_in(tokens, choice, &mut self.room));
+                    self.top.extend_from_slice(self.room.top());
                 }
             }
         }
         self.logits.truncate(num_whole * width);
-        Outputs { logits: &self.logits, chosen: &self.chosen }
+        Outputs { logits: &self.logits, chosen: &self.chosen, top: &self.top }
     }
 }
 
@@ -62,11 +68,13 @@ mod tests {
 
     #[test]
     fn whole_rows_stay_and_others_give_a_token_that_is_no_padding() {
-        let token = Wanted::Token(Choice::default());
+        let token = |report| Wanted::Token(Choice { report, ..Choice::default() });
         let logits = vec![1.0, 2.0, 9.0, 3.0, 4.0, 9.0, 6.0, 5.0, 9.0];
         let mut rows = WholeRows { logits, ..WholeRows::default() };
-        let Outputs { logits, chosen } = rows.outputs(&[token, Wanted::Whole, token], 2);
+        let Outputs { logits, chosen, top } =
+            rows.outputs(&[token(Some(1)), Wanted::Whole, token(Some(3))], 2);
         assert_eq!(logits, [3.0, 4.0, 9.0]);
+        assert_eq!(top, [(1, 2.0), (0, 6.0), (1, 5.0)]);
         assert_eq!(chosen.iter().map(|chosen| chosen.token).collect::<Vec<_>>(), [1, 0]);
         rows.logits.clear();
         assert_eq!(rows.outputs(&[], 2), Outputs::default());

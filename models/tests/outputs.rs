@@ -12,7 +12,7 @@ use safetensors::Dtype;
 use serde_json::json;
 use tandem_kernels::ThreadPool;
 use tandem_models::backend::BackendKind;
-use tandem_models::outputs::{Choice, Chosen, Noise, Race, choose};
+use tandem_models::outputs::{Choice, Chosen, Keep, Noise, Race, RowRoom, choose_in};
 use tandem_models::{Checkpoint, ForwardBatch, Head, KvType, Model, Wanted};
 
 /// Several chunks of the head, the last of them short.
@@ -33,32 +33,44 @@ fn model(kind: BackendKind) -> Box<dyn Model> {
 
 fn wanted(row: usize) -> Wanted {
     let race = Race { noise: Noise::new(3, row as u64), inverse_temperature: 1.25 };
-    match row % 4 {
-        0 => Wanted::Token(Choice { race: None, share: true }),
-        1 => Wanted::Whole,
-        2 => Wanted::Token(Choice { race: Some(race), share: true }),
-        _ => Wanted::Token(Choice { race: Some(race), share: false }),
-    }
+    let drawn = || Choice { race: Some(race), ..Choice::default() };
+    let mask = || Some(Arc::new((0..50u32).map(|word| word.wrapping_mul(0x9e37_79b9)).collect::<Vec<_>>()));
+    Wanted::Token(match row % 7 {
+        0 => Choice { share: true, ..Choice::default() },
+        1 => return Wanted::Whole,
+        2 => Choice { share: true, ..drawn() },
+        3 => drawn(),
+        4 => Choice { keep: Keep { top_k: 20, top_p: 0.8, ..Keep::ALL }, report: Some(3), ..drawn() },
+        5 => Choice { keep: Keep { top_p: 0.9, min_p: 0.01, ..Keep::ALL }, share: true, ..drawn() },
+        _ => Choice { mask: mask(), report: Some(2), ..Choice::default() },
+    })
 }
 
+/// Whole rows, tokens of the others, and what those report.
+type Given = (Vec<f32>, Vec<Chosen>, Vec<(u32, f32)>);
+
 /// A pass over the tokens, of which all rows are wanted.
-fn outputs(model: &mut dyn Model, batch: &ForwardBatch) -> (Vec<f32>, Vec<Chosen>) {
+fn outputs(model: &mut dyn Model, batch: &ForwardBatch) -> Given {
     model.begin(batch).unwrap();
     while model.advance().unwrap() {}
     let outputs = model.finish().unwrap();
-    (outputs.logits.to_vec(), outputs.chosen.to_vec())
+    (outputs.logits.to_vec(), outputs.chosen.to_vec(), outputs.top.to_vec())
 }
 
 /// What the batch wants of whole rows of `width`.
-fn expected(whole: &[f32], width: usize, batch: &ForwardBatch) -> (Vec<f32>, Vec<Chosen>) {
-    let (mut logits, mut chosen) = (Vec::new(), Vec::new());
+fn expected(whole: &[f32], width: usize, batch: &ForwardBatch) -> Given {
+    let (mut logits, mut chosen, mut top) = (Vec::new(), Vec::new(), Vec::new());
+    let mut room = RowRoom::default();
     for (row, wanted) in whole.chunks_exact(width).zip(&batch.wanted) {
         match wanted {
             Wanted::Whole => logits.extend_from_slice(row),
-            Wanted::Token(choice) => chosen.push(choose(&row[..width.min(batch.num_token_ids)], *choice)),
+            Wanted::Token(choice) => {
+                chosen.push(choose_in(&row[..width.min(batch.num_token_ids)], choice, &mut room));
+                top.extend_from_slice(room.top());
+            }
         }
     }
-    (logits, chosen)
+    (logits, chosen, top)
 }
 
 #[test]
@@ -72,7 +84,7 @@ fn a_token_of_a_row_is_the_one_of_the_whole_row() {
             batch.push_sequence(&random_tokens(5, LEN, NUM_TOKEN_IDS), 0, &[0, 1], 16, LEN);
             batch.short_head = is_short;
             batch.num_token_ids = NUM_TOKEN_IDS;
-            let (whole, none) = outputs(&mut *model, &batch);
+            let (whole, none, _) = outputs(&mut *model, &batch);
             assert!(none.is_empty() && whole.len() == LEN * width);
             batch.want((0..LEN).map(wanted));
             let expected = expected(&whole, width, &batch);
@@ -81,14 +93,9 @@ fn a_token_of_a_row_is_the_one_of_the_whole_row() {
             batch.clear();
             batch.push_sequence(&random_tokens(5, LEN, NUM_TOKEN_IDS), 0, &[0, 1], 16, 3);
             batch.short_head = is_short;
-            batch.want([wanted(0); 3].into_iter());
-            let rows = whole.chunks_exact(width).skip(LEN - 3);
-            let chosen = rows.map(|row| choose(row, Choice { race: None, share: true })).collect();
-            assert_eq!(
-                outputs(&mut *model, &batch),
-                (Vec::new(), chosen),
-                "{kind:?}, short head: {is_short}"
-            );
+            batch.want([0, 4, 5].map(wanted).into_iter());
+            let expected = self::expected(&whole[(LEN - 3) * width..], width, &batch);
+            assert_eq!(outputs(&mut *model, &batch), expected, "{kind:?}, short head: {is_short}");
         }
     }
 }
@@ -115,11 +122,11 @@ fn a_token_of_a_head_with_its_own_vocabulary_is_the_one_of_the_row_in_its_target
         let mut batch = ForwardBatch::new();
         batch.push_sequence(&random_tokens(5, LEN, num_token_ids), 0, &[0, 1], 16, LEN);
         batch.num_token_ids = num_token_ids;
-        let (whole, none) = outputs_of_head(&batch);
+        let (whole, none, _) = outputs_of_head(&batch);
         assert!(none.is_empty() && whole.len() == LEN * vocab_size);
         batch.want((0..LEN).map(wanted));
-        let (logits, chosen) = outputs_of_head(&batch);
+        let (logits, chosen, top) = outputs_of_head(&batch);
         assert!(chosen.iter().all(|chosen| chosen.is_finite && ids.contains(&chosen.token)), "{kind:?}");
-        assert_eq!((logits, chosen), expected(&whole, vocab_size, &batch), "{kind:?}");
+        assert_eq!((logits, chosen, top), expected(&whole, vocab_size, &batch), "{kind:?}");
     }
 }

@@ -4,7 +4,8 @@
 //! A task computes 512 outputs of some dozens of rows at a time into a scratch of its own, looks for the
 //! best of each row, and goes on: over a vocabulary of 152 thousand tokens that spares sixteen rows ten megabytes
 //! written and read again, and what is done with a row is done on all threads. Rows that are wanted whole are
-//! copied from the scratch. The operations on a logit are those of [`matmul`](super::matmul()),
+//! copied from the scratch. Of a row whose token takes more than the best of its tasks (top-k, top-p, reports) what
+//! tasks have kept is joined afterwards, on all threads if there are several such rows. The operations on a logit are those of [`matmul`](super::matmul()),
 //! [`scale`](crate::scaling::scale) and [`soft_cap`](crate::scaling::soft_cap); those of the choice are of its own row
 //! alone, and the same however outputs are shared out.
 
@@ -15,18 +16,25 @@ use super::{Input, Place, Tile, check, compute, panel_ns, with_input};
 use crate::LANES;
 use crate::pack::{PackedMatrix, Part};
 use crate::pool::ThreadPool;
-use crate::sampling::choice::{Best, Choice, Chosen, Mass, SHARE_CHUNK};
-use crate::sampling::{look_at, mass};
+use crate::sampling::choice::{Choice, Chosen, SHARE_CHUNK};
+use crate::sampling::part::{Masses, Part as RowPart};
 use crate::shared_out::SharedOut;
 
 /// What is wanted of a row.
-#[derive(Clone, Copy, Debug, Default, PartialEq)]
+#[derive(Clone, Debug, Default, PartialEq)]
 pub enum Wanted {
     /// Every logit.
     #[default]
     Whole,
     /// One token.
     Token(Choice),
+}
+
+impl Wanted {
+    /// True if it is every logit.
+    pub fn is_whole(&self) -> bool {
+        matches!(self, Wanted::Whole)
+    }
 }
 
 /// The head of a model.
@@ -51,18 +59,21 @@ const _: () = assert!(SHARE_CHUNK.is_multiple_of(LANES));
 /// What tasks leave behind, and what comes of it; buffers that are used again and again.
 #[derive(Debug, Default)]
 pub struct HeadRoom {
-    /// `[tasks, rows]`
-    bests: Vec<Best>,
+    /// `[rows, tasks]`
+    parts: Vec<RowPart>,
     /// `[rows, chunks]`
-    masses: Vec<Mass>,
+    masses: Vec<Masses>,
     /// `[rows]`: where whole rows go.
     places: Vec<usize>,
+    /// `[rows]`
+    outcomes: Vec<Chosen>,
     chosen: Vec<Chosen>,
+    top: Vec<(u32, f32)>,
 }
 
 /// The outputs of every row of `x: [rows, inputs]`, as `wanted: [rows]` has them: `whole` is
-/// `[rows wanted whole, outputs]`, and a token of each of the others is in [`HeadRoom::chosen`] afterwards, both in the
-/// order of the rows.
+/// `[rows wanted whole, outputs]`, and a token of each of the others is in [`HeadRoom::chosen`] afterwards, with what
+/// is to be reported in [`HeadRoom::top`], all in the order of the rows.
 ///
 /// # Panics
 /// If a length does not fit the others, if no output stands for a token, or if outputs are of several types: chunks
@@ -78,7 +89,7 @@ pub fn head(
     let Head { weights, num_token_ids, .. } = *head;
     let rows = check("head", x.len(), weights, None);
     let num_outputs = weights.out_features();
-    let num_whole = wanted.iter().filter(|wanted| **wanted == Wanted::Whole).count();
+    let num_whole = wanted.iter().filter(|wanted| wanted.is_whole()).count();
     assert!(rows == wanted.len(), "head: {rows} rows, of which {} are wanted", wanted.len());
     assert!(
         whole.len() == num_whole * num_outputs,
@@ -93,6 +104,7 @@ pub fn head(
         panic!("head: outputs of {} types; wanted one", weights.parts().len());
     };
     room.chosen.clear();
+    room.top.clear();
     if rows == 0 {
         return;
     }
@@ -100,26 +112,22 @@ pub fn head(
     let num_chunks = num_computed.div_ceil(SHARE_CHUNK);
     let tasks = pool.num_tasks(num_chunks, CHUNK_PANELS * panel_ns(part, rows, weights.in_features()));
     room.begin(rows, tasks, num_chunks, wanted);
-    let HeadRoom { bests, masses, places, chosen } = room;
+    let HeadRoom { parts, masses, places, .. } = &mut *room;
     let out = Outputs {
-        bests: SharedOut::new(bests),
+        parts: SharedOut::new(parts),
         masses: SharedOut::new(masses),
         whole: SharedOut::new(whole),
         places,
+        num_tasks: tasks,
     };
     with_input(pool, x, weights, |input| {
         pool.run(tasks, &|task| {
             let range = task * num_chunks / tasks..(task + 1) * num_chunks / tasks;
-            // SAFETY: lengths are checked, and every task has a place and chunks of its own.
+            // SAFETY: lengths are checked, and every task has parts and chunks of its own.
             unsafe { work(pool, &Work { input, head, wanted, part, num_chunks }, range, task, &out) };
         });
     });
-    for (row, wanted) in wanted.iter().enumerate() {
-        let Wanted::Token(choice) = wanted else { continue };
-        let best = (0..tasks).map(|task| bests[task * rows + row]).fold(Best::NONE, Best::or);
-        let masses = if choice.share { &masses[row * num_chunks..][..num_chunks] } else { &[] };
-        chosen.push(best.chosen(masses));
-    }
+    room.choose(pool, wanted, tasks, num_chunks, num_token_ids);
 }
 
 impl HeadRoom {
@@ -128,19 +136,60 @@ impl HeadRoom {
         &self.chosen
     }
 
+    /// The likeliest tokens and their bare logits of the rows of which they were to be reported, likeliest first;
+    /// how many of each row is in its [`Chosen::report`].
+    pub fn top(&self) -> &[(u32, f32)] {
+        &self.top
+    }
+
     fn begin(&mut self, rows: usize, tasks: usize, num_chunks: usize, wanted: &[Wanted]) {
-        self.bests.clear();
-        self.bests.resize(tasks * rows, Best::NONE);
-        let shares = wanted.iter().any(|wanted| matches!(wanted, Wanted::Token(Choice { share: true, .. })));
-        // Of rows whose share nobody wants they stay as they are.
-        self.masses.resize(if shares { rows * num_chunks } else { 0 }, Mass::default());
+        self.parts.truncate(tasks * rows);
+        self.parts.iter_mut().for_each(RowPart::clear);
+        self.parts.resize(tasks * rows, RowPart::default());
+        let sums = wanted.iter().any(|wanted| matches!(wanted, Wanted::Token(choice) if choice.sums()));
+        // Of rows that sum nothing they stay as they are.
+        self.masses.resize(if sums { rows * num_chunks } else { 0 }, Masses::default());
+        self.outcomes.resize(rows, Chosen::default());
         let mut next = 0;
         self.places.clear();
         self.places.extend(wanted.iter().map(|wanted| {
             let place = next;
-            next += usize::from(*wanted == Wanted::Whole);
+            next += usize::from(wanted.is_whole());
             place
         }));
+    }
+
+    /// Chooses every row's token of what tasks have found.
+    fn choose(
+        &mut self,
+        pool: &ThreadPool,
+        wanted: &[Wanted],
+        tasks: usize,
+        num_chunks: usize,
+        num_tokens: usize,
+    ) {
+        let HeadRoom { parts, masses, outcomes, chosen, top, .. } = self;
+        let (shared, chosen_of) = (SharedOut::new(parts), SharedOut::new(outcomes));
+        let choose = |row: usize| {
+            let Wanted::Token(choice) = &wanted[row] else { return };
+            let masses = if choice.sums() { &masses[row * num_chunks..][..num_chunks] } else { &[] };
+            // SAFETY: the row's own.
+            unsafe {
+                let parts = shared.part(row * tasks, tasks);
+                chosen_of.part(row, 1)[0] = RowPart::choose(parts, choice, masses, num_tokens);
+            }
+        };
+        let is_joined = |wanted: &&Wanted| matches!(wanted, Wanted::Token(choice) if choice.is_joined());
+        match wanted.iter().filter(is_joined).count() {
+            0 | 1 => (0..wanted.len()).for_each(choose),
+            _ => pool.run(wanted.len(), &choose),
+        }
+        for (row, wanted) in wanted.iter().enumerate() {
+            if !wanted.is_whole() {
+                top.extend_from_slice(parts[row * tasks].top(&outcomes[row]));
+                chosen.push(outcomes[row]);
+            }
+        }
     }
 }
 
@@ -157,10 +206,11 @@ struct Work<'a> {
 
 /// Where they leave their results.
 struct Outputs<'a> {
-    bests: SharedOut<'a, Best>,
-    masses: SharedOut<'a, Mass>,
+    parts: SharedOut<'a, RowPart>,
+    masses: SharedOut<'a, Masses>,
     whole: SharedOut<'a>,
     places: &'a [usize],
+    num_tasks: usize,
 }
 
 thread_local! {
@@ -174,8 +224,6 @@ thread_local! {
 /// Lengths are checked; no other call has the same task or any of the chunks.
 unsafe fn work(pool: &ThreadPool, work: &Work<'_>, chunks: Range<usize>, task: usize, out: &Outputs<'_>) {
     let (num_rows, part) = (work.input.num_rows, work.part);
-    // SAFETY: the task's own.
-    let bests = unsafe { out.bests.part(task * num_rows, num_rows) };
     SCRATCH.with_borrow_mut(|scratch| {
         let len = num_rows.min(SCRATCH_ROWS) * SHARE_CHUNK;
         scratch.resize(scratch.len().max(len), 0.0);
@@ -202,15 +250,7 @@ unsafe fn work(pool: &ThreadPool, work: &Work<'_>, chunks: Range<usize>, task: u
                 unsafe { compute(pool, &tile) };
                 for (row, logits) in rows.zip(scratch.chunks_exact_mut(SHARE_CHUNK)) {
                     // SAFETY: the chunk of a row is this task's.
-                    unsafe {
-                        work.take(
-                            pool,
-                            (row, chunk, first_output),
-                            &mut logits[..width],
-                            &mut bests[row],
-                            out,
-                        )
-                    };
+                    unsafe { work.take(pool, (row, chunk, task), first_output, &mut logits[..width], out) };
                 }
             }
         }
@@ -225,9 +265,9 @@ impl Work<'_> {
     unsafe fn take(
         &self,
         pool: &ThreadPool,
-        (row, chunk, first_output): (usize, usize, usize),
+        (row, chunk, task): (usize, usize, usize),
+        first_output: usize,
         logits: &mut [f32],
-        best: &mut Best,
         out: &Outputs<'_>,
     ) {
         let (kernels, head) = (pool.kernels(), self.head);
@@ -246,10 +286,11 @@ impl Work<'_> {
                 }
                 Wanted::Token(choice) => {
                     let num_tokens = head.num_token_ids.saturating_sub(first_output).min(logits.len());
-                    let logits = &logits[..num_tokens];
-                    look_at(kernels, logits, first_output as u32, choice.race.as_ref(), best);
-                    if choice.share {
-                        out.masses.part(row * self.num_chunks + chunk, 1)[0] = mass(kernels, logits, 1.0);
+                    let (logits, of) = (&mut logits[..num_tokens], (first_output as u32, head.num_token_ids));
+                    let part = &mut out.parts.part(row * out.num_tasks + task, 1)[0];
+                    let masses = part.look(kernels, choice, of, logits);
+                    if choice.sums() {
+                        out.masses.part(row * self.num_chunks + chunk, 1)[0] = masses;
                     }
                 }
             }

@@ -1,8 +1,11 @@
-//! What a sampler does to a row of logits that lies in memory: one row, one thread. See [`choice`] for how a token is
-//! chosen; rows that nobody has to see are never in memory, but chosen from in [`crate::matmul::head`].
+//! What a sampler does to a row of logits. See [`choice`] for how a token is chosen, `part` for how that is done piece
+//! by piece: here of a row that lies in memory, on one thread; rows that nobody has to see never do, but are chosen from
+//! in [`crate::matmul::head`].
 
+pub(crate) mod candidates;
 pub mod choice;
 pub mod noise;
+pub(crate) mod part;
 pub(crate) mod scalar;
 pub(crate) mod vector;
 
@@ -11,12 +14,10 @@ use std::sync::OnceLock;
 use crate::dispatch::{self, Kernels};
 use crate::isa;
 use choice::{Best, Choice, Chosen, Mass, Race, SHARE_CHUNK};
+use part::{Masses, Part};
 
-/// Values of which [`maxima`] gives one.
-pub const MAXIMUM_OF: usize = 64;
-
-/// [`collect`] on an instruction set.
-pub(crate) type Collect = unsafe fn(logits: &[f32], least: f32, out: &mut Vec<(u32, f32)>);
+/// [`scalar::collect`] on an instruction set.
+pub(crate) type Collect = unsafe fn(logits: &[f32], first: u32, least: f32, out: &mut Vec<(u32, f32)>);
 
 fn active() -> &'static Kernels {
     static ACTIVE: OnceLock<&'static Kernels> = OnceLock::new();
@@ -34,34 +35,48 @@ pub fn argmax(values: &[f32]) -> usize {
     unsafe { (active().argmax)(values) }
 }
 
-/// True if no value is NaN or infinite.
-pub fn all_finite(values: &[f32]) -> bool {
-    // SAFETY: the table is of an available instruction set; any length will do.
-    unsafe { (active().all_finite)(values) }
-}
-
-/// Room for [`choose_in`]; a buffer that is used again and again.
+/// Room for [`choose_in`]; buffers that are used again and again.
 #[derive(Clone, Debug, Default)]
-pub struct ShareRoom {
+pub struct RowRoom {
+    part: Part,
     /// `[chunks]`
-    masses: Vec<Mass>,
+    masses: Vec<Masses>,
+    /// `[SHARE_CHUNK]`
+    scratch: Vec<f32>,
+    chosen: Chosen,
 }
 
-/// As [`choose_in`], with room of its own: allocates if the share is wanted.
-pub fn choose(logits: &[f32], choice: Choice) -> Chosen {
-    choose_in(logits, choice, &mut ShareRoom::default())
+impl RowRoom {
+    /// The likeliest tokens of the last row and their bare logits, likeliest first, if they were to be reported.
+    pub fn top(&self) -> &[(u32, f32)] {
+        self.part.top(&self.chosen)
+    }
+}
+
+/// As [`choose_in`], with room of its own.
+pub fn choose(logits: &[f32], choice: &Choice) -> Chosen {
+    choose_in(logits, choice, &mut RowRoom::default())
 }
 
 /// Chooses a token of a whole row, as the output head does of rows that are never whole: the same bits.
-pub fn choose_in(logits: &[f32], choice: Choice, room: &mut ShareRoom) -> Chosen {
-    let ShareRoom { masses } = room;
+pub fn choose_in(logits: &[f32], choice: &Choice, room: &mut RowRoom) -> Chosen {
+    choose_with(active(), logits, choice, room)
+}
+
+fn choose_with(kernels: &Kernels, logits: &[f32], choice: &Choice, room: &mut RowRoom) -> Chosen {
+    let RowRoom { part, masses, scratch, chosen } = room;
+    part.clear();
     masses.clear();
-    if choice.share {
-        masses.extend(logits.chunks(SHARE_CHUNK).map(|chunk| mass(active(), chunk, 1.0)));
+    for (first, chunk) in (0..).step_by(SHARE_CHUNK).zip(logits.chunks(SHARE_CHUNK)) {
+        scratch.clear();
+        scratch.extend_from_slice(chunk);
+        let sums = part.look(kernels, choice, (first, logits.len()), scratch);
+        if choice.sums() {
+            masses.push(sums);
+        }
     }
-    let mut best = Best::NONE;
-    look_at(active(), logits, 0, choice.race.as_ref(), &mut best);
-    best.chosen(masses)
+    *chosen = Part::choose(std::slice::from_mut(part), choice, masses, logits.len());
+    *chosen
 }
 
 /// Lets the tokens from `first` on, with these logits, run against the best of those before them.
@@ -81,29 +96,6 @@ pub(crate) fn mass(kernels: &Kernels, logits: &[f32], factor: f32) -> Mass {
     unsafe { (kernels.mass)(logits, factor) }
 }
 
-/// The sum of `exp((x - max) * factor)`, `max` being the greatest of `x` and `factor` positive, in a fixed order. 0
-/// for an empty row.
-pub fn sum_exp(x: &[f32], factor: f32) -> f64 {
-    if x.is_empty() {
-        return 0.0;
-    }
-    let max = x[argmax(x)];
-    let masses = x.chunks(SHARE_CHUNK).map(|chunk| mass(active(), chunk, factor));
-    masses.filter(|mass| mass.max > f32::NEG_INFINITY).map(|mass| mass.relative_to(max, factor)).sum()
-}
-
-/// Appends the greatest of every [`MAXIMUM_OF`] values, negative infinity where none is a number.
-pub fn maxima(values: &[f32], out: &mut Vec<f32>) {
-    // SAFETY: the table is of an available instruction set; any length will do.
-    unsafe { (active().maxima)(values, out) }
-}
-
-/// Appends all values that are at least `least`, with their indices, in order.
-pub fn collect(values: &[f32], least: f32, out: &mut Vec<(u32, f32)>) {
-    // SAFETY: the table is of an available instruction set; any length will do.
-    unsafe { (active().collect)(values, least, out) }
-}
-
 /// `out = exp(x - max)`, element by element, with [`crate::math::exp`].
 ///
 /// # Panics
@@ -114,40 +106,13 @@ pub fn exp_sub(x: &[f32], max: f32, out: &mut [f32]) {
     unsafe { (active().exp_sub)(x, max, out) }
 }
 
-/// `ln(sum of exp(x))`, summed in f64 in a fixed order: `logits[i] - log_sum_exp(logits)` is the log
-/// probability of token `i`. Negative infinity for an empty row.
-pub fn log_sum_exp(x: &[f32]) -> f64 {
-    if x.is_empty() {
-        return f64::NEG_INFINITY;
-    }
-    let max = x[argmax(x)];
-    if max == f32::NEG_INFINITY {
-        return f64::NEG_INFINITY;
-    }
-    const CHUNK: usize = 512;
-    let mut exps = [0.0; CHUNK];
-    let mut sums = [0.0f64; 8];
-    for chunk in x.chunks(CHUNK) {
-        let exps = &mut exps[..chunk.len()];
-        exp_sub(chunk, max, exps);
-        let (eights, rest) = exps.as_chunks::<8>();
-        for eight in eights {
-            for (sum, &exp) in sums.iter_mut().zip(eight) {
-                *sum += f64::from(exp);
-            }
-        }
-        for (sum, &exp) in sums.iter_mut().zip(rest) {
-            *sum += f64::from(exp);
-        }
-    }
-    let sum: f64 = sums.iter().sum();
-    f64::from(max) + sum.ln()
-}
-
 #[cfg(test)]
 mod tests {
+    use std::sync::Arc;
+
     use super::*;
     use crate::isa::Isa;
+    use choice::{Change, Keep};
     use noise::Noise;
 
     /// Deterministic, with ties, both zeros, NaN and infinities.
@@ -227,17 +192,27 @@ mod tests {
                     let (got, expected) = (mass(kernels, &row, factor), scalar::mass(&row, factor));
                     assert!(got == expected || got.sum.is_nan() && expected.sum.is_nan(), "{isa} row {i}");
                 }
-                let (mut got, mut expected) = (Vec::new(), Vec::new());
-                scalar::maxima(&row, &mut expected);
-                // SAFETY: the instruction set is available.
-                unsafe { (kernels.maxima)(&row, &mut got) };
-                assert_eq!(got, expected, "{isa} row {i}");
                 for least in [f32::NEG_INFINITY, -3.0, 0.0, 41.0] {
                     let (mut got, mut expected) = (Vec::new(), Vec::new());
-                    scalar::collect(&row, least, &mut expected);
+                    scalar::collect(&row, 100, least, &mut expected);
                     // SAFETY: the instruction set is available.
-                    unsafe { (kernels.collect)(&row, least, &mut got) };
+                    unsafe { (kernels.collect)(&row, 100, least, &mut got) };
                     assert_eq!(got, expected, "{isa} row {i}");
+                }
+                let words = [0, u32::MAX, 0x8000_0001, 0xdead_beef, 0, 7];
+                for words in [&words[..], &words[..3], &[]] {
+                    let (mut got, mut expected) = (row.clone(), row.clone());
+                    for (id, logit) in expected.iter_mut().enumerate() {
+                        if words.get(id / 32).is_none_or(|word| word >> (id % 32) & 1 == 0) {
+                            *logit = f32::NEG_INFINITY;
+                        }
+                    }
+                    // SAFETY: the instruction set is available.
+                    unsafe { (kernels.mask)(&mut got, words) };
+                    assert!(
+                        got.iter().zip(&expected).all(|(a, b)| a.to_bits() == b.to_bits()),
+                        "{isa} row {i}"
+                    );
                 }
             }
         }
@@ -269,21 +244,66 @@ mod tests {
                     assert_eq!((second.or(first).score, second.or(first).id), plain, "{isa} round {round}");
                 }
                 let candidates = row.iter().zip(0..).map(|(&logit, id)| (id, logit));
-                assert_eq!(race.winner(candidates), plain.1);
-                assert_eq!(choose(&row, Choice { race: Some(race), share: false }).token, plain.1);
+                assert_eq!(race.winner(candidates).id, plain.1);
+                let choice = Choice { race: Some(race), ..Choice::default() };
+                assert_eq!(choose(&row, &choice).token, plain.1);
             }
         }
+    }
+
+    /// The logarithm of the sum of all exponentials, to the last bit that an f64 gives it.
+    fn log_sum_exp(row: &[f32]) -> f64 {
+        row.iter().map(|&logit| f64::from(logit).exp()).sum::<f64>().ln()
     }
 
     #[test]
     fn a_share_is_a_probability_at_temperature_one() {
         let row: Vec<f32> = (0..5000).map(|i| (i * 37 % 101) as f32 / 9.0).collect();
         for race in [None, races().nth(4)] {
-            let chosen = choose(&row, Choice { race, share: true });
+            let chosen = choose(&row, &Choice { race, share: true, ..Choice::default() });
             let expected = (f64::from(row[chosen.token as usize]) - log_sum_exp(&row)).exp();
             assert!((f64::from(chosen.share) / expected - 1.0).abs() < 1e-5, "{chosen:?}, not {expected}");
         }
-        assert!(!choose(&[0.0, f32::NAN], Choice { race: None, share: true }).is_finite);
+        assert!(!choose(&[0.0, f32::NAN], &Choice { share: true, ..Choice::default() }).is_finite);
+    }
+
+    #[test]
+    fn a_report_is_of_bare_logits() {
+        let row: Vec<f32> = (0..3000).map(|i| (i % 700) as f32 / 50.0).collect();
+        let changes =
+            vec![Change { bias: -3.0, ..Change::none(699) }, Change { bias: 4.0, ..Change::none(1398) }];
+        let mask = (0..3000u32 / 32).map(|word| if word < 10 { 0 } else { u32::MAX }).collect::<Vec<_>>();
+        let choice = Choice {
+            report: Some(3),
+            changes: Some(Arc::new(changes)),
+            mask: Some(Arc::new(mask)),
+            ..Choice::default()
+        };
+        let mut room = RowRoom::default();
+        let chosen = choose_in(&row, &choice, &mut room);
+        assert!(chosen.is_finite && chosen.token == 1398);
+        let report = chosen.report.unwrap();
+        assert_eq!((report.logit, report.num_top), (row[1398], 3));
+        assert!((report.log_sum - log_sum_exp(&row)).abs() < 1e-5);
+        assert_eq!(room.top(), [(699, 13.98), (1399, 13.98), (2099, 13.98)]);
+        // Of a short row all, and of one that is not finite nothing.
+        let choice = Choice { report: Some(3), ..Choice::default() };
+        assert_eq!(choose_in(&[2.0, 3.0], &choice, &mut room).report.unwrap().num_top, 2);
+        assert_eq!(room.top(), [(1, 3.0), (0, 2.0)]);
+        assert_eq!(choose_in(&[2.0, f32::NAN], &choice, &mut room).report, None);
+        assert_eq!(room.top(), []);
+    }
+
+    #[test]
+    fn nobody_wins_where_all_is_masked() {
+        let mask = Some(Arc::new(vec![0; 200]));
+        for keep in [Keep::ALL, Keep { top_k: 3, ..Keep::ALL }, Keep { top_p: 0.9, ..Keep::ALL }] {
+            for race in [None, races().next()] {
+                let choice = Choice { race, keep, mask: mask.clone(), report: Some(1), ..Choice::default() };
+                let chosen = choose(&[1.0; 5000], &choice);
+                assert!(chosen.is_finite && chosen.token == 0 && chosen.report.is_some());
+            }
+        }
     }
 
     #[test]
@@ -296,17 +316,5 @@ mod tests {
         assert_eq!(argmax(&row), 4999);
         row[4998] = f32::INFINITY;
         assert_eq!(argmax(&row), 4998);
-        assert!(!all_finite(&row));
-    }
-
-    #[test]
-    fn log_sum_exp_of_a_known_row() {
-        let row: Vec<f32> = (1..=4).map(|i| (i as f32).ln() + 50.0).collect();
-        assert!((log_sum_exp(&row) - 50.0 - 10f64.ln()).abs() < 1e-5);
-        assert_eq!(log_sum_exp(&[f32::NEG_INFINITY; 3]), f64::NEG_INFINITY);
-        let row: Vec<f32> = (0..3000).map(|i| (i % 700) as f32 / 50.0).collect();
-        let exact: f64 = row.iter().map(|&x| ((f64::from(x) - 699.0 / 50.0) * 1.25).exp()).sum();
-        assert!((sum_exp(&row, 1.25) / exact - 1.0).abs() < 1e-5);
-        assert_eq!((sum_exp(&[], 1.0), sum_exp(&[f32::NEG_INFINITY, 3.0], 2.0)), (0.0, 1.0));
     }
 }

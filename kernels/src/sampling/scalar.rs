@@ -1,6 +1,5 @@
 //! The sampler's kernels in plain Rust: the specification.
 
-use super::MAXIMUM_OF;
 use super::choice::{Best, Mass, Race};
 use crate::LANES;
 use crate::math::exp;
@@ -52,11 +51,23 @@ pub(crate) fn mass(logits: &[f32], factor: f32) -> Mass {
     Mass { max, sum: fold(sums) }
 }
 
-pub(crate) fn maxima(logits: &[f32], out: &mut Vec<f32>) {
-    let greater = |max, &logit| if logit > max { logit } else { max };
-    out.extend(logits.chunks(MAXIMUM_OF).map(|chunk| chunk.iter().fold(f32::NEG_INFINITY, greater)));
+/// Appends all values that are at least `least`, in order, with their ids, of which the first is `first`.
+pub(crate) fn collect(logits: &[f32], first: u32, least: f32, out: &mut Vec<(u32, f32)>) {
+    out.extend((first..).zip(logits.iter().copied()).filter(|&(_, logit)| logit >= least));
 }
 
-pub(crate) fn collect(logits: &[f32], least: f32, out: &mut Vec<(u32, f32)>) {
-    out.extend((0..).zip(logits.iter().copied()).filter(|&(_, logit)| logit >= least));
+/// Makes every logit whose bit is not set negative infinity: bit `i` of word `w` is that of logit `32 w + i`, and of
+/// words that are missing none is set.
+#[inline(always)]
+pub(crate) fn mask(logits: &mut [f32], words: &[u32]) {
+    let num_covered = logits.len().min(32 * words.len());
+    let (covered, rest) = logits.split_at_mut(num_covered);
+    for (logits, &word) in covered.chunks_mut(32).zip(words) {
+        if word != u32::MAX {
+            for (bit, logit) in logits.iter_mut().enumerate() {
+                *logit = if word & (1 << bit) != 0 { *logit } else { f32::NEG_INFINITY };
+            }
+        }
+    }
+    rest.fill(f32::NEG_INFINITY);
 }

@@ -1,6 +1,5 @@
 //! The sampler's kernels over 16 lanes.
 
-use super::MAXIMUM_OF;
 use super::choice::{Best, Mass, Race};
 use crate::LANES;
 use crate::simd::{Simd, exp};
@@ -225,27 +224,8 @@ pub(crate) unsafe fn mass<V: Simd>(logits: &[f32], factor: f32) -> Mass {
 /// # Safety
 /// The processor has `V`'s instruction set.
 #[inline(always)]
-pub(crate) unsafe fn maxima<V: Simd>(logits: &[f32], out: &mut Vec<f32>) {
-    for chunk in logits.chunks(MAXIMUM_OF) {
-        // SAFETY: whole vectors.
-        unsafe {
-            let (vectors, tail) = chunk.as_chunks::<LANES>();
-            let mut largest = V::splat(f32::NEG_INFINITY);
-            for vector in vectors {
-                largest = V::load(vector.as_ptr()).max(largest);
-            }
-            out.push(
-                tail.iter().fold(largest.largest(), |max, &logit| if logit > max { logit } else { max }),
-            );
-        }
-    }
-}
-
-/// # Safety
-/// The processor has `V`'s instruction set.
-#[inline(always)]
-pub(crate) unsafe fn collect<V: Simd>(logits: &[f32], least: f32, out: &mut Vec<(u32, f32)>) {
-    for (first, chunk) in (0..).step_by(LANES).zip(logits.chunks(LANES)) {
+pub(crate) unsafe fn collect<V: Simd>(logits: &[f32], first: u32, least: f32, out: &mut Vec<(u32, f32)>) {
+    for (first, chunk) in (first..).step_by(LANES).zip(logits.chunks(LANES)) {
         // SAFETY: as many elements as the chunk has.
         let found = unsafe { V::load_part(chunk.as_ptr(), chunk.len()).at_least(V::splat(least)) };
         let mut found = found & ((1 << chunk.len()) - 1);

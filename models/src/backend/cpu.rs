@@ -157,18 +157,18 @@ impl Backend for CpuBackend {
         wanted: &[Wanted],
         room: &'a mut OutputRoom<Vec<f32>>,
     ) -> Result<Outputs<'a>, ModelError> {
-        let num_whole = wanted.iter().filter(|wanted| **wanted == Wanted::Whole).count();
+        let num_whole = wanted.iter().filter(|wanted| wanted.is_whole()).count();
         let len = num_whole * head.num_outputs;
         if num_whole == wanted.len() {
             self.logits(num_whole, x, &head, &mut room.logits)?;
-            return Ok(Outputs { logits: &room.logits[..len], chosen: &[] });
+            return Ok(Outputs { logits: &room.logits[..len], ..Outputs::default() });
         }
         let OutputHead { weight, num_token_ids, scale, soft_cap, .. } = head;
         let x = &x[..wanted.len() * weight.in_features()];
         let head = head::Head { weights: weight, scale, soft_cap, num_token_ids };
         let OutputRoom { logits, head: scratch, .. } = room;
         head::head(&self.pool, x, &head, wanted, scratch, &mut logits[..len]);
-        Ok(Outputs { logits: &logits[..len], chosen: scratch.chosen() })
+        Ok(Outputs { logits: &logits[..len], chosen: scratch.chosen(), top: scratch.top() })
     }
 
     fn embed(

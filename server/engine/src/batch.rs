@@ -224,7 +224,7 @@ impl ScheduledBatch {
         self.seats = seats;
     }
 
-    fn fill(&mut self, role: ModelRole, seats: &[usize], scheduler: &Scheduler, limits: &PassLimits) {
+    fn fill(&mut self, role: ModelRole, seats: &[usize], scheduler: &mut Scheduler, limits: &PassLimits) {
         let mut budget = limits.max_num_batched_tokens;
         for prefill in [false, true] {
             let mut bulk = BulkBudget::beside(limits.max_num_batched_tokens - budget, limits, role);
@@ -262,12 +262,12 @@ impl ScheduledBatch {
         &mut self,
         role: ModelRole,
         seat: usize,
-        scheduler: &Scheduler,
+        scheduler: &mut Scheduler,
         start: usize,
         num_tokens: usize,
         num_logits: usize,
     ) {
-        let Some(sequence) = &scheduler.seats[seat] else { return };
+        let Some(sequence) = &mut scheduler.seats[seat] else { return };
         scheduler.blocks.push_sequence(
             &mut self.inputs,
             &sequence.tokens()[start..start + num_tokens],
@@ -307,7 +307,7 @@ impl ScheduledBatch {
         &mut self,
         scheduled: ScheduledSequence,
         role: ModelRole,
-        scheduler: &Scheduler,
+        scheduler: &mut Scheduler,
     ) {
         self.clear();
         if let Some(sequence) = &scheduler.seats[scheduled.seat] {

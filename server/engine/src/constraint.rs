@@ -9,38 +9,45 @@
 //! Costs: a mask a position, computed once (with a real grammar some ten microseconds, now and then a
 //! few hundred), one `advance` a token, and a bit a token of the vocabulary for each mask that is kept.
 
+use std::sync::Arc;
+
 use crate::api::{EngineError, MAX_DRAFT_TOKENS, SamplingParams, TokenId};
 
 /// A set of token ids.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct TokenMask {
-    /// Bit `i` of word `w` is token `32 w + i`; bits beyond the vocabulary are 0.
-    words: Vec<u32>,
+    /// Bit `i` of word `w` is token `32 w + i`; bits beyond the vocabulary are 0. Shared with the passes that choose
+    /// under the mask.
+    words: Arc<Vec<u32>>,
     num_token_ids: usize,
 }
 
 impl TokenMask {
     /// The empty set, of ids below `num_token_ids`.
     pub fn new(num_token_ids: usize) -> Self {
-        TokenMask { words: vec![0; num_token_ids.div_ceil(32)], num_token_ids }
+        TokenMask { words: Arc::new(vec![0; num_token_ids.div_ceil(32)]), num_token_ids }
     }
 
     /// Makes it empty.
     pub fn clear(&mut self) {
-        self.words.fill(0);
+        match Arc::get_mut(&mut self.words) {
+            Some(words) => words.fill(0),
+            // A pass still has what was in it.
+            None => *self = TokenMask::new(self.num_token_ids),
+        }
     }
 
     /// Adds a token; one outside the vocabulary is ignored.
     pub fn allow(&mut self, id: TokenId) {
         if (id as usize) < self.num_token_ids {
-            self.words[id as usize / 32] |= 1 << (id % 32);
+            Arc::make_mut(&mut self.words)[id as usize / 32] |= 1 << (id % 32);
         }
     }
 
     /// Takes a token out.
     pub fn forbid(&mut self, id: TokenId) {
         if (id as usize) < self.num_token_ids {
-            self.words[id as usize / 32] &= !(1 << (id % 32));
+            Arc::make_mut(&mut self.words)[id as usize / 32] &= !(1 << (id % 32));
         }
     }
 
@@ -52,15 +59,21 @@ impl TokenMask {
     /// Takes over a set of bits in the same order: bit `i` of word `w` is token `32 w + i`. Words that are
     /// missing are empty, bits beyond the vocabulary are ignored.
     pub fn copy_from_words(&mut self, words: &[u32]) {
-        let num_given = words.len().min(self.words.len());
-        self.words[..num_given].copy_from_slice(&words[..num_given]);
-        self.words[num_given..].fill(0);
+        let own = Arc::make_mut(&mut self.words);
+        let num_given = words.len().min(own.len());
+        own[..num_given].copy_from_slice(&words[..num_given]);
+        own[num_given..].fill(0);
         let num_last = self.num_token_ids % 32;
         if num_last > 0
-            && let Some(last) = self.words.last_mut()
+            && let Some(last) = own.last_mut()
         {
             *last &= (1 << num_last) - 1;
         }
+    }
+
+    /// The set as bits: bit `i` of word `w` is token `32 w + i`.
+    pub(crate) fn words(&self) -> &Arc<Vec<u32>> {
+        &self.words
     }
 
     /// True if no token is in the set.
@@ -82,23 +95,6 @@ impl TokenMask {
             let bits = (0..32).filter(move |bit| word >> bit & 1 == 1);
             bits.map(move |bit| index as TokenId * 32 + bit)
         })
-    }
-
-    /// Makes every logit whose token is not in the set minus infinity. `logits` may be longer.
-    pub(crate) fn apply(&self, logits: &mut [f32]) {
-        for (chunk, &word) in logits.chunks_mut(32).zip(&self.words) {
-            match word {
-                u32::MAX => {}
-                0 => chunk.fill(f32::NEG_INFINITY),
-                _ => {
-                    for (bit, logit) in chunk.iter_mut().enumerate() {
-                        *logit = if word >> bit & 1 == 1 { *logit } else { f32::NEG_INFINITY };
-                    }
-                }
-            }
-        }
-        let num_covered = (self.words.len() * 32).min(logits.len());
-        logits[num_covered..].fill(f32::NEG_INFINITY);
     }
 }
 
@@ -292,10 +288,6 @@ mod tests {
         assert_eq!(mask.iter().collect::<Vec<_>>(), [3, 69]);
         assert_eq!(mask.only(), None);
         assert!(mask.allows(3) && !mask.allows(4) && !mask.allows(1000));
-        let mut logits = vec![1.0; 72];
-        mask.apply(&mut logits);
-        let finite: Vec<usize> = (0..72).filter(|&i| logits[i] > f32::NEG_INFINITY).collect();
-        assert_eq!(finite, [3, 69]);
         mask.forbid(3);
         assert_eq!(mask.only(), Some(69));
         mask.copy_from_words(&[0b100, 0, u32::MAX, 7]);

@@ -18,7 +18,7 @@ use crate::kv_events::{KvEventSink, KvEvents};
 use crate::plan::PlanScratch;
 use crate::prefill::PrefillLimit;
 use crate::prefix_cache::HashSettings;
-use crate::sampler::{LogprobScratch, Sampler};
+use crate::sampler::Sampler;
 use crate::scheduler::Scheduler;
 use crate::sequence::{ModelRole, Sequence};
 use crate::speculation::{DraftHead, DraftPolicy, DraftTokens, HeadPolicy, Sessions, StepCosts, Trials};
@@ -117,7 +117,6 @@ pub struct Engine {
     pub(crate) sessions: Sessions,
     pub(crate) plan: PlanScratch,
     pub(crate) sampler: Sampler,
-    pub(crate) logprobs: LogprobScratch,
     pub(crate) phase: Phase,
     /// The draft's pass of the moment.
     pub(crate) draft_batch: ScheduledBatch,
@@ -181,8 +180,7 @@ impl Engine {
             trials: Trials::default(),
             sessions: Sessions::default(),
             plan: PlanScratch::default(),
-            sampler: Sampler::new(num_token_ids[0].max(num_token_ids[1])),
-            logprobs: LogprobScratch::default(),
+            sampler: Sampler::default(),
             phase: Phase::default(),
             draft_batch: ScheduledBatch::new(num_token_ids[0], config.vocab_map.clone()),
             vocab_map: config.vocab_map.clone(),

@@ -13,8 +13,8 @@ use tandem_models::VocabMap;
 use crate::api::{EngineError, EngineStats, FinishReason, Lane};
 use crate::batch::ScheduledSequence;
 use crate::engine::Engine;
-use crate::rows::{Row, Rows};
-use crate::sampler::{LogprobScratch, Sampler};
+use crate::rows::{Asked, Row, Rows};
+use crate::sampler::{Drawn, Sampler};
 use crate::scheduler::Scheduler;
 use crate::sequence::{ModelRole, Sequence};
 use crate::speculation::{DraftPolicy, HeadPolicy, verify};
@@ -111,20 +111,19 @@ impl Engine {
         };
         let rows = Rows { wanted: &inputs.wanted, outputs, width };
         let mut rest = Given { rows, hidden };
-        let mut receivers = Receivers {
-            scheduler: &mut self.scheduler,
+        let tools = Tools {
             sampler: &mut self.sampler,
-            logprobs: &mut self.logprobs,
             policy: &mut self.policy,
             draft_head: &mut self.draft_head,
             stats: &mut self.stats,
-            num_token_ids: self.num_token_ids,
             vocab_map: self.vocab_map.as_deref(),
             has_head: self.has_head,
             translated: &mut self.translated,
             hidden_size,
             now,
         };
+        let num_token_ids = self.num_token_ids;
+        let mut receivers = Receivers { scheduler: &mut self.scheduler, num_token_ids, tools };
         for scheduled in sequences {
             receivers.give(role, scheduled, &mut rest);
         }
@@ -171,7 +170,7 @@ impl Engine {
             ModelRole::Target => &mut self.target_batch,
             ModelRole::Draft => &mut self.draft_batch,
         };
-        batch.retain_only(scheduled, role, &self.scheduler);
+        batch.retain_only(scheduled, role, &mut self.scheduler);
         let model = self.models.get(role).expect("a lane has its model: this is a bug");
         guard(|| {
             model.begin(&batch.inputs).map_err(forward_error)?;
@@ -234,12 +233,16 @@ struct Given<'a> {
 /// All of the engine but its models, which lend what is handed out.
 struct Receivers<'a> {
     scheduler: &'a mut Scheduler,
+    num_token_ids: [usize; 2],
+    tools: Tools<'a>,
+}
+
+/// What a sequence makes something of its rows with.
+struct Tools<'a> {
     sampler: &'a mut Sampler,
-    logprobs: &'a mut LogprobScratch,
     policy: &'a mut DraftPolicy,
     draft_head: &'a mut HeadPolicy,
     stats: &'a mut EngineStats,
-    num_token_ids: [usize; 2],
     vocab_map: Option<&'a VocabMap>,
     /// See [`Engine`].
     has_head: bool,
@@ -252,28 +255,17 @@ impl Receivers<'_> {
     /// Gives a sequence the first of what is left.
     fn give(&mut self, role: ModelRole, scheduled: &ScheduledSequence, rest: &mut Given<'_>) {
         let rows = rest.rows.split_off(scheduled.num_logits);
-        let num_hidden = if scheduled.is_embedding { scheduled.num_tokens * self.hidden_size } else { 0 };
+        let num_hidden =
+            if scheduled.is_embedding { scheduled.num_tokens * self.tools.hidden_size } else { 0 };
         let (hidden, rest_hidden) = rest.hidden.split_at(num_hidden);
         rest.hidden = rest_hidden;
         // It may have been aborted while the pass was under way.
         let seat = self.scheduler.seats[scheduled.seat].as_mut();
         let Some(sequence) = seat.filter(|sequence| sequence.id == scheduled.id) else { return };
         let num_token_ids = self.num_token_ids[sequence.lane as usize].min(rows.width);
-        let mut pass = SequencePass {
-            sequence,
-            sampler: self.sampler,
-            logprobs: self.logprobs,
-            policy: self.policy,
-            draft_head: self.draft_head,
-            stats: self.stats,
-            num_token_ids,
-            vocab_map: self.vocab_map,
-            has_head: self.has_head,
-            translated: self.translated,
-            now: self.now,
-        };
+        let mut pass = SequencePass { sequence, tools: &mut self.tools, num_token_ids };
         let outcome = guard(|| match scheduled.is_embedding {
-            true => pass.pool(role, scheduled.num_tokens, hidden, self.hidden_size),
+            true => pass.pool(role, scheduled.num_tokens, hidden),
             false => pass.apply(role, scheduled.num_tokens, rows),
         });
         match outcome {
@@ -284,33 +276,24 @@ impl Receivers<'_> {
                 }
                 self.scheduler.register(scheduled.seat);
             }
-            Err(error) => fail(self.scheduler, self.stats, scheduled, error),
+            Err(error) => fail(self.scheduler, self.tools.stats, scheduled, error),
         }
     }
 }
 
 /// One sequence's share of a finished pass.
-struct SequencePass<'a> {
-    sequence: &'a mut Sequence,
-    sampler: &'a mut Sampler,
-    logprobs: &'a mut LogprobScratch,
-    policy: &'a mut DraftPolicy,
-    draft_head: &'a mut HeadPolicy,
-    stats: &'a mut EngineStats,
+struct SequencePass<'s, 'a> {
+    sequence: &'s mut Sequence,
+    tools: &'s mut Tools<'a>,
     /// Logits of a whole row that are those of tokens.
     num_token_ids: usize,
-    vocab_map: Option<&'a VocabMap>,
-    /// See [`Engine`].
-    has_head: bool,
-    translated: &'a mut Vec<f32>,
-    now: Duration,
 }
 
-impl SequencePass<'_> {
+impl SequencePass<'_, '_> {
     fn apply(&mut self, role: ModelRole, num_tokens: usize, rows: Rows<'_>) -> Result<(), EngineError> {
         let sequence = &mut *self.sequence;
         let start = sequence.num_computed(role);
-        if self.has_head && role == ModelRole::Target {
+        if self.tools.has_head && role == ModelRole::Target {
             sequence.forget_guesses();
         }
         sequence.advance(role, num_tokens);
@@ -319,7 +302,7 @@ impl SequencePass<'_> {
             return self.propose(end, rows);
         }
         let num_prompt_tokens = sequence.num_prompt_tokens();
-        self.stats.num_prompt_tokens += end.min(num_prompt_tokens).saturating_sub(start) as u64;
+        self.tools.stats.num_prompt_tokens += end.min(num_prompt_tokens).saturating_sub(start) as u64;
         let rows = self.score_prompt(start, rows);
         let sequence = &mut *self.sequence;
         if sequence.params.max_tokens == 0 && end >= num_prompt_tokens {
@@ -337,21 +320,15 @@ impl SequencePass<'_> {
     }
 
     /// Takes hidden states; see [`crate::embedding`].
-    fn pool(
-        &mut self,
-        role: ModelRole,
-        num_tokens: usize,
-        rows: &[f32],
-        width: usize,
-    ) -> Result<(), EngineError> {
+    fn pool(&mut self, role: ModelRole, num_tokens: usize, rows: &[f32]) -> Result<(), EngineError> {
         let sequence = &mut *self.sequence;
         let start = sequence.num_computed(role);
         sequence.advance(role, num_tokens);
-        self.stats.num_prompt_tokens += num_tokens as u64;
+        self.tools.stats.num_prompt_tokens += num_tokens as u64;
         if start + num_tokens >= sequence.num_prompt_tokens() {
             sequence.finished = Some(FinishReason::Length);
         }
-        sequence.pool(start, rows, width)
+        sequence.pool(start, rows, self.tools.hidden_size)
     }
 
     /// Takes the rows of prompt tokens whose successor is in the prompt too, if they are to be scored;
@@ -367,7 +344,8 @@ impl SequencePass<'_> {
         {
             if position >= sequence.num_scored() {
                 let next = sequence.tokens()[position + 1];
-                let scores = self.logprobs.compute(&row.logits()[..self.num_token_ids], next, num_top.into());
+                let scores =
+                    self.tools.sampler.score(&row.logits()[..self.num_token_ids], next, num_top.into());
                 sequence.push_prompt_logprobs(scores);
             }
             position += 1;
@@ -380,25 +358,27 @@ impl SequencePass<'_> {
         let before = sequence.usage;
         let num_draft_tokens = sequence.draft_tokens().len();
         let rows = rows.map(|row| row.first(self.num_token_ids));
-        let outcome = verify(sequence, rows, self.sampler, self.logprobs, self.now);
+        let outcome = verify(sequence, rows, self.tools.sampler, self.tools.now);
         let after = sequence.usage;
         let new_tokens = u64::from(after.num_output_tokens - before.num_output_tokens);
         match sequence.lane {
-            Lane::Fast => self.stats.num_fast_tokens += new_tokens,
+            Lane::Fast => self.tools.stats.num_fast_tokens += new_tokens,
             Lane::Deep => {
-                self.stats.num_deep_tokens += new_tokens;
+                self.tools.stats.num_deep_tokens += new_tokens;
                 let committed = sequence.committed_tokens();
-                self.draft_head.observe(&committed[committed.len() - new_tokens as usize..]);
+                self.tools.draft_head.observe(&committed[committed.len() - new_tokens as usize..]);
             }
         }
         let num_accepted_tokens = (after.total_accepted_tokens() - before.total_accepted_tokens()) as usize;
         self.learn(num_draft_tokens, num_accepted_tokens);
-        self.stats.num_draft_tokens_at[..num_draft_tokens].iter_mut().for_each(|count| *count += 1);
-        self.stats.num_accepted_tokens_at[..num_accepted_tokens].iter_mut().for_each(|count| *count += 1);
+        self.tools.stats.num_draft_tokens_at[..num_draft_tokens].iter_mut().for_each(|count| *count += 1);
+        self.tools.stats.num_accepted_tokens_at[..num_accepted_tokens]
+            .iter_mut()
+            .for_each(|count| *count += 1);
         for source in 0..before.num_draft_tokens.len() {
             let new = |after: [u32; 3], before: [u32; 3]| u64::from(after[source] - before[source]);
-            self.stats.num_draft_tokens[source] += new(after.num_draft_tokens, before.num_draft_tokens);
-            self.stats.num_accepted_tokens[source] +=
+            self.tools.stats.num_draft_tokens[source] += new(after.num_draft_tokens, before.num_draft_tokens);
+            self.tools.stats.num_accepted_tokens[source] +=
                 new(after.num_accepted_tokens, before.num_accepted_tokens);
         }
         outcome
@@ -410,7 +390,7 @@ impl SequencePass<'_> {
         if num_draft_tokens == 0 {
             return;
         }
-        let calibration = self.policy.calibration(sequence.params.temperature > 0.0);
+        let calibration = self.tools.policy.calibration(sequence.params.temperature > 0.0);
         // Tokens after the first that fell were never judged.
         for (index, &confidence) in sequence.drafting.confidences.iter().enumerate() {
             if index < num_draft_tokens && index <= num_accepted_tokens {
@@ -418,7 +398,7 @@ impl SequencePass<'_> {
             }
         }
         let kind = sequence.drafting.kind;
-        self.policy.record(&mut sequence.acceptance, kind, num_draft_tokens, num_accepted_tokens);
+        self.tools.policy.record(&mut sequence.acceptance, kind, num_draft_tokens, num_accepted_tokens);
     }
 
     /// Takes a draft token from the draft's row. A draft that gives no usable logits costs its
@@ -429,22 +409,20 @@ impl SequencePass<'_> {
             sequence.num_planned_draft_tokens = 0;
             return Ok(());
         };
-        let row = match self.vocab_map {
+        let row = match self.tools.vocab_map {
             None => row.first(self.num_token_ids),
             Some(map) => {
-                map.translate(row.logits(), self.translated);
-                Row::Whole(self.translated)
+                map.translate(row.logits(), self.tools.translated);
+                Row::Whole(self.tools.translated)
             }
         };
-        let is_adaptive = sequence.drafting.is_adaptive;
-        let drawn = sequence.draw_after(sequence.draft_tokens().len()).and_then(|draw| {
-            let id = self.sampler.draw(row, &draw)?;
-            Ok((id, is_adaptive.then(|| draw.probability(row, id))))
-        });
-        match drawn {
-            Ok((id, confidence)) => {
+        let num_provisional = sequence.draft_tokens().len();
+        let asked = Asked::of(sequence, num_provisional, true);
+        let drawn = sequence.draw_after(num_provisional);
+        match drawn.and_then(|draw| self.tools.sampler.draw(row, &draw, asked)) {
+            Ok(Drawn { id, share, .. }) => {
                 sequence.push_draft_token(id);
-                sequence.drafting.confidences.extend(confidence);
+                sequence.drafting.confidences.extend(asked.share.then_some(share));
                 // Nothing follows a stop token, or the end of what was asked for.
                 let is_last = sequence.params.stop_token_ids.contains(&id)
                     || sequence.is_complete_after(sequence.draft_tokens().len()).unwrap_or(true);

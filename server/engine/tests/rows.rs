@@ -1,5 +1,5 @@
-//! An answer's tokens do not depend on whether anybody sees their logits: with log-probabilities rows are taken whole
-//! and drawn from by the engine, without them the model's head chooses as it computes. Both lanes of the shipped
+//! An answer's tokens do not depend on what else is asked of their rows: the model's head chooses as it computes, with
+//! log-probabilities or margins beside it or without, whatever the tokens are drawn with. Both lanes of the shipped
 //! pair, greedy and sampled, alone and together, plain and drafted for.
 
 mod common;
@@ -30,6 +30,18 @@ fn server(draft_tokens: DraftTokens) -> Server {
     Server::new(&config, Models { target: load("target"), draft: load("draft") })
 }
 
+/// What the request draws with, beside its temperature: everything in turn.
+fn drawn_with(i: u32) -> SamplingParams {
+    let plain = SamplingParams::default();
+    match i {
+        1 => SamplingParams { top_k: 20, top_p: 0.8, ..plain },
+        2 => SamplingParams { top_p: 0.95, repetition_penalty: 1.1, ..plain },
+        3 => SamplingParams { presence_penalty: 0.5, logit_bias: vec![(300, 4.0), (7, -100.0)], ..plain },
+        4 => SamplingParams { min_p: 0.05, ..plain },
+        _ => plain,
+    }
+}
+
 /// Six requests, some of which report log-probabilities or margins, all or none.
 fn asks(reports: impl Fn(usize) -> bool) -> Vec<Ask> {
     (0..6u32)
@@ -40,7 +52,7 @@ fn asks(reports: impl Fn(usize) -> bool) -> Vec<Ask> {
                 max_tokens: 24,
                 logprobs: (reports(i as usize) && i != 4).then_some(0),
                 num_margins: if reports(i as usize) && i == 4 { 7 } else { 0 },
-                ..SamplingParams::default()
+                ..drawn_with(i)
             };
             let lane = if i % 2 == 0 { Lane::Deep } else { Lane::Fast };
             let prompt: Vec<u32> = (0..20).map(|j| 300 + (i * 97 + j * 31) % 3000).collect();
@@ -70,7 +82,7 @@ fn reporting_logits_changes_no_token() {
 }
 
 /// [`asks`] whose answers end at an even id, but not before two tokens (the first) to seven (the last): until then
-/// whoever asks gets whole rows, of which stop tokens are struck out.
+/// stop tokens are struck out.
 fn asks_that_stop(reports: impl Fn(usize) -> bool) -> Vec<Ask> {
     let mut asks = asks(reports);
     for (ask, min_tokens) in asks.iter_mut().zip(2..) {
@@ -86,7 +98,7 @@ fn outcomes(draft_tokens: DraftTokens, reports: bool) -> Vec<(Vec<u32>, FinishRe
     answers.into_iter().map(outcome).collect()
 }
 
-/// Three tokens are drafted after the first one; a row goes from whole to token among those that verify them.
+/// Three tokens are drafted after the first one; among the rows that verify them stop tokens come to be allowed.
 #[test]
 fn min_tokens_may_end_in_the_middle_of_a_draft() {
     let plain = outcomes(DraftTokens::Fixed(0), true);

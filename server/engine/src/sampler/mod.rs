@@ -1,37 +1,21 @@
-//! From a row of logits to a token.
+//! From a sequence's parameters to how a token is chosen of a row of logits.
 //!
 //! Order, as in Hugging Face transformers: logit bias, repetition penalty, presence and frequency
 //! penalties, the mask of what may come next, temperature, top-k, top-p, min-p, then the draw, which is Gumbel-max with
-//! common random numbers ([`tandem_kernels::sampling::choice`]). Where only temperature and draw are left of this the
-//! model has done it already ([`choice`], [`Row::Chosen`]), with the same outcome.
+//! common random numbers. All of that is a [`Choice`], which a model makes as it computes the logits; of rows that
+//! were asked for whole it is made here, with the same outcome.
 //!
-//! The result is a function of (logits, parameters, tokens so far, position). Nothing is allocated
-//! in the steady state: scratch buffers live in [`Sampler`].
+//! The result is a function of (logits, parameters, tokens so far, position). Log-probabilities are of the model's own
+//! distribution: log-softmax of the untouched logits.
 
-mod candidates;
-mod logprobs;
+use std::collections::BTreeMap;
+use std::sync::Arc;
 
-use std::collections::HashMap;
+use tandem_models::outputs::{Change, Choice, Keep, Noise, Race, Report, RowRoom, choose_in};
 
-use tandem_kernels::sampling;
-use tandem_models::outputs::{Choice, Chosen, Noise, Race};
-
-use crate::api::{EngineError, SamplingParams, TokenId};
+use crate::api::{EngineError, SamplingParams, TokenId, TokenLogprobs};
 use crate::constraint::TokenMask;
-use crate::rows::Row;
-use candidates::Candidates;
-pub(crate) use logprobs::{LogprobScratch, margin};
-
-/// How the token at `position` is chosen of the bare logits; `None` if more is to be done with them first.
-pub(crate) fn choice(params: &SamplingParams, position: usize) -> Option<Choice> {
-    let is_bare = params.logit_bias.is_empty() && !truncates(params);
-    is_bare.then(|| Choice { race: race(params, position), share: false })
-}
-
-/// True if top-k, top-p or min-p keep some tokens from being drawn.
-fn truncates(params: &SamplingParams) -> bool {
-    params.temperature != 0.0 && (params.top_k != 0 || params.top_p != 1.0 || params.min_p != 0.0)
-}
+use crate::rows::{Asked, Row};
 
 /// The draw at `position`; `None`: the greatest logit.
 fn race(params: &SamplingParams, position: usize) -> Option<Race> {
@@ -44,13 +28,8 @@ fn race(params: &SamplingParams, position: usize) -> Option<Race> {
 /// How often tokens occurred, kept only for sequences that ask for a penalty.
 #[derive(Debug, Default)]
 pub(crate) struct TokenCounts {
-    counts: HashMap<TokenId, Count>,
-}
-
-#[derive(Debug, Default, Clone, Copy)]
-struct Count {
-    in_prompt: bool,
-    in_output: u32,
+    /// How often in the output, of all tokens of prompt and output; in the order of ids, as changes of logits are.
+    counts: BTreeMap<TokenId, u32>,
 }
 
 impl TokenCounts {
@@ -62,7 +41,7 @@ impl TokenCounts {
         needed.then(|| {
             let mut counts = TokenCounts::default();
             for &id in prompt {
-                counts.counts.entry(id).or_default().in_prompt = true;
+                counts.counts.entry(id).or_default();
             }
             counts
         })
@@ -70,7 +49,7 @@ impl TokenCounts {
 
     /// Notes one more output token.
     pub(crate) fn push(&mut self, id: TokenId) {
-        self.counts.entry(id).or_default().in_output += 1;
+        *self.counts.entry(id).or_default() += 1;
     }
 }
 
@@ -102,120 +81,155 @@ impl Draw<'_> {
         (!self.params.stop_token_ids.contains(&only)).then_some(only)
     }
 
-    /// The share of a token that was drawn of a row among those that may stand there, by the bare logits.
-    pub(crate) fn probability(&self, row: Row<'_>, id: TokenId) -> f32 {
-        let logits = match row {
-            Row::Whole(logits) => logits,
-            Row::Chosen(chosen) => return chosen.share,
+    /// How the token is chosen, and what is to be said of it.
+    pub(crate) fn choice(&self, asked: Asked) -> Choice {
+        let SamplingParams { top_k, top_p, min_p, .. } = *self.params;
+        Choice {
+            race: race(self.params, self.position),
+            keep: Keep { top_k, top_p, min_p },
+            share: asked.share,
+            report: asked.num_top,
+            changes: self.changes(),
+            mask: self.allowed.map(|allowed| Arc::clone(allowed.words())),
+        }
+    }
+
+    /// What bias, penalties and the least length make of logits.
+    fn changes(&self) -> Option<Arc<Vec<Change>>> {
+        let params = self.params;
+        // A mask says itself where stop tokens may stand.
+        let mask_stops = self.allowed.is_none() && self.num_output_tokens < params.min_tokens as usize;
+        let stops = if mask_stops { &params.stop_token_ids[..] } else { &[] };
+        if params.logit_bias.is_empty() && self.counts.is_none() && stops.is_empty() {
+            return None;
+        }
+        let mut changes = Vec::new();
+        self.penalise(&mut changes);
+        changes.extend(params.logit_bias.iter().map(|&(id, bias)| Change { bias, ..Change::none(id) }));
+        changes.extend(stops.iter().map(|&id| Change { is_forbidden: true, ..Change::none(id) }));
+        changes.sort_by_key(|change| change.id);
+        changes.dedup_by(|other, change| {
+            let is_same = other.id == change.id;
+            if is_same {
+                *change = join(change, other);
+            }
+            is_same
+        });
+        Some(Arc::new(changes))
+    }
+
+    /// Adds what penalties make of logits.
+    fn penalise(&self, changes: &mut Vec<Change>) {
+        let Some(counts) = self.counts else { return };
+        let params = self.params;
+        let mut penalise = |id: TokenId, in_output: u32| {
+            let less = match in_output {
+                0 => 0.0,
+                _ => params.presence_penalty + params.frequency_penalty * in_output as f32,
+            };
+            if params.repetition_penalty != 1.0 || less != 0.0 {
+                changes.push(Change { repetition: params.repetition_penalty, less, ..Change::none(id) });
+            }
         };
-        let logit = f64::from(logits[id as usize]);
-        let Some(allowed) = self.allowed else {
-            return (logit - sampling::log_sum_exp(logits)).exp() as f32;
-        };
-        let total: f64 = allowed.iter().map(|id| (f64::from(logits[id as usize]) - logit).exp()).sum();
-        total.recip() as f32
+        let drafted = |id: TokenId| self.provisional.iter().filter(|&&p| p == id).count() as u32;
+        for (&id, &in_output) in &counts.counts {
+            penalise(id, in_output + drafted(id));
+        }
+        for (i, &id) in self.provisional.iter().enumerate() {
+            if !counts.counts.contains_key(&id) && !self.provisional[..i].contains(&id) {
+                penalise(id, drafted(id));
+            }
+        }
     }
 }
 
-/// Draws tokens; owns the scratch that this takes.
+/// Both changes of one token's logit; of penalties only one has any.
+fn join(a: &Change, b: &Change) -> Change {
+    Change {
+        id: a.id,
+        bias: a.bias + b.bias,
+        repetition: a.repetition * b.repetition,
+        less: a.less + b.less,
+        is_forbidden: a.is_forbidden || b.is_forbidden,
+    }
+}
+
+/// A token that was drawn, and what was to be said of it.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct Drawn<'a> {
+    pub(crate) id: TokenId,
+    /// Its share among the tokens that could stand there.
+    pub(crate) share: f32,
+    report: Option<Report>,
+    /// The likeliest tokens and their bare logits.
+    top: &'a [(TokenId, f32)],
+}
+
+impl Drawn<'_> {
+    fn report(&self) -> Report {
+        self.report.unwrap_or_else(|| unreachable!("{self:?} was to be reported: this is a bug"))
+    }
+
+    /// The log-probability of the token and of the `num_top` likeliest.
+    pub(crate) fn logprobs(&self, num_top: usize) -> TokenLogprobs {
+        let Report { logit, log_sum, .. } = self.report();
+        logprobs(logit, log_sum, &self.top[..num_top.min(self.top.len())])
+    }
+
+    /// The greatest logit less the next one; 0 if there is only one.
+    pub(crate) fn margin(&self) -> f32 {
+        match self.top {
+            [best, next, ..] => best.1 - next.1,
+            _ => 0.0,
+        }
+    }
+}
+
+fn logprobs(logit: f32, log_sum: f64, top: &[(TokenId, f32)]) -> TokenLogprobs {
+    let logprob = |logit: f32| (f64::from(logit) - log_sum) as f32;
+    TokenLogprobs {
+        logprob: logprob(logit),
+        top: top.iter().map(|&(id, logit)| (id, logprob(logit))).collect(),
+    }
+}
+
+/// Draws tokens of whole rows; owns the scratch that this takes.
 #[derive(Debug, Default)]
 pub(crate) struct Sampler {
-    adjusted: Vec<f32>,
-    candidates: Candidates,
+    room: RowRoom,
 }
 
 impl Sampler {
-    /// Scratch for a vocabulary of `vocab_size` tokens.
-    pub(crate) fn new(vocab_size: usize) -> Self {
-        Sampler { adjusted: Vec::with_capacity(vocab_size), candidates: Candidates::new(vocab_size) }
-    }
-
-    /// Draws the token at `draw.position` from its row.
+    /// The token at `draw.position` of its row, and what is `asked` of it: of a row that was chosen from in the
+    /// model, what was asked there.
     ///
     /// # Errors
     /// [`EngineError::NonFiniteLogits`] if a logit is NaN or infinite.
-    pub(crate) fn draw(&mut self, row: Row<'_>, draw: &Draw<'_>) -> Result<TokenId, EngineError> {
-        let finite = |chosen: Chosen| {
-            if chosen.is_finite { Ok(chosen.token) } else { Err(EngineError::NonFiniteLogits) }
+    pub(crate) fn draw<'r>(
+        &'r mut self,
+        row: Row<'r>,
+        draw: &Draw<'_>,
+        asked: Asked,
+    ) -> Result<Drawn<'r>, EngineError> {
+        let (chosen, top) = match row {
+            Row::Chosen(chosen, top) => (chosen, top),
+            Row::Whole(logits) => {
+                let chosen = choose_in(logits, &draw.choice(asked), &mut self.room);
+                (chosen, self.room.top())
+            }
         };
-        let logits = match row {
-            Row::Whole(logits) => logits,
-            Row::Chosen(chosen) => return finite(chosen),
-        };
-        let params = draw.params;
-        // A mask says itself where stop tokens may stand.
-        let mask_stops = draw.allowed.is_none() && draw.num_output_tokens < params.min_tokens as usize;
-        let is_bare = params.logit_bias.is_empty() && draw.counts.is_none() && draw.allowed.is_none();
-        let race = race(params, draw.position);
-        if is_bare && !mask_stops && !truncates(params) {
-            return finite(sampling::choose(logits, Choice { race, share: false }));
-        }
-        if !sampling::all_finite(logits) {
+        if !chosen.is_finite {
             return Err(EngineError::NonFiniteLogits);
         }
-        let logits = if is_bare && !mask_stops {
-            logits
-        } else {
-            adjust(&mut self.adjusted, logits, draw, mask_stops);
-            &self.adjusted
-        };
-        match race {
-            Some(race) if truncates(params) => {
-                let candidates = self.candidates.of(logits, params, race.inverse_temperature);
-                Ok(race.winner(candidates.iter().copied()))
-            }
-            race => Ok(sampling::choose(logits, Choice { race, share: false }).token),
-        }
+        Ok(Drawn { id: chosen.token, share: chosen.share, report: chosen.report, top })
     }
-}
 
-/// Writes the logits with bias, penalties and masks applied to `adjusted`.
-fn adjust(adjusted: &mut Vec<f32>, logits: &[f32], draw: &Draw<'_>, mask_stops: bool) {
-    let params = draw.params;
-    adjusted.clear();
-    adjusted.extend_from_slice(logits);
-    for &(id, bias) in &params.logit_bias {
-        // A short head does not have every token.
-        if let Some(logit) = adjusted.get_mut(id as usize) {
-            *logit += bias;
-        }
-    }
-    if let Some(counts) = draw.counts {
-        let mut penalise = |id: TokenId, in_prompt: bool, in_output: u32| {
-            if let Some(logit) = adjusted.get_mut(id as usize) {
-                if in_prompt || in_output > 0 {
-                    *logit = if *logit > 0.0 {
-                        *logit / params.repetition_penalty
-                    } else {
-                        *logit * params.repetition_penalty
-                    };
-                }
-                if in_output > 0 {
-                    *logit -= params.presence_penalty + params.frequency_penalty * in_output as f32;
-                }
-                // A penalty must not make an infinity of a large logit: the weights would be NaN.
-                *logit = logit.clamp(f32::MIN, f32::MAX);
-            }
-        };
-        let drafted = |id: TokenId| draw.provisional.iter().filter(|&&p| p == id).count() as u32;
-        for (&id, count) in &counts.counts {
-            penalise(id, count.in_prompt, count.in_output + drafted(id));
-        }
-        for (i, &id) in draw.provisional.iter().enumerate() {
-            if !counts.counts.contains_key(&id) && !draw.provisional[..i].contains(&id) {
-                penalise(id, false, drafted(id));
-            }
-        }
-    }
-    if mask_stops {
-        for &id in &params.stop_token_ids {
-            if let Some(logit) = adjusted.get_mut(id as usize) {
-                *logit = f32::NEG_INFINITY;
-            }
-        }
-    }
-    if let Some(allowed) = draw.allowed {
-        allowed.apply(adjusted);
+    /// The log-probability of `token` and of the `num_top` likeliest of the row.
+    pub(crate) fn score(&mut self, logits: &[f32], token: TokenId, num_top: u32) -> TokenLogprobs {
+        let choice = Choice { report: Some(num_top), ..Choice::default() };
+        let report = choose_in(logits, &choice, &mut self.room).report;
+        let log_sum = report.map_or(f64::NAN, |report| report.log_sum);
+        logprobs(logits[token as usize], log_sum, self.room.top())
     }
 }
 

@@ -3,7 +3,11 @@ use proptest::prelude::*;
 
 fn draw_at(logits: &[f32], params: &SamplingParams, position: usize) -> TokenId {
     let draw = Draw { params, counts: None, provisional: &[], position, num_output_tokens: 0, allowed: None };
-    Sampler::default().draw(Row::Whole(logits), &draw).expect("finite logits")
+    draw_of(logits, &draw).expect("finite logits")
+}
+
+fn draw_of(logits: &[f32], draw: &Draw<'_>) -> Result<TokenId, EngineError> {
+    Sampler::default().draw(Row::Whole(logits), draw, Asked::default()).map(|drawn| drawn.id)
 }
 
 /// The tokens that a textbook top-k, then top-p, then min-p would keep, with their probabilities.
@@ -101,7 +105,7 @@ fn logits_that_are_not_numbers_are_refused() {
             num_output_tokens: 0,
             allowed: None,
         };
-        assert_eq!(Sampler::default().draw(Row::Whole(&logits), &draw), Err(EngineError::NonFiniteLogits));
+        assert_eq!(draw_of(&logits, &draw), Err(EngineError::NonFiniteLogits));
     }
 }
 
@@ -117,8 +121,70 @@ fn min_tokens_masks_stop_tokens() {
             num_output_tokens,
             allowed: None,
         };
-        assert_eq!(Sampler::default().draw(Row::Whole(&[0.0, 9.0, 3.0]), &draw), Ok(expected));
+        assert_eq!(draw_of(&[0.0, 9.0, 3.0], &draw), Ok(expected));
     }
+}
+
+#[test]
+fn what_is_said_of_a_token_is_of_the_bare_logits() {
+    let logits = [0.5, 2.0, -1.0, 2.5, 0.0];
+    let params = SamplingParams { logit_bias: vec![(2, 9.0), (2, -1.0)], ..SamplingParams::default() };
+    let draw = Draw {
+        params: &params,
+        counts: None,
+        provisional: &[],
+        position: 0,
+        num_output_tokens: 0,
+        allowed: None,
+    };
+    let asked = Asked { share: false, num_top: Some(5) };
+    let mut sampler = Sampler::default();
+    let drawn = sampler.draw(Row::Whole(&logits), &draw, asked).expect("finite logits");
+    assert_eq!((drawn.id, drawn.margin()), (2, 0.5));
+    let scores = drawn.logprobs(5);
+    assert_eq!(scores.top.iter().map(|top| top.0).collect::<Vec<_>>(), [3, 1, 0, 4, 2]);
+    let sum: f64 = scores.top.iter().map(|top| f64::from(top.1).exp()).sum();
+    assert!((sum - 1.0).abs() < 1e-6);
+    assert_eq!(scores.logprob, scores.top[4].1);
+    assert_eq!(drawn.logprobs(1).top, [scores.top[0]]);
+    let scored = sampler.score(&logits, 4, 1);
+    assert_eq!((scored.logprob, scored.top), (scores.top[3].1, vec![scores.top[0]]));
+    // Between one token and none there is no margin.
+    let drawn = sampler.draw(Row::Whole(&[3.0]), &draw, asked).expect("finite logits");
+    assert_eq!(drawn.margin(), 0.0);
+}
+
+#[test]
+fn changes_are_one_a_token_in_the_order_of_ids() {
+    let params = SamplingParams {
+        logit_bias: vec![(7, 1.0), (3, 2.0), (7, 0.5)],
+        repetition_penalty: 1.5,
+        presence_penalty: 0.25,
+        frequency_penalty: 0.5,
+        min_tokens: 9,
+        stop_token_ids: vec![3],
+        ..SamplingParams::default()
+    };
+    let mut counts = TokenCounts::for_sequence(&[7, 5], &params).expect("penalties are on");
+    counts.push(5);
+    let draw = Draw {
+        params: &params,
+        counts: Some(&counts),
+        provisional: &[5, 9],
+        position: 5,
+        num_output_tokens: 3,
+        allowed: None,
+    };
+    let change = |id, bias, repetition, less| Change { bias, repetition, less, ..Change::none(id) };
+    let expected = [
+        Change { is_forbidden: true, ..change(3, 2.0, 1.0, 0.0) },
+        change(5, 0.0, 1.5, 1.25),
+        change(7, 1.5, 1.5, 0.0),
+        change(9, 0.0, 1.5, 0.75),
+    ];
+    assert_eq!(draw.choice(Asked::default()).changes.as_deref(), Some(&expected.to_vec()));
+    let plain = SamplingParams { min_tokens: 0, ..SamplingParams::default() };
+    assert_eq!(Draw { params: &plain, counts: None, ..draw }.choice(Asked::default()).changes, None);
 }
 
 proptest! {
@@ -137,15 +203,18 @@ proptest! {
         let draw = Draw {
             params: &params, counts: None, provisional: &[], position, num_output_tokens: 0, allowed: Some(&mask),
         };
-        let got = Sampler::default().draw(Row::Whole(&logits), &draw).expect("finite logits");
+        let got = draw_of(&logits, &draw).expect("finite logits");
         prop_assert!(allowed.contains(&got));
         let mut others_unlikely = logits.clone();
         for id in (0..40).filter(|id| !allowed.contains(id)) {
             others_unlikely[id as usize] = -1e4;
         }
         prop_assert_eq!(got, draw_at(&others_unlikely, &params, position));
-        let total: f32 = allowed.iter().map(|&id| draw.probability(Row::Whole(&logits), id)).sum();
-        prop_assert!((total - 1.0).abs() < 1e-4);
+        let asked = Asked { share: true, num_top: None };
+        let mut sampler = Sampler::default();
+        let drawn = sampler.draw(Row::Whole(&logits), &draw, asked).expect("finite logits");
+        let total: f32 = allowed.iter().map(|&id| (logits[id as usize] - logits[got as usize]).exp()).sum();
+        prop_assert!((drawn.share * total - 1.0).abs() < 1e-4);
     }
 
     /// Drawing with draft tokens provisional equals drawing once they are committed.
@@ -169,7 +238,7 @@ proptest! {
                 params: &params, counts: Some(&counts), provisional,
                 position: prompt.len() + output.len(), num_output_tokens: output.len(), allowed: None,
             };
-            Sampler::default().draw(Row::Whole(&logits), &draw).expect("finite logits")
+            draw_of(&logits, &draw).expect("finite logits")
         };
         prop_assert_eq!(draw(&output, &[]), draw(&output[..split], &output[split..]));
     }
@@ -189,28 +258,6 @@ proptest! {
         let expected = (0..logits.len()).max_by(|&a, &b| score(a).total_cmp(&score(b))).expect("not empty");
         let got = draw_at(&logits, &params, position) as usize;
         prop_assert!(got == expected || (score(got) - score(expected)).abs() < 1e-9);
-    }
-
-    /// Over rows of many chunks the candidates are the textbook's, in its order.
-    #[test]
-    fn candidates_of_a_long_row_are_the_textbooks(
-        seed in any::<u64>(), spread in 0.1f32..8.0, is_masked in any::<bool>(), temperature in 0.2f32..2.0,
-        top_k in prop_oneof![Just(0u32), 1u32..60, 300u32..2000], top_p in prop_oneof![Just(1.0f32), 0.05f32..1.0],
-        min_p in prop_oneof![Just(0.0f32), 0.0f32..0.5],
-    ) {
-        let noise = Noise::new(seed, 0);
-        let logits: Vec<f32> = (0..1500u32)
-            .map(|id| if is_masked && id % 3 > 0 { f32::NEG_INFINITY } else { spread * noise.complement(id / 2) as f32 })
-            .collect();
-        let params = SamplingParams { temperature, top_k, top_p, min_p, ..SamplingParams::default() };
-        let inverse_temperature = 1.0 / f64::from(temperature);
-        let mut candidates = Candidates::default();
-        let got: Vec<TokenId> = candidates.of(&logits, &params, inverse_temperature).iter().map(|c| c.0).collect();
-        let expected: Vec<TokenId> = kept(&logits, &params).iter().map(|c| c.0).collect();
-        // Where the nucleus ends to the last bit depends on how its sum is rounded.
-        let common = got.len().min(expected.len());
-        prop_assert_eq!(&got[..common], &expected[..common]);
-        prop_assert!(got.len().abs_diff(expected.len()) <= 1 + usize::from(top_p < 1.0), "{} for {}", got.len(), expected.len());
     }
 
     /// Truncation never draws what the textbook would not keep.
@@ -244,7 +291,7 @@ proptest! {
         counts.push(0);
         let draw =
             Draw { params: &params, counts: Some(&counts), provisional: &[0], position: 3, num_output_tokens: 1, allowed: None };
-        let id = Sampler::default().draw(Row::Whole(&logits), &draw).expect("finite logits");
+        let id = draw_of(&logits, &draw).expect("finite logits");
         prop_assert!((id as usize) < logits.len());
     }
 }

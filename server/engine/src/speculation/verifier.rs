@@ -9,8 +9,8 @@
 use std::time::Duration;
 
 use crate::api::{EngineError, FinishReason};
-use crate::rows::Row;
-use crate::sampler::{LogprobScratch, Sampler, margin};
+use crate::rows::{Asked, Row};
+use crate::sampler::Sampler;
 use crate::sequence::Sequence;
 
 /// Draws at each of the `1 + num_draft_tokens` rows (of `num_token_ids` logits if whole, row `i` predicting the token
@@ -23,7 +23,6 @@ pub(crate) fn verify<'a>(
     sequence: &mut Sequence,
     rows: impl Iterator<Item = Row<'a>>,
     sampler: &mut Sampler,
-    logprobs: &mut LogprobScratch,
     now: Duration,
 ) -> Result<(), EngineError> {
     let num_draft_tokens = sequence.draft_tokens().len();
@@ -36,14 +35,16 @@ pub(crate) fn verify<'a>(
         if sequence.finished.is_some() {
             break;
         }
-        let id = sampler.draw(row, &sequence.draw_after(0)?)?;
+        let asked = Asked::of(sequence, 0, false);
+        let drawn = sampler.draw(row, &sequence.draw_after(0)?, asked)?;
+        let id = drawn.id;
         if sequence.params.stop_token_ids.contains(&id) {
             // The stop token is not output, but a draft that foresaw it was right.
             num_accepted_tokens += usize::from(sequence.draft_tokens().first() == Some(&id));
             sequence.finished = Some(FinishReason::Stop(id));
             break;
         }
-        let reported = sequence.params.logprobs.map(|top| logprobs.compute(row.logits(), id, top.into()));
+        let reported = sequence.params.logprobs.map(|num_top| drawn.logprobs(num_top.into()));
         let accepted = sequence.draft_tokens().first() == Some(&id);
         if !accepted {
             sequence.rollback();
@@ -54,7 +55,7 @@ pub(crate) fn verify<'a>(
         num_accepted_tokens += usize::from(accepted);
         sequence.take_token(id, accepted, reported, now)?;
         if is_watched {
-            sequence.push_margin(margin(row.logits()));
+            sequence.push_margin(drawn.margin());
         }
         if !accepted {
             break;

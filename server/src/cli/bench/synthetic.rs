@@ -11,7 +11,7 @@ use std::fmt;
 use clap::Args;
 use serde::Serialize;
 use tandem_engine::Models;
-use tandem_models::outputs::{Chosen, choose};
+use tandem_models::outputs::{Chosen, RowRoom, choose_in};
 use tandem_models::{DecoderConfig, ForwardBatch, Model, ModelError, Outputs, Wanted};
 
 /// The flag of the benchmarks that can do it.
@@ -92,6 +92,8 @@ struct SyntheticTarget {
     asked: ForwardBatch,
     logits: Vec<f32>,
     chosen: Vec<Chosen>,
+    top: Vec<(u32, f32)>,
+    room: RowRoom,
 }
 
 impl SyntheticTarget {
@@ -104,6 +106,8 @@ impl SyntheticTarget {
             asked: ForwardBatch::new(),
             logits: Vec::new(),
             chosen: Vec::new(),
+            top: Vec::new(),
+            room: RowRoom::default(),
         }
     }
 }
@@ -152,15 +156,20 @@ impl Model for SyntheticTarget {
     }
 
     fn finish(&mut self) -> Result<Outputs<'_>, ModelError> {
-        let SyntheticTarget { real, verdicts, batch, asked, logits, chosen, .. } = self;
+        let SyntheticTarget { real, verdicts, batch, asked, logits, chosen, top, room, .. } = self;
         let vocab_size = real.config().vocab_size;
         let outputs = real.finish()?;
         let (mut rows, mut tokens) = (outputs.logits.chunks_exact(vocab_size), outputs.chosen.iter());
+        let mut tops = outputs.top;
         logits.clear();
         chosen.clear();
+        top.clear();
         for ((wanted, asked), verdict) in batch.wanted.iter().zip(&asked.wanted).zip(verdicts) {
-            if *asked != Wanted::Whole {
-                chosen.extend(tokens.next());
+            if !asked.is_whole() {
+                let Some(token) = tokens.next() else { continue };
+                let num_top = token.report.map_or(0, |report| report.num_top as usize);
+                chosen.push(*token);
+                top.extend(tops.split_off(..num_top).unwrap_or_default());
                 continue;
             }
             let start = logits.len();
@@ -169,11 +178,13 @@ impl Model for SyntheticTarget {
                 logits[start + token as usize] += if stands { DECISIVE } else { -DECISIVE };
             }
             if let Wanted::Token(choice) = wanted {
-                chosen.push(choose(&logits[start..][..vocab_size.min(batch.num_token_ids)], *choice));
+                let tokens = &logits[start..][..vocab_size.min(batch.num_token_ids)];
+                chosen.push(choose_in(tokens, choice, room));
+                top.extend_from_slice(room.top());
                 logits.truncate(start);
             }
         }
-        Ok(Outputs { logits, chosen })
+        Ok(Outputs { logits, chosen, top })
     }
 }
 

@@ -36,7 +36,7 @@ pub(super) struct Activations {
 /// `R` rows times `num_quads` quads of `P` panels.
 ///
 /// # Safety
-/// The processor has `V`'s instruction set; rows and quads are there, an even number of quads and six rows at most.
+/// The processor has `V`'s instruction set; rows and quads are there, four quads or eight and six rows at most.
 #[inline(always)]
 pub(super) unsafe fn dots<V: Integers, Q: Quads<V, P>, const R: usize, const P: usize>(
     x: &Activations,
@@ -97,15 +97,13 @@ unsafe fn tiles<V: Integers, Q: Quads<V, P>, const N: usize, const R: usize, con
                 }
             }
         }
-        for pair in 0..num_quads / 2 {
-            let (first, second) = (quads.quad(2 * pair), quads.quad(2 * pair + 1));
-            for p in 0..P {
-                let lines = [first[p], second[p]];
-                V::tiles(&mut sums[p], if Q::INTERLEAVED { lines } else { V::interleave(lines) }, codes);
-            }
-            for n in 0..N {
-                codes[n] = [codes[n][0].add(8), codes[n][1].add(8)];
-            }
+        // Two pairs of quads or four; the compiler leaves a loop of so many matrix instructions as it is, and then moves
+        // the sums from register to register.
+        add_pair::<V, Q, N, P>(&mut sums, quads, &codes, 0);
+        add_pair::<V, Q, N, P>(&mut sums, quads, &codes, 1);
+        if num_quads == 8 {
+            add_pair::<V, Q, N, P>(&mut sums, quads, &codes, 2);
+            add_pair::<V, Q, N, P>(&mut sums, quads, &codes, 3);
         }
         let mut dots = [[V::zero(); P]; R];
         for p in 0..P {
@@ -118,5 +116,30 @@ unsafe fn tiles<V: Integers, Q: Quads<V, P>, const N: usize, const R: usize, con
             }
         }
         dots
+    }
+}
+
+/// Adds pair `pair` of quads to the sums of tiles.
+///
+/// # Safety
+/// As for [`tiles`], `codes` being those of the pairs of rows; the quads are there.
+#[inline(always)]
+unsafe fn add_pair<V: Integers, Q: Quads<V, P>, const N: usize, const P: usize>(
+    sums: &mut [[[V::Ints; 2]; N]; P],
+    quads: &Q,
+    codes: &[[*const i8; 2]; N],
+    pair: usize,
+) {
+    // SAFETY: the caller's promise.
+    unsafe {
+        let (first, second) = (quads.quad(2 * pair), quads.quad(2 * pair + 1));
+        let mut x = *codes;
+        for n in 0..N {
+            x[n] = [codes[n][0].add(8 * pair), codes[n][1].add(8 * pair)];
+        }
+        for p in 0..P {
+            let lines = [first[p], second[p]];
+            V::tiles(&mut sums[p], if Q::INTERLEAVED { lines } else { V::interleave(lines) }, x);
+        }
     }
 }

@@ -10,6 +10,7 @@ use std::sync::OnceLock;
 
 use crate::dispatch::{self, Kernels};
 use crate::isa;
+use crate::math::double;
 use choice::{Best, Choice, Chosen, Mass, Race, SHARE_CHUNK};
 
 /// Values of which [`maxima`] gives one.
@@ -141,7 +142,7 @@ pub fn log_sum_exp(x: &[f32]) -> f64 {
         }
     }
     let sum: f64 = sums.iter().sum();
-    f64::from(max) + sum.ln()
+    f64::from(max) + double::ln(sum)
 }
 
 #[cfg(test)]

@@ -3,6 +3,7 @@
 //! Of a vocabulary of 152 thousand tokens mostly some dozens stay, so a row is read as a whole by vector kernels alone:
 //! they give a logit below which nothing stays, and what is above it. What is sorted is no more than that.
 
+use tandem_kernels::math::double;
 use tandem_kernels::sampling::{MAXIMUM_OF, argmax, collect, maxima, sum_exp};
 
 use crate::api::{SamplingParams, TokenId};
@@ -82,7 +83,7 @@ impl Candidates {
         inverse_temperature: f64,
     ) -> &[(TokenId, f32)] {
         let max = logits[argmax(logits)];
-        let weight = |logit: f32| (f64::from(logit - max) * inverse_temperature).exp();
+        let weight = |logit: f32| double::exp(f64::from(logit - max) * inverse_temperature);
         let Candidates { ranking, weights } = self;
         let top_k = params.top_k as usize;
         // What top-p is a share of.

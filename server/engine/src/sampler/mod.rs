@@ -13,6 +13,7 @@ mod logprobs;
 
 use std::collections::HashMap;
 
+use tandem_kernels::math::double;
 use tandem_kernels::sampling;
 use tandem_models::outputs::{Choice, Chosen, Noise, Race};
 
@@ -110,9 +111,9 @@ impl Draw<'_> {
         };
         let logit = f64::from(logits[id as usize]);
         let Some(allowed) = self.allowed else {
-            return (logit - sampling::log_sum_exp(logits)).exp() as f32;
+            return double::exp(logit - sampling::log_sum_exp(logits)) as f32;
         };
-        let total: f64 = allowed.iter().map(|id| (f64::from(logits[id as usize]) - logit).exp()).sum();
+        let total: f64 = allowed.iter().map(|id| double::exp(f64::from(logits[id as usize]) - logit)).sum();
         total.recip() as f32
     }
 }

@@ -339,7 +339,7 @@ static AVX512_WITHOUT_VNNI: Kernels = Kernels {
 
 #[cfg(target_arch = "aarch64")]
 vector_kernels!(
-    Neon, Isa::Neon, "neon", crate::simd::neon::Neon<false>,
+    Neon, Isa::Neon, "neon", crate::simd::neon::Neon<{ crate::simd::neon::WIDENING }>,
     matmul: { rows: 6 },
     quantized: { rows: [1, 2, 3, 4], many: 4, two_panels: false, features: "neon" },
     attention: {
@@ -350,7 +350,7 @@ vector_kernels!(
 
 #[cfg(target_arch = "aarch64")]
 vector_kernels!(
-    NeonDot, Isa::NeonDot, "neon", crate::simd::neon::Neon<true>,
+    NeonDot, Isa::NeonDot, "neon", crate::simd::neon::Neon<{ crate::simd::neon::DOTS }>,
     matmul: { rows: 6 },
     quantized: { rows: [1, 2, 3, 4, 5, 6], many: 6, two_panels: false, features: "neon,dotprod" },
     attention: {
@@ -359,12 +359,32 @@ vector_kernels!(
     }
 );
 
-/// What dot products of bytes make a difference to is [`NeonDot`]'s, all else is [`Neon`]'s.
+#[cfg(target_arch = "aarch64")]
+vector_kernels!(
+    NeonI8mm, Isa::NeonI8mm, "neon", crate::simd::neon::Neon<{ crate::simd::neon::TILES }>,
+    matmul: { rows: 6 },
+    quantized: { rows: [1, 2, 3, 4, 5, 6], many: 6, two_panels: false, features: "neon,i8mm" },
+    attention: {
+        1 rows: 2 vectors, 2 rows: 2 vectors, 3 rows: 1 vectors, 4 rows: 1 vectors,
+        5 rows: 1 vectors, 6 rows: 1 vectors
+    }
+);
+
+/// What products of bytes make a difference to is [`NeonDot`]'s, all else is [`Neon`]'s.
 #[cfg(target_arch = "aarch64")]
 static NEON_DOT: Kernels = Kernels {
     isa: Isa::NeonDot,
     matmul_quantized: NeonDot::KERNELS.matmul_quantized,
     dot_products: NeonDot::KERNELS.dot_products,
+    ..Neon::KERNELS
+};
+
+/// As [`NEON_DOT`].
+#[cfg(target_arch = "aarch64")]
+static NEON_I8MM: Kernels = Kernels {
+    isa: Isa::NeonI8mm,
+    matmul_quantized: NeonI8mm::KERNELS.matmul_quantized,
+    dot_products: NeonI8mm::KERNELS.dot_products,
     ..Neon::KERNELS
 };
 
@@ -385,6 +405,8 @@ pub(crate) fn kernels(isa: Isa) -> &'static Kernels {
         Isa::Neon => &Neon::KERNELS,
         #[cfg(target_arch = "aarch64")]
         Isa::NeonDot => &NEON_DOT,
+        #[cfg(target_arch = "aarch64")]
+        Isa::NeonI8mm => &NEON_I8MM,
         _ => &SCALAR,
     }
 }

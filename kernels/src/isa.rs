@@ -21,6 +21,8 @@ pub enum Isa {
     Neon,
     /// 64-bit Arm with NEON and its dot products of bytes (`dotprod`).
     NeonDot,
+    /// 64-bit Arm with NEON and its products of tiles of bytes (`i8mm`).
+    NeonI8mm,
 }
 
 /// `TANDEM_ISA` names something that cannot be used.
@@ -76,7 +78,7 @@ impl std::str::FromStr for Isa {
 
 impl Isa {
     /// Every instruction set; of those that one processor can have, slowest first.
-    pub const ALL: [Isa; 5] = [Isa::Scalar, Isa::Avx2, Isa::Avx512, Isa::Neon, Isa::NeonDot];
+    pub const ALL: [Isa; 6] = [Isa::Scalar, Isa::Avx2, Isa::Avx512, Isa::Neon, Isa::NeonDot, Isa::NeonI8mm];
 
     /// The name that `TANDEM_ISA` takes.
     pub fn name(self) -> &'static str {
@@ -86,6 +88,7 @@ impl Isa {
             Isa::Avx512 => "avx512",
             Isa::Neon => "neon",
             Isa::NeonDot => "neon-dot",
+            Isa::NeonI8mm => "neon-i8mm",
         }
     }
 
@@ -111,10 +114,12 @@ impl Isa {
             Isa::Neon => is_aarch64_feature_detected!("neon"),
             #[cfg(target_arch = "aarch64")]
             Isa::NeonDot => Isa::Neon.is_available() && is_aarch64_feature_detected!("dotprod"),
+            #[cfg(target_arch = "aarch64")]
+            Isa::NeonI8mm => Isa::NeonDot.is_available() && is_aarch64_feature_detected!("i8mm"),
             #[cfg(not(target_arch = "x86_64"))]
             Isa::Avx2 | Isa::Avx512 => false,
             #[cfg(not(target_arch = "aarch64"))]
-            Isa::Neon | Isa::NeonDot => false,
+            Isa::Neon | Isa::NeonDot | Isa::NeonI8mm => false,
         }
     }
 
@@ -163,7 +168,7 @@ mod tests {
         }
         let message = choose("sse9").unwrap_err().to_string();
         assert!(
-            message.contains("sse9") && message.contains("scalar, avx2, avx512, neon, neon-dot"),
+            message.contains("sse9") && message.contains("scalar, avx2, avx512, neon, neon-dot, neon-i8mm"),
             "{message}"
         );
     }

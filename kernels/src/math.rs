@@ -64,6 +64,13 @@ pub fn tanh(x: f32) -> f32 {
     }
 }
 
+/// Functions of doubles that have one value on every machine. Those of the standard library are the system's: they
+/// differ in the last place between systems, and between processors with and without fused multiply-adds, and what
+/// depends on them would too. These are of a library in Rust, which is compiled into the program.
+pub mod double {
+    pub use libm::{cos, exp, log as ln, log1p as ln_1p, pow, sin};
+}
+
 #[inline]
 fn power_of_two(n: i32) -> f32 {
     f32::from_bits(((n + 127) << 23) as u32)

@@ -10,6 +10,7 @@ use tandem_kernels::attention::{CHUNK, PagedAttention, paged_attention};
 use tandem_kernels::gate::{Gate, gate_stacked, gelu};
 use tandem_kernels::kv::{KvLayout, KvRows, KvType, Values, write_kv};
 use tandem_kernels::layer_norm::layer_norm;
+use tandem_kernels::math::double;
 use tandem_kernels::matmul::matmul;
 use tandem_kernels::norm::rms_norm;
 use tandem_kernels::pack::{PackedMatrix, Weights};
@@ -135,4 +136,35 @@ fn attention() {
         };
         expect(&format!("{kv_type:?}"), sum, q.len(), |pool, out| paged_attention(pool, &args, out));
     }
+}
+
+#[test]
+fn functions_of_doubles() {
+    /// Of sines, cosines, exponentials, logarithms, logarithms of one more, powers.
+    const SUMS: [u64; 6] = [
+        0xd6f9_2a69_87c2_0540,
+        0x2fc8_6155_f6a1_324a,
+        0x5af8_7fad_e18b_6c40,
+        0xed1b_208d_6085_47be,
+        0xe7b2_d6d0_89b7_0d40,
+        0x3e95_9191_eb38_6faa,
+    ];
+    let mut noise = Noise::new(5);
+    let mut sums = [0xcbf2_9ce4_8422_2325u64; 6];
+    for _ in 0..50_000 {
+        let (x, unit) = (f64::from(noise.float()), (noise.next() >> 11) as f64 / (1u64 << 53) as f64 + 1e-17);
+        let (angle, power) = (x * 131_072.0, (1e4 + unit * 1e6, x));
+        let values = [
+            double::sin(angle),
+            double::cos(angle),
+            double::exp(x * 80.0),
+            double::ln(unit),
+            double::ln_1p(-unit),
+            double::pow(power.0, power.1),
+        ];
+        for (sum, value) in sums.iter_mut().zip(values) {
+            *sum = (*sum ^ value.to_bits()).wrapping_mul(0x100_0000_01b3);
+        }
+    }
+    assert_eq!(sums, SUMS, "{sums:#018x?}");
 }

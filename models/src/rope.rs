@@ -8,6 +8,8 @@ use std::f32::consts::PI;
 use std::sync::{Mutex, PoisonError};
 use std::thread;
 
+use tandem_kernels::math::double;
+
 use crate::config::{Rope, RopeScaling};
 
 /// `cos(position * frequency)` and the sines, each `[num_positions, head_dim / 2]`. Channels past
@@ -44,11 +46,10 @@ impl RopeTable {
                 let rows = cos.chunks_exact_mut(half.max(1)).zip(sin.chunks_exact_mut(half.max(1)));
                 for (position, (cos, sin)) in (first..).zip(rows) {
                     for ((cos, sin), &frequency) in cos.iter_mut().zip(sin).zip(&frequencies) {
-                        // The product is rounded to f32; its cosine is then the nearest f32, whatever the
-                        // system's maths library.
+                        // The product is rounded to f32; its cosine is as good as the nearest f32.
                         let angle = f64::from(position as f32 * frequency);
-                        *cos = angle.cos() as f32 * scale;
-                        *sin = angle.sin() as f32 * scale;
+                        *cos = double::cos(angle) as f32 * scale;
+                        *sin = double::sin(angle) as f32 * scale;
                     }
                 }
             }
@@ -105,7 +106,7 @@ pub(crate) fn yarn_attention_factor(factor: f32, mscale: Option<(f32, f32)>) -> 
 pub(crate) fn yarn_gain(factor: f32, mscale: f32) -> f64 {
     match f64::from(factor) {
         factor if factor <= 1.0 => 1.0,
-        factor => 0.1 * f64::from(mscale) * factor.ln() + 1.0,
+        factor => 0.1 * f64::from(mscale) * double::ln(factor) + 1.0,
     }
 }
 
@@ -114,7 +115,7 @@ pub(crate) fn longrope_attention_factor(factor: f32, original_max_position_embed
     if factor <= 1.0 {
         return 1.0;
     }
-    (1.0 + f64::from(factor).ln() / (original_max_position_embeddings as f64).ln()).sqrt() as f32
+    (1.0 + double::ln(f64::from(factor)) / double::ln(original_max_position_embeddings as f64)).sqrt() as f32
 }
 
 fn attention_factor(scaling: &RopeScaling) -> f32 {
@@ -131,7 +132,7 @@ pub fn frequencies(rope: &Rope) -> Vec<f32> {
     let powers = |theta: f64| {
         (0..rope.dim).step_by(2).map(move |channel| {
             let exponent = channel as f32 / rope.dim as f32;
-            theta.powf(f64::from(exponent)) as f32
+            double::pow(theta, f64::from(exponent)) as f32
         })
     };
     let theta = f64::from(rope.theta);
@@ -142,7 +143,7 @@ pub fn frequencies(rope: &Rope) -> Vec<f32> {
         RopeScaling::DynamicNtk { factor } => {
             // The formula at its longest context, `factor` times the pretraining's.
             let (factor, dim) = (f64::from(factor), rope.dim as f64);
-            let theta = theta * (factor * factor - (factor - 1.0)).powf(dim / (dim - 2.0));
+            let theta = theta * double::pow(factor * factor - (factor - 1.0), dim / (dim - 2.0));
             powers(theta).map(|power| 1.0 / power).collect()
         }
         RopeScaling::Llama3 {
@@ -197,7 +198,7 @@ fn yarn_ramp(rope: &Rope) -> (f32, f32) {
     let pair_that_turns = |turns: f32| {
         let wavelength =
             original_max_position_embeddings as f64 / (f64::from(turns) * 2.0 * std::f64::consts::PI);
-        dim * wavelength.ln() / (2.0 * f64::from(rope.theta).ln())
+        dim * double::ln(wavelength) / (2.0 * double::ln(f64::from(rope.theta)))
     };
     let (mut low, mut high) = (pair_that_turns(beta_fast), pair_that_turns(beta_slow));
     if truncate {
@@ -247,7 +248,7 @@ mod tests {
         assert_eq!(table.cos[..4], [1.0; 4]);
         assert_eq!(table.sin[..4], [0.0; 4]);
         assert_eq!((table.cos.len(), table.sin.len(), table.num_positions), (12, 12, 3));
-        assert_eq!(table.cos[8], (2.0f64).cos() as f32);
+        assert_eq!(table.cos[8], double::cos(2.0) as f32);
     }
 
     #[test]
@@ -259,7 +260,10 @@ mod tests {
         for (position, (cos, sin)) in table.cos.chunks_exact(2).zip(table.sin.chunks_exact(2)).enumerate() {
             for (channel, frequency) in frequencies(&rope).into_iter().enumerate() {
                 let angle = f64::from(position as f32 * frequency);
-                assert_eq!((cos[channel], sin[channel]), (angle.cos() as f32, angle.sin() as f32));
+                assert_eq!(
+                    (cos[channel], sin[channel]),
+                    (double::cos(angle) as f32, double::sin(angle) as f32)
+                );
             }
         }
     }
@@ -268,7 +272,7 @@ mod tests {
     fn channels_that_do_not_turn_have_cosine_one() {
         let table = RopeTable::new(&Rope::plain(4, 10_000.0), 8, 3);
         assert_eq!(table.cos[4 + 2..8], [1.0; 2]);
-        assert_eq!((table.sin[4 + 2..8].to_vec(), table.sin[4]), (vec![0.0; 2], 1f64.sin() as f32));
+        assert_eq!((table.sin[4 + 2..8].to_vec(), table.sin[4]), (vec![0.0; 2], double::sin(1.0) as f32));
     }
 
     #[test]

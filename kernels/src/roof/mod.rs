@@ -113,8 +113,11 @@ pub fn multiply_adds(pool: &ThreadPool, rounds: usize) -> usize {
     pool.threads() * rounds * CHAINS * 2 * crate::LANES
 }
 
-/// Independent sums, enough to hide the latency of a dot product.
+/// Independent sums, enough to hide the latency of a dot product; those that a round adds to.
 pub(crate) const CHAINS: usize = 16;
+
+/// As many of them at a time as registers hold where a sum is two registers or four.
+pub(crate) const FEW_CHAINS: usize = 4;
 
 pub(crate) mod scalar {
     use crate::pack::memory::Line;
@@ -143,7 +146,7 @@ pub(crate) mod scalar {
 }
 
 pub(crate) mod vector {
-    use super::CHAINS;
+    use super::{CHAINS, FEW_CHAINS};
     use crate::pack::memory::Line;
     use crate::simd::{Integers, Simd};
 
@@ -168,18 +171,54 @@ pub(crate) mod vector {
     /// The processor has `V`'s instruction set, and VNNI where `V` is AVX-512.
     #[inline(always)]
     pub(crate) unsafe fn dot_products<V: Integers>(rounds: usize) -> i32 {
-        let (codes, x) = ([3u8; 64], [5i8; 4]);
+        // SAFETY: the caller's promise.
+        let total = unsafe {
+            match (V::TILES, V::WIDE) {
+                (true, _) => tiles::<V>(rounds),
+                (false, true) => dots::<V, CHAINS>(rounds),
+                (false, false) => dots::<V, FEW_CHAINS>(rounds),
+            }
+        };
+        total as i32
+    }
+
+    /// # Safety
+    /// As for [`dot_products`].
+    #[inline(always)]
+    unsafe fn dots<V: Integers, const N: usize>(rounds: usize) -> f32 {
+        let codes = [3u8; 64];
+        // Where a dot product is several instructions, those before the last would be done once for all sums of one `x`.
+        let x = std::hint::black_box([[5i8; 4]; N]);
         // SAFETY: the caller's promise; 64 bytes and 4 bytes are there.
         unsafe {
-            let mut sums = [V::zero(); CHAINS];
-            for _ in 0..rounds {
+            let mut sums = [V::zero(); N];
+            for _ in 0..rounds * (CHAINS / N) {
                 let codes = V::load_bytes(std::hint::black_box(codes.as_ptr()));
-                for sum in &mut sums {
-                    *sum = V::dot(*sum, codes, V::splat_bytes(x.as_ptr()), 0);
+                for (i, sum) in sums.iter_mut().enumerate() {
+                    let x = V::splat_bytes(x[if V::WIDE { 0 } else { i }].as_ptr());
+                    *sum = V::dot(*sum, codes, x, 0);
                 }
             }
-            let total = sums.into_iter().map(|sum| V::to_f32(sum)).fold(V::splat(0.0), |a, b| a.add(b));
-            total.sum() as i32
+            sums.into_iter().map(|sum| V::to_f32(sum)).fold(V::splat(0.0), |a, b| a.add(b)).sum()
+        }
+    }
+
+    /// # Safety
+    /// As for [`dot_products`], with [`Integers::TILES`].
+    #[inline(always)]
+    unsafe fn tiles<V: Integers>(rounds: usize) -> f32 {
+        /// Pairs of rows whose sums registers hold; each is four dot products of 64 bytes.
+        const PAIRS: usize = FEW_CHAINS / 2;
+        let (codes, x) = ([3u8; 64], [5i8; 8]);
+        // SAFETY: the caller's promise; 64 bytes and 8 bytes are there.
+        unsafe {
+            let mut sums = [[V::zero(); 2]; PAIRS];
+            for _ in 0..rounds * (CHAINS / (4 * PAIRS)) {
+                let codes = V::load_bytes(std::hint::black_box(codes.as_ptr()));
+                V::tiles(&mut sums, [codes; 2], [[x.as_ptr(); 2]; PAIRS]);
+            }
+            let sums = sums.into_iter().flatten();
+            sums.map(|sum| V::to_f32(sum)).fold(V::splat(0.0), |a, b| a.add(b)).sum()
         }
     }
 
@@ -187,12 +226,20 @@ pub(crate) mod vector {
     /// The processor has `V`'s instruction set.
     #[inline(always)]
     pub(crate) unsafe fn multiply_adds<V: Simd>(rounds: usize) -> f32 {
+        // SAFETY: the caller's promise.
+        unsafe { if V::WIDE { fmas::<V, CHAINS>(rounds) } else { fmas::<V, FEW_CHAINS>(rounds) } }
+    }
+
+    /// # Safety
+    /// As for [`multiply_adds`].
+    #[inline(always)]
+    unsafe fn fmas<V: Simd, const N: usize>(rounds: usize) -> f32 {
         let factor = std::hint::black_box(0.999f32);
         // SAFETY: the caller's promise.
         unsafe {
             let factor = V::splat(factor);
-            let mut sums = [V::splat(1.0); CHAINS];
-            for _ in 0..rounds {
+            let mut sums = [V::splat(1.0); N];
+            for _ in 0..rounds * (CHAINS / N) {
                 for sum in &mut sums {
                     *sum = sum.fma(factor, factor);
                 }

@@ -9,6 +9,7 @@
 use super::choice::{Keep, Mass};
 use crate::dispatch::Kernels;
 use crate::math;
+use crate::math::double::{exp, ln};
 
 /// More than any rounding of a logit over a temperature.
 const SLACK: f64 = 1e-3;
@@ -136,7 +137,7 @@ impl Likely {
     ) -> &[Token] {
         let tokens = &mut self.tokens;
         let max = tokens.iter().map(|token| token.1).fold(f32::NEG_INFINITY, f32::max);
-        let weight = |logit: f32| (f64::from(logit - max) * inverse_temperature).exp();
+        let weight = |logit: f32| exp(f64::from(logit - max) * inverse_temperature);
         let mut total = total;
         if keep.top_k > 0 {
             let num_top = sort_first(tokens, keep.top_k as usize).len();
@@ -205,6 +206,6 @@ fn least_logit(
         // Tokens this unlikely weigh less than `1 - top_p` together: the nucleus is complete without them.
         least = least.max((1.0 - f64::from(keep.top_p)) * sum / num_tokens as f64);
     }
-    let least = f64::from(max) + (least.ln() - slack) / inverse_temperature;
+    let least = f64::from(max) + (ln(least) - slack) / inverse_temperature;
     (least as f32).next_down().max(f32::MIN)
 }

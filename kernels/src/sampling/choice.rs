@@ -21,6 +21,7 @@ use std::sync::Arc;
 use super::noise::Noise;
 use crate::dispatch::Kernels;
 use crate::math;
+use crate::math::double::{ln, ln_1p};
 
 /// Logits whose exponentials are added up relative to their own maximum; where chunks begin is part of what a
 /// share is.
@@ -211,7 +212,7 @@ impl Race {
     /// See the file's header. Negative infinity for a logit of that.
     #[inline]
     pub fn score(&self, id: u32, logit: f32) -> f64 {
-        f64::from(logit) * self.inverse_temperature - (-(-self.noise.complement(id)).ln_1p()).ln()
+        f64::from(logit) * self.inverse_temperature - ln(-ln_1p(-self.noise.complement(id)))
     }
 
     /// Lets a token run against the best of those before it.

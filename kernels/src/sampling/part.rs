@@ -5,6 +5,7 @@ use super::candidates::{Likely, Token, factor};
 use super::choice::{Best, Choice, Chosen, Mass, Race, Report};
 use super::{look_at, mass};
 use crate::dispatch::Kernels;
+use crate::math::double::{exp, ln};
 
 /// Sums of a chunk of a row, as far as its [`Choice`] asks for them.
 #[derive(Clone, Copy, Debug, Default, PartialEq)]
@@ -160,7 +161,7 @@ impl Part {
             let num_top = parts[0].top.sort(num_top as usize) as u32;
             let mut changed = parts.iter().flat_map(|part| &part.bare);
             let logit = changed.find(|bare| bare.0 == token).map_or(logit, |bare| bare.1);
-            Report { logit, log_sum: f64::from(max) + total.ln(), num_top }
+            Report { logit, log_sum: f64::from(max) + ln(total), num_top }
         });
         Chosen { token, share, is_finite, report }
     }
@@ -186,7 +187,7 @@ mod tests {
     fn kept(row: &[f32], keep: &Keep, inverse_temperature: f64, total: f64) -> Vec<u32> {
         let mut tokens: Vec<(u32, f32)> =
             (0..).zip(row.iter().copied()).filter(|token| token.1 > f32::NEG_INFINITY).collect();
-        let weight = |max: f32, logit: f32| (f64::from(logit - max) * inverse_temperature).exp();
+        let weight = |max: f32, logit: f32| exp(f64::from(logit - max) * inverse_temperature);
         tokens.sort_by(|a, b| b.1.total_cmp(&a.1).then(a.0.cmp(&b.0)));
         let Some(&(_, max)) = tokens.first() else { return Vec::new() };
         let mut total = total;

@@ -133,6 +133,8 @@ pub(crate) unsafe fn tanh<V: Simd>(x: V) -> V {
     }
 }
 
+const NO_TILES: &str = "tiles of an instruction set without them: this is a bug";
+
 /// What quantised products add: sixteen lanes of i32, and the 64 bytes that go with them, four a lane.
 ///
 /// # Safety
@@ -173,6 +175,30 @@ pub(crate) trait Integers: Simd {
     /// four `x`, none of them -128. Codes are below 128 unless `offset_bits` is 7. The offset may be taken
     /// off here or at the [`start`](Self::start).
     unsafe fn dot(sum: Self::Ints, codes: Self::Bytes, x: Self::Quad, offset_bits: u32) -> Self::Ints;
+    /// True if there are instructions that multiply tiles of two rows, which the next four methods are for: they are
+    /// called only then.
+    const TILES: bool = false;
+    /// The codes of two quads, as [`tiles`](Self::tiles) takes them.
+    unsafe fn interleave(_codes: [Self::Bytes; 2]) -> [Self::Bytes; 2] {
+        unreachable!("{NO_TILES}")
+    }
+    /// As [`start`](Self::start), for two rows.
+    unsafe fn start_tiles(_neg_sums: [*const i32; 2], _offset_bits: u32) -> [Self::Ints; 2] {
+        unreachable!("{NO_TILES}")
+    }
+    /// Adds to the sums of `N` pairs of rows eight inputs: interleaved `codes` times eight bytes of each row.
+    unsafe fn tiles<const N: usize>(
+        _sums: &mut [[Self::Ints; 2]; N],
+        _codes: [Self::Bytes; 2],
+        _x: [[*const i8; 2]; N],
+    ) {
+        unreachable!("{NO_TILES}")
+    }
+    /// The sums of the first row and those of the second, lanes in order.
+    unsafe fn rows_of_tiles(_sums: [Self::Ints; 2]) -> [Self::Ints; 2] {
+        unreachable!("{NO_TILES}")
+    }
+
     /// To f32, rounded to nearest.
     unsafe fn to_f32(ints: Self::Ints) -> Self;
 

@@ -1,17 +1,27 @@
 //! NEON: four registers are sixteen lanes.
 //!
-//! Every 64-bit Arm processor has what the f32 kernels use. Dot products of bytes are one instruction with `dotprod`
-//! (Armv8.4, and most cores since the Cortex-A75), and four widening ones without; which is the type's parameter.
-//! Instructions whose intrinsics the oldest Rust that builds this crate does not have are written out.
+//! Every 64-bit Arm processor has what the f32 kernels use. How products of bytes are added up ([`integers`]) depends on
+//! more, which is the type's parameter: [`WIDENING`], [`DOTS`] or [`TILES`]. Instructions whose intrinsics the oldest Rust
+//! that builds this crate does not have are written out.
+
+mod integers;
 
 use std::arch::aarch64::*;
 use std::arch::asm;
 
 use super::{Integers, Simd};
+use crate::sampling::noise::{BITS_TO_LOG2, FACTORS, GAMMA, LOG2_OF_ZERO, SHIFTS};
 
-/// Four `float32x4_t` as [`Simd`], lanes in order. With `DOT`, [`Integers::dot`] needs `dotprod` as well.
+/// Products of bytes by four widening instructions, which every processor has.
+pub(crate) const WIDENING: u8 = 0;
+/// By dot products: needs `dotprod` (Armv8.4, and most cores since the Cortex-A75).
+pub(crate) const DOTS: u8 = 1;
+/// By tiles of two rows and two outputs: needs `i8mm` (Armv8.6, and most server cores since the Neoverse V1).
+pub(crate) const TILES: u8 = 2;
+
+/// Four `float32x4_t` as [`Simd`], lanes in order; `PRODUCTS` is one of the constants above.
 #[derive(Clone, Copy)]
-pub(crate) struct Neon<const DOT: bool>([float32x4_t; 4]);
+pub(crate) struct Neon<const PRODUCTS: u8>([float32x4_t; 4]);
 
 /// Applies `op` to every register.
 #[inline(always)]
@@ -64,37 +74,6 @@ unsafe fn widen_high_f16(halves: uint16x8_t) -> float32x4_t {
     floats
 }
 
-/// Adds to every lane its four `codes` times the first four bytes of `x`.
-///
-/// # Safety
-/// The processor has `dotprod`.
-#[inline]
-#[target_feature(enable = "neon,dotprod")]
-unsafe fn sdot(mut sum: int32x4_t, codes: int8x16_t, x: int8x16_t) -> int32x4_t {
-    // SAFETY: the caller's promise; registers only.
-    unsafe {
-        asm!("sdot {sum:v}.4s, {codes:v}.16b, {x:v}.4b[0]",
-            sum = inout(vreg) sum, codes = in(vreg) codes, x = in(vreg) x,
-            options(pure, nomem, nostack, preserves_flags));
-    }
-    sum
-}
-
-/// As [`sdot`], with `x` in every lane.
-///
-/// # Safety
-/// The processor has NEON.
-#[inline(always)]
-unsafe fn widening_dot(sum: int32x4_t, codes: int8x16_t, x: int8x16_t) -> int32x4_t {
-    // SAFETY: the caller's promise.
-    unsafe {
-        // Pairs of products fit 16 bits: no code is beyond -128 to 127, no `x` beyond -127 to 127.
-        let low = vmull_s8(vget_low_s8(codes), vget_low_s8(x));
-        let high = vmull_high_s8(codes, x);
-        vpadalq_s16(sum, vpaddq_s16(low, high))
-    }
-}
-
 /// The bits of magnitudes; they are in the order of the magnitudes, and those of a NaN above all.
 ///
 /// # Safety
@@ -134,10 +113,74 @@ unsafe fn narrow(words: [int32x4_t; 4]) -> int8x16_t {
     }
 }
 
+/// A bit for every lane whose mask is all ones, not all zeros.
+///
+/// # Safety
+/// The processor has NEON.
+#[inline(always)]
+unsafe fn lane_bits(masks: [uint32x4_t; 4]) -> u32 {
+    const BITS: [u8; 16] = [1, 2, 4, 8, 16, 32, 64, 128, 1, 2, 4, 8, 16, 32, 64, 128];
+    // SAFETY: the caller's promise; sixteen bytes are there.
+    unsafe {
+        let bytes = vreinterpretq_u8_s8(narrow(each(masks, |mask| vreinterpretq_s32_u32(mask))));
+        let bits = vandq_u8(bytes, vld1q_u8(BITS.as_ptr()));
+        u32::from(vaddv_u8(vget_low_u8(bits))) | u32::from(vaddv_u8(vget_high_u8(bits))) << 8
+    }
+}
+
+/// The low 64 bits of the products of two lanes with `factor`.
+///
+/// # Safety
+/// The processor has NEON.
+#[inline(always)]
+unsafe fn mul_u64(x: uint64x2_t, factor: u64) -> uint64x2_t {
+    // SAFETY: the caller's promise.
+    unsafe {
+        // The lower half of each lane with the factor's upper half, and the other way round.
+        let swapped = vreinterpretq_u32_u64(vdupq_n_u64(factor.rotate_left(32)));
+        let crossed = vpaddlq_u32(vmulq_u32(vreinterpretq_u32_u64(x), swapped));
+        vmlal_u32(vshlq_n_u64::<32>(crossed), vmovn_u64(x), vdup_n_u32(factor as u32))
+    }
+}
+
+/// The upper 31 bits of two lanes of noise.
+///
+/// # Safety
+/// The processor has NEON.
+#[inline(always)]
+unsafe fn noise_bits(counter: u64) -> uint64x2_t {
+    const STEPS: [u64; 2] = [0, GAMMA];
+    // SAFETY: the caller's promise; two steps are there.
+    unsafe {
+        let z = vaddq_u64(vdupq_n_u64(counter), vld1q_u64(STEPS.as_ptr()));
+        let z = veorq_u64(z, vshrq_n_u64::<{ SHIFTS[0] as i32 }>(z));
+        let z = mul_u64(z, FACTORS[0]);
+        let z = veorq_u64(z, vshrq_n_u64::<{ SHIFTS[1] as i32 }>(z));
+        // The last step of the generator leaves the upper 31 bits as they are.
+        vshrq_n_u64::<33>(mul_u64(z, FACTORS[1]))
+    }
+}
+
+/// Four lanes of [`Simd::noise_log2`].
+///
+/// # Safety
+/// The processor has NEON.
+#[inline(always)]
+unsafe fn noise_log2(counter: u64) -> float32x4_t {
+    // SAFETY: the caller's promise.
+    unsafe {
+        let low = vreinterpretq_u32_u64(noise_bits(counter));
+        let high = vreinterpretq_u32_u64(noise_bits(counter.wrapping_add(GAMMA.wrapping_mul(2))));
+        let uniform = vcvtq_f32_u32(vuzp1q_u32(low, high));
+        let log2 = vcvtq_f32_u32(vreinterpretq_u32_f32(uniform));
+        vfmaq_f32(vdupq_n_f32(LOG2_OF_ZERO), log2, vdupq_n_f32(BITS_TO_LOG2))
+    }
+}
+
 // SAFETY of every block: the trait's contract gives the instruction set and valid pointers; accesses to a part
 // copy `len` elements to or from sixteen of the stack.
 #[allow(clippy::undocumented_unsafe_blocks, reason = "one argument for all, stated above")]
-impl<const DOT: bool> Simd for Neon<DOT> {
+impl<const PRODUCTS: u8> Simd for Neon<PRODUCTS> {
     const WIDE: bool = false;
 
     #[inline(always)]
@@ -250,11 +293,16 @@ impl<const DOT: bool> Simd for Neon<DOT> {
     }
     #[inline(always)]
     unsafe fn equal(self, other: Self) -> u32 {
-        const BITS: [u8; 16] = [1, 2, 4, 8, 16, 32, 64, 128, 1, 2, 4, 8, 16, 32, 64, 128];
+        unsafe { lane_bits(both(self.0, other.0, |a, b| vceqq_f32(a, b))) }
+    }
+    #[inline(always)]
+    unsafe fn at_least(self, other: Self) -> u32 {
+        unsafe { lane_bits(both(self.0, other.0, |a, b| vcgeq_f32(a, b))) }
+    }
+    #[inline(always)]
+    unsafe fn noise_log2(counter: u64) -> Self {
         unsafe {
-            let equal = both(self.0, other.0, |a, b| vreinterpretq_s32_u32(vceqq_f32(a, b)));
-            let bits = vandq_u8(vreinterpretq_u8_s8(narrow(equal)), vld1q_u8(BITS.as_ptr()));
-            u32::from(vaddv_u8(vget_low_u8(bits))) | u32::from(vaddv_u8(vget_high_u8(bits))) << 8
+            Neon(each([0, 4, 8, 12], |lane| noise_log2(counter.wrapping_add(GAMMA.wrapping_mul(lane)))))
         }
     }
 
@@ -280,183 +328,5 @@ impl<const DOT: bool> Simd for Neon<DOT> {
             let [a, b, c, d] = each(self.0, |x| magnitude(x));
             vmaxvq_u32(vmaxq_u32(vmaxq_u32(a, b), vmaxq_u32(c, d))) < f32::INFINITY.to_bits()
         }
-    }
-}
-
-// SAFETY of every block: the trait's contract gives the instruction set, of which `dotprod` is a part where `DOT` is
-// set, and valid pointers.
-#[allow(clippy::undocumented_unsafe_blocks, reason = "one argument for all, stated above")]
-impl<const DOT: bool> Integers for Neon<DOT> {
-    type Bytes = [uint8x16_t; 4];
-    /// In every lane, or with `DOT` in the first, from where the instruction takes it.
-    type Quad = int8x16_t;
-    type Ints = [int32x4_t; 4];
-
-    #[inline(always)]
-    unsafe fn zero_bytes() -> Self::Bytes {
-        unsafe { [vdupq_n_u8(0); 4] }
-    }
-    #[inline(always)]
-    unsafe fn splat_bytes(from: *const i8) -> int8x16_t {
-        unsafe {
-            let four = from.cast::<i32>().read_unaligned();
-            let quad = if DOT { vsetq_lane_s32::<0>(four, vdupq_n_s32(0)) } else { vdupq_n_s32(four) };
-            vreinterpretq_s8_s32(quad)
-        }
-    }
-    #[inline(always)]
-    unsafe fn load_bytes(from: *const u8) -> Self::Bytes {
-        unsafe { each([0, 16, 32, 48], |i| vld1q_u8(from.add(i))) }
-    }
-    #[inline(always)]
-    unsafe fn store_bytes(bytes: Self::Bytes, to: *mut u8) {
-        unsafe {
-            both([0, 16, 32, 48], bytes, |i, bytes| vst1q_u8(to.add(i), bytes));
-        }
-    }
-    #[inline(always)]
-    unsafe fn low_nibbles(bytes: Self::Bytes) -> Self::Bytes {
-        unsafe { each(bytes, |bytes| vandq_u8(bytes, vdupq_n_u8(0xf))) }
-    }
-    #[inline(always)]
-    unsafe fn high_nibbles(bytes: Self::Bytes) -> Self::Bytes {
-        unsafe { each(bytes, |bytes| vshrq_n_u8::<4>(bytes)) }
-    }
-    #[inline(always)]
-    unsafe fn or_bits(to: Self::Bytes, from: Self::Bytes, shift: i32, mask: u8) -> Self::Bytes {
-        unsafe {
-            let (shift, mask) = (vdupq_n_s8(shift as i8), vdupq_n_u8(mask));
-            both(to, from, |to, from| vorrq_u8(to, vandq_u8(vshlq_u8(from, shift), mask)))
-        }
-    }
-    #[inline(always)]
-    unsafe fn look_up(nibbles: Self::Bytes, table: &[u8; 16]) -> Self::Bytes {
-        unsafe {
-            let table = vld1q_u8(table.as_ptr());
-            each(nibbles, |nibbles| vqtbl1q_u8(table, nibbles))
-        }
-    }
-
-    #[inline(always)]
-    unsafe fn zero() -> Self::Ints {
-        unsafe { [vdupq_n_s32(0); 4] }
-    }
-    #[inline(always)]
-    unsafe fn splat_int(from: *const i32) -> Self::Ints {
-        unsafe { [vdupq_n_s32(*from); 4] }
-    }
-    #[inline(always)]
-    unsafe fn start(neg_sum: *const i32, offset_bits: u32) -> Self::Ints {
-        unsafe { if offset_bits == 7 { Self::zero() } else { [vdupq_n_s32(*neg_sum << offset_bits); 4] } }
-    }
-    #[inline(always)]
-    unsafe fn dot(sum: Self::Ints, codes: Self::Bytes, x: int8x16_t, offset_bits: u32) -> Self::Ints {
-        unsafe {
-            // Flipping the highest bit takes 128 off; without it codes are below 128, signed or not.
-            let flip = vdupq_n_u8(if offset_bits == 7 { 0x80 } else { 0 });
-            let codes = each(codes, |codes| vreinterpretq_s8_u8(veorq_u8(codes, flip)));
-            if !DOT {
-                return both(sum, codes, |sum, codes| widening_dot(sum, codes, x));
-            }
-            // No closure: it would be compiled without the instruction set.
-            let [a, b, c, d] = codes;
-            [sdot(sum[0], a, x), sdot(sum[1], b, x), sdot(sum[2], c, x), sdot(sum[3], d, x)]
-        }
-    }
-    #[inline(always)]
-    unsafe fn to_f32(ints: Self::Ints) -> Self {
-        unsafe { Neon(each(ints, |ints| vcvtq_f32_s32(ints))) }
-    }
-
-    #[inline(always)]
-    unsafe fn load_u8(from: *const u8) -> Self::Ints {
-        unsafe {
-            let sixteen = vld1q_u8(from);
-            let (low, high) = (vmovl_u8(vget_low_u8(sixteen)), vmovl_high_u8(sixteen));
-            let ints = [
-                vmovl_u16(vget_low_u16(low)),
-                vmovl_high_u16(low),
-                vmovl_u16(vget_low_u16(high)),
-                vmovl_high_u16(high),
-            ];
-            each(ints, |ints| vreinterpretq_s32_u32(ints))
-        }
-    }
-    #[inline(always)]
-    unsafe fn load_i8(from: *const u8) -> Self::Ints {
-        unsafe {
-            let sixteen = vreinterpretq_s8_u8(vld1q_u8(from));
-            let (low, high) = (vmovl_s8(vget_low_s8(sixteen)), vmovl_high_s8(sixteen));
-            [
-                vmovl_s16(vget_low_s16(low)),
-                vmovl_high_s16(low),
-                vmovl_s16(vget_low_s16(high)),
-                vmovl_high_s16(high),
-            ]
-        }
-    }
-    #[inline(always)]
-    unsafe fn bits(ints: Self::Ints, shift: i32, mask: i32) -> Self::Ints {
-        unsafe {
-            let (shift, mask) = (vdupq_n_s32(-shift), vdupq_n_u32(mask as u32));
-            let bits = |ints| vandq_u32(vshlq_u32(vreinterpretq_u32_s32(ints), shift), mask);
-            each(ints, |ints| vreinterpretq_s32_u32(bits(ints)))
-        }
-    }
-    #[inline(always)]
-    unsafe fn or(a: Self::Ints, b: Self::Ints) -> Self::Ints {
-        unsafe { both(a, b, |a, b| vorrq_s32(a, b)) }
-    }
-
-    #[inline(always)]
-    unsafe fn load_bf16s(from: *const u8) -> Self {
-        unsafe {
-            let first = vreinterpretq_u16_u8(vld1q_u8(from));
-            let second = vreinterpretq_u16_u8(vld1q_u8(from.add(16)));
-            let bits = [
-                vshll_n_u16::<16>(vget_low_u16(first)),
-                vshll_high_n_u16::<16>(first),
-                vshll_n_u16::<16>(vget_low_u16(second)),
-                vshll_high_n_u16::<16>(second),
-            ];
-            Neon(each(bits, |bits| vreinterpretq_f32_u32(bits)))
-        }
-    }
-    #[inline(always)]
-    unsafe fn store_i8(self, to: *mut i8) {
-        unsafe { vst1q_s8(to, narrow(each(self.0, |x| vcvtnq_s32_f32(x)))) }
-    }
-    #[inline(always)]
-    unsafe fn amplitudes(x: [Self; 4]) -> Self {
-        unsafe {
-            let [a, b, c, d] = each(x, |x| {
-                let [a, b, c, d] = each(x.0, |x| magnitude(x));
-                vmaxq_u32(vmaxq_u32(a, b), vmaxq_u32(c, d))
-            });
-            let largest = |a, b| vreinterpretq_f32_u32(vdupq_n_u32(vmaxvq_u32(vmaxq_u32(a, b))));
-            let (first, second) = (largest(a, b), largest(c, d));
-            Neon([first, first, second, second])
-        }
-    }
-    #[inline(always)]
-    unsafe fn pack_i8(x: [Self; 4]) -> Self::Bytes {
-        unsafe {
-            let pack = |x: Self| narrow(each(x.0, |x| vcvtnq_s32_f32(x)));
-            each(x, |x| vreinterpretq_u8_s8(pack(x)))
-        }
-    }
-    #[inline(always)]
-    unsafe fn sums_of_16(bytes: Self::Bytes) -> Self::Ints {
-        unsafe { each(bytes, |bytes| vdupq_n_s32(i32::from(vaddlvq_s8(vreinterpretq_s8_u8(bytes))))) }
-    }
-    #[inline(always)]
-    unsafe fn store_ints(ints: Self::Ints, to: *mut i32) {
-        unsafe {
-            both([0, 4, 8, 12], ints, |i, four| vst1q_s32(to.add(i), four));
-        }
-    }
-    #[inline(always)]
-    unsafe fn prefetch(at: *const u8) {
-        prefetch(at);
     }
 }

@@ -13,6 +13,7 @@
 use std::mem::MaybeUninit;
 
 use super::QuantizedRows;
+use super::dots::{Activations, Quads, dots};
 use super::formats::{Codes, Format, Scales, Shape};
 use super::vector::{Target, prefetch_lines};
 use crate::LANES;
@@ -53,10 +54,11 @@ impl<const BLOCK: usize, const OFFSET_BITS: u32, const HAS_MIN: bool> Kind
 /// A group of `P` panels.
 #[repr(C, align(64))]
 pub(crate) struct Unpacked<const P: usize> {
+    /// Quad by quad; for tiles, each two interleaved.
     codes: [[[u8; LINE_BYTES]; QUADS]; P],
     scales: [[[f32; LANES]; MAX_BLOCKS]; P],
     neg_mins: [[[f32; LANES]; MAX_BLOCKS]; P],
-    /// Where each panel's codes are: above, or in the panel itself if it has whole bytes.
+    /// Where each panel's codes are: above, or in the panel itself if it has whole bytes and nothing is interleaved.
     at: [*const u8; P],
 }
 
@@ -174,18 +176,44 @@ pub(crate) unsafe fn unpack<V: Integers, F: Format, const P: usize>(
                 }
             }
             let from = scales.add(Shape::<F>::SCALE_BYTES);
-            if F::Codes::IS_BYTES {
+            if F::Codes::IS_BYTES && !V::TILES {
                 (*to).at[p] = from;
                 continue;
             }
             let codes = (&raw mut (*to).codes[p]).cast::<u8>();
             for chunk in 0..chunks {
-                for quad in 0..CHUNK / 4 {
-                    let bytes = F::Codes::quad::<V>(from.add(chunk * Shape::<F>::CHUNK_BYTES), quad);
-                    V::store_bytes(bytes, codes.add((chunk * (CHUNK / 4) + quad) * LINE_BYTES));
+                for quad in (0..CHUNK / 4).step_by(2) {
+                    let chunk_at = from.add(chunk * Shape::<F>::CHUNK_BYTES);
+                    let quads =
+                        [F::Codes::quad::<V>(chunk_at, quad), F::Codes::quad::<V>(chunk_at, quad + 1)];
+                    let lines = if V::TILES { V::interleave(quads) } else { quads };
+                    let line = codes.add((chunk * (CHUNK / 4) + quad) * LINE_BYTES);
+                    V::store_bytes(lines[0], line);
+                    V::store_bytes(lines[1], line.add(LINE_BYTES));
                 }
             }
             (*to).at[p] = codes;
+        }
+    }
+}
+
+/// Unpacked quads of panels, from `at` on.
+struct Lines<const P: usize> {
+    at: [*const u8; P],
+}
+
+impl<V: Integers, const P: usize> Quads<V, P> for Lines<P> {
+    const INTERLEAVED: bool = V::TILES;
+
+    #[inline(always)]
+    unsafe fn quad(&self, quad: usize) -> [V::Bytes; P] {
+        // SAFETY: the caller's promise.
+        unsafe {
+            let mut codes = [V::zero_bytes(); P];
+            for p in 0..P {
+                codes[p] = V::load_bytes(self.at[p].add(quad * LINE_BYTES));
+            }
+            codes
         }
     }
 }
@@ -221,24 +249,8 @@ pub(crate) unsafe fn group<V: Integers, K: Kind, const R: usize, const P: usize>
             }
         }
         for block in 0..rows.chunks * blocks_a_chunk {
-            let mut dots = [[V::zero(); P]; R];
-            if K::OFFSET_BITS > 0 {
-                for r in 0..R {
-                    dots[r] = [V::start(neg_sums.add(r * sums_stride), K::OFFSET_BITS); P];
-                }
-            }
-            for quad in 0..K::BLOCK / 4 {
-                let mut weights = [V::zero_bytes(); P];
-                for p in 0..P {
-                    weights[p] = V::load_bytes(at[p].add(quad * LINE_BYTES));
-                }
-                for r in 0..R {
-                    let x = V::splat_bytes(codes.add(r * codes_stride + quad * 4));
-                    for p in 0..P {
-                        dots[r][p] = V::dot(dots[r][p], weights[p], x, K::OFFSET_BITS);
-                    }
-                }
-            }
+            let x = Activations { codes, codes_stride, neg_sums, sums_stride };
+            let dots = dots::<V, _, R, P>(&x, &Lines { at }, K::BLOCK / 4, K::OFFSET_BITS);
             for r in 0..R {
                 let x_scale = V::splat(*x_scales.add(r * scales_stride));
                 for p in 0..P {

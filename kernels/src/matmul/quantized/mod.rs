@@ -29,6 +29,7 @@
 //! Weights of Q8_0 alone cost 0.54, those of Q4_0 8.7. The finer scales take one more multiplication for
 //! eight dot products, which only a long prefill feels.
 
+mod dots;
 pub(crate) mod formats;
 pub(crate) mod grouped;
 pub(crate) mod scalar;

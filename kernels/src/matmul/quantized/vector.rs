@@ -20,7 +20,10 @@
     reason = "indices name rows, quads and blocks of several arrays at once"
 )]
 
+use std::marker::PhantomData;
+
 use super::RowMut;
+use super::dots::{Activations, Quads, dots};
 use super::formats::{self, Codes, Format, Scales, Shape};
 use super::grouped::{self, Kind, Rows, Unpacked};
 use super::scalar::{MAX_CODE, MIN_AMPLITUDE, scale_of};
@@ -246,6 +249,30 @@ struct Place {
     part: usize,
 }
 
+/// The quads of a block from quad `first` of a chunk on, in panels `panel_bytes` apart.
+struct PackedQuads<C> {
+    chunk: *const u8,
+    panel_bytes: usize,
+    first: usize,
+    codes: PhantomData<C>,
+}
+
+impl<C: Codes, V: Integers, const P: usize> Quads<V, P> for PackedQuads<C> {
+    const INTERLEAVED: bool = false;
+
+    #[inline(always)]
+    unsafe fn quad(&self, quad: usize) -> [V::Bytes; P] {
+        // SAFETY: the caller's promise.
+        unsafe {
+            let mut codes = [V::zero_bytes(); P];
+            for p in 0..P {
+                codes[p] = C::quad::<V>(self.chunk.add(p * self.panel_bytes), self.first + quad);
+            }
+            codes
+        }
+    }
+}
+
 /// Adds the 16 or 32 inputs that share a scale to `sums`.
 ///
 /// # Safety
@@ -265,25 +292,20 @@ unsafe fn dot_block<V: Integers, F: Format, const R: usize, const P: usize>(
     // SAFETY: the caller's promise.
     unsafe {
         let neg_sums = neg_sums.add(place.input / block_len + place.part);
-        let mut dots = [[V::zero(); P]; R];
-        if F::Codes::OFFSET_BITS > 0 {
-            for r in 0..R {
-                dots[r] = [V::start(neg_sums.add(r * sums_stride), F::Codes::OFFSET_BITS); P];
-            }
-        }
-        for quad in place.part * quads..(place.part + 1) * quads {
-            let mut codes = [V::zero_bytes(); P];
-            for p in 0..P {
-                codes[p] = F::Codes::quad::<V>(place.chunk.add(p * block.panel_bytes), quad);
-            }
-            let x = block.codes.add(place.input + quad * 4);
-            for r in 0..R {
-                let x = V::splat_bytes(x.add(r * block.codes_stride));
-                for p in 0..P {
-                    dots[r][p] = V::dot(dots[r][p], codes[p], x, F::Codes::OFFSET_BITS);
-                }
-            }
-        }
+        let first = place.part * quads;
+        let x = Activations {
+            codes: block.codes.add(place.input + first * 4),
+            codes_stride: block.codes_stride,
+            neg_sums,
+            sums_stride,
+        };
+        let codes = PackedQuads::<F::Codes> {
+            chunk: place.chunk,
+            panel_bytes: block.panel_bytes,
+            first,
+            codes: PhantomData,
+        };
+        let dots = dots::<V, _, R, P>(&x, &codes, quads, F::Codes::OFFSET_BITS);
         let in_group = place.input % GROUP / block_len + place.part;
         let mut scales = [(V::splat(0.0), V::splat(0.0)); P];
         for p in 0..P {

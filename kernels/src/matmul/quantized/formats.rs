@@ -239,13 +239,12 @@ impl<F: Format> Shape<F> {
     /// True if so many rows go by in one block, against one panel, where registers would hold two panels. Few rows
     /// wait for memory, and a panel is a stream: with one on each thread it gives up to a sixth more than with two,
     /// and up to a third more than where a second block of rows meets the panel again. Two panels need fewer loads of
-    /// activations, which counts once arithmetic takes about as long: from three rows on where 32 inputs have two
-    /// scales, from five on where there are minima, from seven on unless a code has more than a nibble and a bit.
-    /// Those two scales leave two panels no registers for more than four rows.
+    /// activations, which counts once arithmetic takes about as long: from five rows on where there are minima, from
+    /// seven on unless a code has more than a nibble and a bit. Two scales for 32 inputs leave two panels no registers
+    /// for more than four rows.
     pub(crate) const fn is_narrow(num_rows: usize) -> bool {
         match num_rows {
-            0..=2 => true,
-            3..=4 => Self::BLOCK == 32,
+            0..=4 => true,
             5..=6 => Self::BLOCK == 16 || !Self::HAS_MIN,
             7..=8 => !Self::HAS_MIN && Self::CHUNK_BYTES >= 6 * LINE_BYTES,
             _ => false,

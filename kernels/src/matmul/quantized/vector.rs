@@ -164,7 +164,9 @@ unsafe fn rows<T: Target, F: Format, const P: usize>(tile: &Tile<'_>, panel: usi
     let x = tile.input.quantized;
     let first_output = tile.part.first_output + panel * LANES;
     let is_narrow = T::TWO_PANELS && Shape::<F>::is_narrow(num_rows);
-    let num_blocks = if num_rows <= T::MAX_ROWS || is_narrow { 1 } else { num_rows.div_ceil(T::MANY_ROWS) };
+    // Bytes take no registers to unpack, and are so many that fewer blocks to read them pay.
+    let many_rows = if F::Codes::IS_BYTES { T::MAX_ROWS } else { T::MANY_ROWS };
+    let num_blocks = if num_rows <= T::MAX_ROWS || is_narrow { 1 } else { num_rows.div_ceil(many_rows) };
     let distance = if num_rows <= 2 { PREFETCH_BYTES } else { PREFETCH_BYTES_OF_ROWS };
     for i in 0..num_blocks {
         let begin = tile.rows.start + i * num_rows / num_blocks;
@@ -223,8 +225,10 @@ pub(crate) unsafe fn block<V: Integers, F: Format, const R: usize, const P: usiz
             for i in 0..num_chunks {
                 let chunk = chunks.add(i * Shape::<F>::CHUNK_BYTES);
                 prefetch::<V, P>(block, chunk, Shape::<F>::CHUNK_BYTES);
-                for part in 0..CHUNK / Shape::<F>::BLOCK {
-                    let place = Place { scales, chunk, input: group * GROUP + i * CHUNK, part };
+                let mut place = Place { scales, chunk, input: group * GROUP + i * CHUNK, part: 0 };
+                dot_block::<V, F, R, P>(block, &place, &mut sums);
+                if Shape::<F>::BLOCK < CHUNK {
+                    place.part = 1;
                     dot_block::<V, F, R, P>(block, &place, &mut sums);
                 }
             }
@@ -263,7 +267,6 @@ unsafe fn dot_block<V: Integers, F: Format, const R: usize, const P: usize>(
     sums: &mut [[V; P]; R],
 ) {
     let block_len = Shape::<F>::BLOCK;
-    let quads = block_len / 4;
     let (neg_sums, sums_stride) = match block_len {
         16 => (block.neg_sums16, block.inputs / 16),
         _ => (block.neg_sums32, block.inputs / 32),
@@ -277,17 +280,17 @@ unsafe fn dot_block<V: Integers, F: Format, const R: usize, const P: usize>(
                 dots[r] = [V::start(neg_sums.add(r * sums_stride), F::Codes::OFFSET_BITS); P];
             }
         }
-        for quad in place.part * quads..(place.part + 1) * quads {
-            let mut codes = [V::zero_bytes(); P];
-            for p in 0..P {
-                codes[p] = F::Codes::quad::<V>(place.chunk.add(p * block.panel_bytes), quad);
-            }
-            let x = block.codes.add(place.input + quad * 4);
-            for r in 0..R {
-                let x = V::splat_bytes(x.add(r * block.codes_stride));
-                for p in 0..P {
-                    dots[r][p] = V::dot(dots[r][p], codes[p], x, F::Codes::OFFSET_BITS);
-                }
+        let quads = block_len / 4;
+        let first = place.part * quads;
+        if R > 2 && quads == 4 {
+            // Not left to the compiler, which makes it a loop that shifts and branches by the number of the quad.
+            dot_quad::<V, F, R, P>(block, place, first, &mut dots);
+            dot_quad::<V, F, R, P>(block, place, first + 1, &mut dots);
+            dot_quad::<V, F, R, P>(block, place, first + 2, &mut dots);
+            dot_quad::<V, F, R, P>(block, place, first + 3, &mut dots);
+        } else {
+            for quad in first..first + quads {
+                dot_quad::<V, F, R, P>(block, place, quad, &mut dots);
             }
         }
         let in_group = place.input % GROUP / block_len + place.part;
@@ -309,6 +312,33 @@ unsafe fn dot_block<V: Integers, F: Format, const R: usize, const P: usize>(
                 if Shape::<F>::HAS_MIN {
                     sums[r][p] = neg_min.fma(neg_sum, sums[r][p]);
                 }
+            }
+        }
+    }
+}
+
+/// Adds the four inputs of quad `quad` of the chunk to `dots`.
+///
+/// # Safety
+/// As for [`block`].
+#[inline(always)]
+unsafe fn dot_quad<V: Integers, F: Format, const R: usize, const P: usize>(
+    block: &Block,
+    place: &Place,
+    quad: usize,
+    dots: &mut [[V::Ints; P]; R],
+) {
+    // SAFETY: the caller's promise.
+    unsafe {
+        let mut codes = [V::zero_bytes(); P];
+        for p in 0..P {
+            codes[p] = F::Codes::quad::<V>(place.chunk.add(p * block.panel_bytes), quad);
+        }
+        let x = block.codes.add(place.input + quad * 4);
+        for r in 0..R {
+            let x = V::splat_bytes(x.add(r * block.codes_stride));
+            for p in 0..P {
+                dots[r][p] = V::dot(dots[r][p], codes[p], x, F::Codes::OFFSET_BITS);
             }
         }
     }

@@ -36,7 +36,7 @@ pub(super) struct Activations {
 /// `R` rows times `num_quads` quads of `P` panels.
 ///
 /// # Safety
-/// The processor has `V`'s instruction set; rows and quads are there, four quads or eight and six rows at most.
+/// The processor has `V`'s instruction set; rows and quads are there, four quads or eight and eight rows at most.
 #[inline(always)]
 pub(super) unsafe fn dots<V: Integers, Q: Quads<V, P>, const R: usize, const P: usize>(
     x: &Activations,
@@ -50,7 +50,8 @@ pub(super) unsafe fn dots<V: Integers, Q: Quads<V, P>, const R: usize, const P: 
             return match R.div_ceil(2) {
                 1 => tiles::<V, Q, 1, R, P>(x, quads, num_quads, offset_bits),
                 2 => tiles::<V, Q, 2, R, P>(x, quads, num_quads, offset_bits),
-                _ => tiles::<V, Q, 3, R, P>(x, quads, num_quads, offset_bits),
+                3 => tiles::<V, Q, 3, R, P>(x, quads, num_quads, offset_bits),
+                _ => tiles::<V, Q, 4, R, P>(x, quads, num_quads, offset_bits),
             };
         }
         let mut dots = [[V::zero(); P]; R];
@@ -59,16 +60,42 @@ pub(super) unsafe fn dots<V: Integers, Q: Quads<V, P>, const R: usize, const P: 
                 dots[r] = [V::start(x.neg_sums.add(r * x.sums_stride), offset_bits); P];
             }
         }
-        for quad in 0..num_quads {
-            let codes = quads.quad(quad);
-            for r in 0..R {
-                let x = V::splat_bytes(x.codes.add(r * x.codes_stride + quad * 4));
-                for p in 0..P {
-                    dots[r][p] = V::dot(dots[r][p], codes[p], x, offset_bits);
-                }
+        if R > 2 && num_quads == 4 {
+            // Not left to the compiler, which makes it a loop that shifts and branches by the number of the quad.
+            add_quad(&mut dots, quads, x, 0, offset_bits);
+            add_quad(&mut dots, quads, x, 1, offset_bits);
+            add_quad(&mut dots, quads, x, 2, offset_bits);
+            add_quad(&mut dots, quads, x, 3, offset_bits);
+        } else {
+            for quad in 0..num_quads {
+                add_quad(&mut dots, quads, x, quad, offset_bits);
             }
         }
         dots
+    }
+}
+
+/// Adds quad `quad` to the sums.
+///
+/// # Safety
+/// As for [`dots`]; the quad is there.
+#[inline(always)]
+unsafe fn add_quad<V: Integers, Q: Quads<V, P>, const R: usize, const P: usize>(
+    dots: &mut [[V::Ints; P]; R],
+    quads: &Q,
+    x: &Activations,
+    quad: usize,
+    offset_bits: u32,
+) {
+    // SAFETY: the caller's promise.
+    unsafe {
+        let codes = quads.quad(quad);
+        for r in 0..R {
+            let x = V::splat_bytes(x.codes.add(r * x.codes_stride + quad * 4));
+            for p in 0..P {
+                dots[r][p] = V::dot(dots[r][p], codes[p], x, offset_bits);
+            }
+        }
     }
 }
 

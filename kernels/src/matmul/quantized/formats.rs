@@ -236,6 +236,21 @@ impl<F: Format> Shape<F> {
     pub(crate) const SCALE_BYTES: usize = scale_lines(F::FORMAT) * LINE_BYTES;
     pub(crate) const CHUNK_BYTES: usize = chunk_lines(F::FORMAT) * LINE_BYTES;
     pub(crate) const HAS_MIN: bool = F::FORMAT.has_min();
+    /// True if so many rows go by in one block, against one panel, where registers would hold two panels. Few rows
+    /// wait for memory, and a panel is a stream: with one on each thread it gives up to a sixth more than with two,
+    /// and up to a third more than where a second block of rows meets the panel again. Two panels need fewer loads of
+    /// activations, which counts once arithmetic takes about as long: from five rows on where there are minima, from
+    /// seven on unless a code has more than a nibble and a bit. Two scales for 32 inputs leave two panels no registers
+    /// for more than four rows.
+    pub(crate) const fn is_narrow(num_rows: usize) -> bool {
+        match num_rows {
+            0..=4 => true,
+            5..=6 => Self::BLOCK == 16 || !Self::HAS_MIN,
+            7..=8 => !Self::HAS_MIN && Self::CHUNK_BYTES >= 6 * LINE_BYTES,
+            _ => false,
+        }
+    }
+
     /// From how many rows on groups are unpacked first ([`super::grouped`]), where registers hold no block of two
     /// panels: early where there are twice as many scales to widen, late where codes are bytes already, `None`
     /// where the few shifts and masks of a line cost no more than writing and reading what they give.

@@ -3,9 +3,10 @@
 //! A block is `R` rows against `P` panels. Each line of codes is unpacked once for all its rows; one dot product
 //! instruction takes a quad of all 16 outputs with four activations of a row. Sums start anew at every
 //! block of inputs, so even a single row has enough independent work: the processor runs several blocks
-//! at once, and one panel is one stream from memory. From three rows on two panels go together, because
-//! then the activations' loads, one for two instructions, are what limits. The offset of the codes is
-//! folded into what a sum starts from. More rows than a block holds go by in several; with few registers, where a
+//! at once, and one panel is one stream from memory. More rows than one block holds go by in several, against
+//! two panels together, because then the activations' loads, one for two instructions, are what limits; a few rows
+//! wait for memory, which gives two streams up to a sixth less than one ([`Shape::is_narrow`]). The offset of the
+//! codes is folded into what a sum starts from. With few registers, where a
 //! block has one panel and three rows, some formats do better as [`super::grouped`] has it.
 //!
 //! What bounds many rows is the two pipes that take dot products: they take multiplications and multiply-adds too,
@@ -36,6 +37,8 @@ use crate::simd::Integers;
 
 /// How far ahead of use weights are asked for: what memory delivers in its own latency, about.
 const PREFETCH_BYTES: usize = 4096;
+/// The same where a line is followed by so much computation that the processor does not look far past it by itself.
+const PREFETCH_BYTES_OF_ROWS: usize = 2 * PREFETCH_BYTES;
 
 /// `R` rows by `P` panels.
 pub(crate) struct Block {
@@ -64,8 +67,8 @@ pub(crate) struct Block {
 /// What a block asks memory for while it computes.
 #[derive(Clone, Copy)]
 enum Ahead {
-    /// What it will use itself [`PREFETCH_BYTES`] later.
-    Soon,
+    /// What it will use itself so many bytes later.
+    Soon(usize),
     /// A panel of those that come next, if there is one of this number: the rows of this block are not the
     /// only ones, and each block of rows brings a part.
     Next(usize),
@@ -73,7 +76,7 @@ enum Ahead {
 
 /// An instruction set's compiled blocks.
 pub(crate) trait Target {
-    /// Rows of the largest block, 6 at most.
+    /// Rows of the largest block, 6 at most, but for a narrow one ([`Shape::is_narrow`]).
     const MAX_ROWS: usize;
     /// Rows of a block of two panels that leaves registers for the unpacking, for a product of many.
     const MANY_ROWS: usize;
@@ -134,12 +137,10 @@ pub(crate) unsafe fn matmul<T: Target>(tile: &Tile<'_>) {
 /// # Safety
 /// As for [`matmul`].
 unsafe fn panels<T: Target, F: Format>(tile: &Tile<'_>) {
-    let (mut panel, num_rows) = (tile.panels.start, tile.rows.len());
-    // Two scales for 32 inputs take so many registers that five or six rows do better with one panel.
-    let is_tall = Shape::<F>::BLOCK == 16 && (T::MANY_ROWS < num_rows && num_rows <= T::MAX_ROWS);
+    let mut panel = tile.panels.start;
     // SAFETY: the caller's promise; `panel + P` never passes the tile's end.
     unsafe {
-        if T::TWO_PANELS && num_rows > 2 && !is_tall {
+        if T::TWO_PANELS && !Shape::<F>::is_narrow(tile.rows.len()) {
             while panel + 2 <= tile.panels.end {
                 rows::<T, F, 2>(tile, panel);
                 panel += 2;
@@ -165,7 +166,11 @@ unsafe fn rows<T: Target, F: Format, const P: usize>(tile: &Tile<'_>, panel: usi
     }
     let x = tile.input.quantized;
     let first_output = tile.part.first_output + panel * LANES;
-    let num_blocks = if num_rows <= T::MAX_ROWS { 1 } else { num_rows.div_ceil(T::MANY_ROWS) };
+    let is_narrow = T::TWO_PANELS && Shape::<F>::is_narrow(num_rows);
+    // Bytes take no registers to unpack, and are so many that fewer blocks to read them pay.
+    let many_rows = if F::Codes::IS_BYTES { T::MAX_ROWS } else { T::MANY_ROWS };
+    let num_blocks = if num_rows <= T::MAX_ROWS || is_narrow { 1 } else { num_rows.div_ceil(many_rows) };
+    let distance = if num_rows <= 2 { PREFETCH_BYTES } else { PREFETCH_BYTES_OF_ROWS };
     for i in 0..num_blocks {
         let begin = tile.rows.start + i * num_rows / num_blocks;
         let end = tile.rows.start + (i + 1) * num_rows / num_blocks;
@@ -183,7 +188,7 @@ unsafe fn rows<T: Target, F: Format, const P: usize>(tile: &Tile<'_>, panel: usi
                 inputs: x.inputs(),
                 panel: tile.weights.panels(tile.part).add(panel * tile.part.panel_bytes()),
                 panel_bytes: tile.part.panel_bytes(),
-                ahead: if num_blocks == 1 { Ahead::Soon } else { Ahead::Next(i) },
+                ahead: if num_blocks == 1 { Ahead::Soon(distance) } else { Ahead::Next(i) },
                 out: tile.out.to.start().add(tile.out.at(begin, first_output)),
                 out_stride: tile.out.stride,
                 bias: tile.bias.map(|bias| bias.as_ptr().add(first_output)),
@@ -195,7 +200,10 @@ unsafe fn rows<T: Target, F: Format, const P: usize>(tile: &Tile<'_>, panel: usi
                 3 => T::block::<F, 3, P>(&block),
                 4 => T::block::<F, 4, P>(&block),
                 5 => T::block::<F, 5, P>(&block),
-                _ => T::block::<F, 6, P>(&block),
+                6 => T::block::<F, 6, P>(&block),
+                7 if const { T::TWO_PANELS && Shape::<F>::is_narrow(7) } => T::block::<F, 7, 1>(&block),
+                8 if const { T::TWO_PANELS && Shape::<F>::is_narrow(8) } => T::block::<F, 8, 1>(&block),
+                rows => unreachable!("{rows} rows in one block: this is a bug"),
             }
         }
     }
@@ -220,8 +228,10 @@ pub(crate) unsafe fn block<V: Integers, F: Format, const R: usize, const P: usiz
             for i in 0..num_chunks {
                 let chunk = chunks.add(i * Shape::<F>::CHUNK_BYTES);
                 prefetch::<V, P>(block, chunk, Shape::<F>::CHUNK_BYTES);
-                for part in 0..CHUNK / Shape::<F>::BLOCK {
-                    let place = Place { scales, chunk, input: group * GROUP + i * CHUNK, part };
+                let mut place = Place { scales, chunk, input: group * GROUP + i * CHUNK, part: 0 };
+                dot_block::<V, F, R, P>(block, &place, &mut sums);
+                if Shape::<F>::BLOCK < CHUNK {
+                    place.part = 1;
                     dot_block::<V, F, R, P>(block, &place, &mut sums);
                 }
             }
@@ -339,9 +349,9 @@ unsafe fn prefetch<V: Integers, const P: usize>(block: &Block, at: *const u8, by
     // SAFETY: the caller's promise.
     unsafe {
         match block.ahead {
-            Ahead::Soon => {
+            Ahead::Soon(distance) => {
                 // Further on in the same panels, or at the beginning of those that follow all of them.
-                let ahead = at.wrapping_add(PREFETCH_BYTES);
+                let ahead = at.wrapping_add(distance);
                 let is_past = ahead as usize - block.panel as usize >= block.panel_bytes;
                 let ahead = ahead.wrapping_add(if is_past { (P - 1) * block.panel_bytes } else { 0 });
                 prefetch_lines::<V, P>(ahead, block.panel_bytes, bytes / 64);

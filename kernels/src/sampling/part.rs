@@ -5,7 +5,7 @@ use super::candidates::{Likely, Token, factor};
 use super::choice::{Best, Choice, Chosen, Mass, Race, Report};
 use super::{look_at, mass};
 use crate::dispatch::Kernels;
-use crate::math::double::{exp, ln};
+use crate::math::double::ln;
 
 /// Sums of a chunk of a row, as far as its [`Choice`] asks for them.
 #[derive(Clone, Copy, Debug, Default, PartialEq)]
@@ -187,7 +187,8 @@ mod tests {
     fn kept(row: &[f32], keep: &Keep, inverse_temperature: f64, total: f64) -> Vec<u32> {
         let mut tokens: Vec<(u32, f32)> =
             (0..).zip(row.iter().copied()).filter(|token| token.1 > f32::NEG_INFINITY).collect();
-        let weight = |max: f32, logit: f32| exp(f64::from(logit - max) * inverse_temperature);
+        let weight =
+            |max: f32, logit: f32| crate::math::double::exp(f64::from(logit - max) * inverse_temperature);
         tokens.sort_by(|a, b| b.1.total_cmp(&a.1).then(a.0.cmp(&b.0)));
         let Some(&(_, max)) = tokens.first() else { return Vec::new() };
         let mut total = total;

@@ -381,7 +381,7 @@ mod tests {
         let to_target: Vec<u32> = (0..700).map(|output| 5 * output + 3).collect();
         let outputs: Vec<f32> = (0..700).map(|i| ((i * 37 % 101) as f32 - 50.0) / 10.0).collect();
         let choice = Choice { share: true, ..Choice::default() };
-        let own = choose(&outputs, choice);
+        let own = choose(&outputs, &choice);
         let mut spread = OwnOutputs::new(to_target.clone());
         // Longer than the last output: some chunks of the sum have none.
         spread.spread(&outputs, 5_000);

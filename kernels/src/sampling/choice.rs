@@ -1,7 +1,7 @@
 //! From a row of logits to one token: the greatest logit, or one drawn at a temperature.
 //!
 //! Before that, logits of some tokens may be changed and all but some tokens masked; of what is left top-k, top-p and
-//! min-p may keep only the likeliest ([`super::candidates`]).
+//! min-p may keep only the likeliest (`candidates.rs`).
 //!
 //! The draw is Gumbel-max with common random numbers ([`Noise`]): with `c` one less a token's uniform number, its score is
 //! `logit / temperature - ln(-ln(1 - c))`, and the greatest score wins; of equals, the lowest id. A score is a

@@ -32,7 +32,7 @@ pub struct SamplingParams {
     pub logprobs: Option<u8>,
     /// The same for the prompt's tokens, reported once before the first output token.
     pub prompt_logprobs: Option<u8>,
-    /// Output tokens, from the first on, whose margin is reported ([`TokenChunk::margins`]).
+    /// Output tokens, from the first on, whose margin is reported ([`TokenChunk::margins`](crate::TokenChunk::margins)).
     pub num_margins: u32,
     /// Tokens that end the sequence; they are not part of the output.
     pub stop_token_ids: Vec<TokenId>,

@@ -4,8 +4,8 @@
 //! `cargo run --release -p tandem-kernels --example draw [-- THREADS INPUTS TEMPERATURE DEVIATION ROUNDS]`
 //!
 //! Over a vocabulary of 152 thousand tokens, Q8_0 weights, at 1, 5 and 16 rows of logits: a few tokens stand out by
-//! [`PEAKS`] deviations, the others are normally distributed (3, as a model's are; less: flat, nearly all may be drawn).
-//! In turn, medians, so only ratios count.
+//! [`PEAKS`] deviations, the others are normally distributed (3, as a model's are; less: flat, nearly all may be
+//! drawn). In turn, medians, so only ratios count.
 
 use std::hint::black_box;
 use std::sync::Arc;

@@ -25,7 +25,6 @@ pub(crate) struct Kernels {
     pub(crate) merge: unsafe fn(parts: &[f32], sink: Option<f32>, out: &mut [f32]),
     pub(crate) argmax: unsafe fn(&[f32]) -> usize,
     pub(crate) all_finite: unsafe fn(&[f32]) -> bool,
-    pub(crate) exp_sub: unsafe fn(x: &[f32], max: f32, out: &mut [f32]),
     pub(crate) greatest: unsafe fn(logits: &[f32], first: u32, best: &mut Best),
     pub(crate) race: unsafe fn(logits: &[f32], first: u32, race: &Race, best: &mut Best),
     pub(crate) mass: unsafe fn(logits: &[f32], factor: f32) -> Mass,
@@ -56,7 +55,6 @@ static SCALAR: Kernels = Kernels {
     merge: attention::scalar::merge,
     argmax: sampling::scalar::argmax,
     all_finite: sampling::scalar::all_finite,
-    exp_sub: sampling::scalar::exp_sub,
     greatest: sampling::scalar::greatest,
     race: sampling::scalar::race,
     mass: sampling::scalar::mass,
@@ -197,7 +195,6 @@ macro_rules! vector_kernels {
                 add = norm::vector::add(sum: &mut [f32], x: &[f32]);
                 rope = rope::vector::rope(head: &mut [f32], cos: &[f32], sin: &[f32]);
                 merge = attention::vector::merge(parts: &[f32], sink: Option<f32>, out: &mut [f32]);
-                exp_sub = sampling::vector::exp_sub(x: &[f32], max: f32, out: &mut [f32]);
                 greatest = sampling::vector::greatest(logits: &[f32], first: u32, best: &mut Best);
                 race = sampling::vector::race(logits: &[f32], first: u32, race: &Race, best: &mut Best);
                 collect = sampling::vector::collect(
@@ -278,7 +275,6 @@ macro_rules! vector_kernels {
                 merge: Self::merge,
                 argmax: Self::argmax,
                 all_finite: Self::all_finite,
-                exp_sub: Self::exp_sub,
                 greatest: Self::greatest,
                 race: Self::race,
                 mass: Self::mass,

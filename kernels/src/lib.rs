@@ -1,8 +1,8 @@
 //! CPU kernels of Tandem: slices in, slices out.
 //!
 //! A leaf: no workspace dependency, no files, no logging, no global state but the detected
-//! instruction set; threads are those of a [`ThreadPool`] and of a [`pages::PageWarmer`]. Activations are f32; weights are f32, bf16, f16 or GGUF's quantised blocks, in
-//! [`pack::PackedMatrix`].
+//! instruction set; threads are those of a [`ThreadPool`] and of a [`pages::PageWarmer`]. Activations
+//! are f32; weights are f32, bf16, f16 or GGUF's quantised blocks, in [`pack::PackedMatrix`].
 //!
 //! **Invariant: one value, one order.** Every output element is one reduction in a fixed order that
 //! depends on its own row's inputs only: never on the number of rows, the number of threads or the

@@ -15,6 +15,9 @@ use std::time::{Duration, Instant};
 
 use memmap2::{MmapMut, MmapRaw};
 
+use crate::pool::ThreadPool;
+use crate::pool::activity::Activity;
+
 /// A fixed number of bytes, zero at first, in large pages where the system has them.
 #[derive(Debug)]
 pub struct ZeroedPages {
@@ -57,7 +60,7 @@ const LARGE_PAGE: usize = 2 << 20;
 /// Least bytes ahead in each memory, so that a large page is ready before the last one is full.
 const LEAST_AHEAD: usize = 2 * LARGE_PAGE;
 
-/// Nobody computes if no use was noted for so long.
+/// Nobody computes if no operation has been in flight for so long: a pause between two requests is shorter.
 const IDLE: Duration = Duration::from_millis(100);
 
 /// Behind a page made ready beside others, the warmer rests as long as that took, but no longer than this.
@@ -77,8 +80,8 @@ struct Shared {
     ahead: usize,
     /// The first so many blocks of every memory are in use.
     num_used_blocks: AtomicUsize,
-    /// How often use was noted.
-    num_uses: AtomicUsize,
+    /// Of the pool that computes.
+    activity: Activity,
     /// From so many on there is work again.
     wake_at: AtomicUsize,
     closing: AtomicBool,
@@ -94,13 +97,13 @@ struct Watched {
 
 impl PageWarmer {
     /// Keeps `ahead` bytes ready beyond what is in use, over all memories, and at least two large pages of each; a
-    /// quarter of them, and at least the two, even while passes compute.
-    pub fn new(ahead: usize) -> Self {
+    /// quarter of them, and at least the two, even while operations run on `pool`.
+    pub fn new(ahead: usize, pool: &ThreadPool) -> Self {
         let shared = Shared {
             watched: Mutex::default(),
             ahead,
             num_used_blocks: AtomicUsize::new(0),
-            num_uses: AtomicUsize::new(0),
+            activity: pool.activity().clone(),
             wake_at: AtomicUsize::new(0),
             closing: AtomicBool::new(false),
         };
@@ -122,10 +125,9 @@ impl PageWarmer {
         self.thread = thread.inspect(|thread| thread.thread().unpark());
     }
 
-    /// Notes that the first `num_blocks` blocks of every memory are in use, and that somebody computes. A few loads
-    /// and stores, and now and then a wake-up.
+    /// Notes that the first `num_blocks` blocks of every memory are in use. A load and a store, and now and then a
+    /// wake-up.
     pub fn note_use(&self, num_blocks: usize) {
-        self.shared.num_uses.fetch_add(1, Ordering::Relaxed);
         let before = self.shared.num_used_blocks.fetch_max(num_blocks, Ordering::Relaxed);
         if num_blocks > before
             && num_blocks >= self.shared.wake_at.load(Ordering::Relaxed)
@@ -156,30 +158,31 @@ impl Shared {
         #[cfg(target_os = "linux")]
         // Without it the warmer only gets in the way a little more.
         let _ = rustix::process::setpriority_process(None, 19);
-        // What had been noted when the warmer last rested.
-        let mut uses_before = None;
+        // What the pool had done when it was last seen to compute.
+        let mut seen = (self.activity.count(), Instant::now());
         while !self.closing.load(Ordering::Relaxed) {
-            let uses = self.num_uses.load(Ordering::Relaxed);
-            let is_idle = uses_before == Some(uses);
-            match self.next(is_idle) {
+            let count = self.activity.count();
+            if count != seen.0 || count % 2 == 1 {
+                seen = (count, Instant::now());
+            }
+            let quiet = seen.1.elapsed();
+            match self.next(quiet >= IDLE) {
                 Next::Page(map, begin) => {
                     let start = Instant::now();
                     if !make_ready(&map, begin) {
                         return;
                     }
-                    if !is_idle {
+                    if quiet < IDLE {
                         thread::sleep(start.elapsed().min(LONGEST_REST));
                     }
                 }
-                Next::WhenIdle => {
-                    uses_before = Some(uses);
-                    thread::park_timeout(IDLE);
-                }
+                Next::WhenIdle => thread::park_timeout(IDLE - quiet),
                 Next::Nothing => thread::park(),
             }
         }
     }
 
+    /// What there is to do, if nobody computes (`is_idle`) or somebody does.
     fn next(&self, is_idle: bool) -> Next {
         let mut watched = self.lock();
         watched.retain(|memory| memory.map.strong_count() > 0);
@@ -200,8 +203,11 @@ impl Shared {
             self.wake_at.store(num_used.saturating_add(least_blocks_ahead.div_ceil(4)), Ordering::Relaxed);
             return Next::Nothing;
         };
-        let is_urgent = memory.num_ready < memory.end_of(num_used, (ahead / 4).max(LEAST_AHEAD));
-        if !is_idle && !is_urgent {
+        let least_ahead = (ahead / 4).max(LEAST_AHEAD);
+        if !is_idle && memory.num_ready >= memory.end_of(num_used, least_ahead) {
+            let num_ready_blocks = memory.num_ready / memory.block_bytes.max(1);
+            let urgent_at = num_ready_blocks.saturating_sub(memory.num_blocks(least_ahead)) + 1;
+            self.wake_at.store(urgent_at, Ordering::Relaxed);
             return Next::WhenIdle;
         }
         let begin = memory.num_ready;
@@ -258,7 +264,7 @@ mod tests {
     #[test]
     fn what_is_written_while_pages_are_made_ready_stays() {
         const LEN: usize = 16 * LARGE_PAGE;
-        let mut warmer = PageWarmer::new(LEN);
+        let mut warmer = PageWarmer::new(LEN, &ThreadPool::new(1));
         let mut pages = ZeroedPages::new(LEN).unwrap();
         warmer.watch(&pages, 4096);
         for (i, byte) in pages.iter_mut().enumerate().step_by(1021) {
@@ -284,7 +290,7 @@ mod tests {
     #[cfg(all(target_os = "linux", target_arch = "x86_64"))]
     #[test]
     fn pages_are_ready_some_way_ahead_of_use_and_no_further() {
-        let mut warmer = PageWarmer::new(0);
+        let mut warmer = PageWarmer::new(0, &ThreadPool::new(1));
         let pages = ZeroedPages::new(32 * LARGE_PAGE).unwrap();
         if pages.map.advise_range(memmap2::Advice::PopulateWrite, 0, 1).is_err() {
             return; // A kernel before 5.14.
@@ -303,8 +309,29 @@ mod tests {
     }
 
     #[test]
+    fn beside_a_computing_pool_only_what_is_soon_needed_is_made_ready() {
+        const AHEAD: usize = 16 * LARGE_PAGE;
+        let warmer = PageWarmer::new(AHEAD, &ThreadPool::new(1));
+        let pages = ZeroedPages::new(64 * LARGE_PAGE).unwrap();
+        // Watched by nobody's thread: the test asks itself.
+        let memory = Watched { map: Arc::downgrade(&pages.map), block_bytes: LARGE_PAGE, num_ready: 0 };
+        warmer.shared.lock().push(memory);
+        let pages_until_rest = |is_idle| {
+            let is_page = |next: &Next| matches!(next, Next::Page(..));
+            std::iter::repeat_with(|| warmer.shared.next(is_idle)).take_while(is_page).count()
+        };
+        assert_eq!(pages_until_rest(false), 4);
+        assert!(matches!(warmer.shared.next(false), Next::WhenIdle));
+        assert_eq!(pages_until_rest(true), 12);
+        assert!(matches!(warmer.shared.next(true), Next::Nothing));
+        warmer.note_use(13);
+        assert_eq!(pages_until_rest(false), 1);
+        assert_eq!(pages_until_rest(true), 12);
+    }
+
+    #[test]
     fn memory_that_is_gone_is_passed_over() {
-        let mut warmer = PageWarmer::new(1 << 20);
+        let mut warmer = PageWarmer::new(1 << 20, &ThreadPool::new(1));
         warmer.watch(&ZeroedPages::new(LARGE_PAGE).unwrap(), 64);
         let pages = ZeroedPages::new(LARGE_PAGE).unwrap();
         warmer.watch(&pages, 64);

@@ -15,6 +15,7 @@
 //! (some microseconds) when they have parked. Operations too small to pay for that run on the caller,
 //! which never changes a result: tasks only say who computes what.
 
+pub(crate) mod activity;
 mod alone;
 
 use std::any::Any;
@@ -27,6 +28,7 @@ use std::time::{Duration, Instant};
 use crate::dispatch::{self, Kernels};
 use crate::isa::{self, Isa, IsaError};
 use crate::matmul::quantized::QuantizedRows;
+use activity::Activity;
 use alone::Alone;
 
 /// How long an idle worker stays hot. Longer than the gaps inside a forward pass and between the
@@ -81,6 +83,7 @@ pub struct ThreadPool {
     operation: AtomicU64,
     start: Instant,
     alone: Alone,
+    activity: Activity,
     kernels: &'static Kernels,
     scratch: Mutex<QuantizedRows>,
 }
@@ -139,6 +142,7 @@ impl ThreadPool {
             operation: AtomicU64::new(0),
             start: Instant::now(),
             alone: Alone::default(),
+            activity: Activity::default(),
             kernels: dispatch::kernels(isa),
             scratch: Mutex::default(),
         }
@@ -152,6 +156,10 @@ impl ThreadPool {
     /// The instruction set of this pool's kernels.
     pub fn isa(&self) -> Isa {
         self.kernels.isa
+    }
+
+    pub(crate) fn activity(&self) -> &Activity {
+        &self.activity
     }
 
     pub(crate) fn kernels(&self) -> &'static Kernels {
@@ -186,6 +194,7 @@ impl ThreadPool {
 
     /// `are_alike` says whether the tasks of one operation take about as long as one another.
     fn run_if_worth(&self, num_tasks: usize, are_alike: bool, task: Task<'_>) {
+        let _in_flight = self.activity.begin();
         if num_tasks <= 1 || self.threads() == 1 {
             return (0..num_tasks).for_each(task);
         }

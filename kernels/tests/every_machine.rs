@@ -15,7 +15,8 @@ use tandem_kernels::matmul::matmul;
 use tandem_kernels::norm::rms_norm;
 use tandem_kernels::pack::{PackedMatrix, Weights};
 use tandem_kernels::quant::BlockFormat;
-use tandem_kernels::sampling::exp_sub;
+use tandem_kernels::sampling::choice::Choice;
+use tandem_kernels::sampling::choose;
 use tandem_kernels::scaling::soft_cap;
 
 /// FNV-1a over the bits of finite numbers.
@@ -99,7 +100,15 @@ fn norms_gates_and_exponentials() {
         y.copy_from_slice(&x);
         soft_cap(pool, y, 5.0);
     });
-    expect("exp_sub", 0xa94e_d4f4_c8c7_4e35, 600, |_, y| exp_sub(&x, 12.0, y));
+    // Sums of exponentials, of rows of one chunk and of two.
+    let choice = Choice { share: true, report: Some(0), ..Choice::default() };
+    expect("choose", 0x13e5_f53b_c5e1_86bf, 200, |_, y| {
+        for (y, first) in y.chunks_exact_mut(2).zip((0..).step_by(3)) {
+            let chosen = choose(&x[first..], &choice);
+            let report = chosen.report.expect("finite logits");
+            y.copy_from_slice(&[chosen.share, report.log_sum as f32]);
+        }
+    });
 }
 
 #[test]

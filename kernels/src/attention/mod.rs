@@ -14,8 +14,8 @@
 //! Chunks are merged in order: with `m` the larger maximum, `a = exp(max - m)`,
 //! `b = exp(chunk_max - m)`: `sum = fma(sum, a, chunk_sum * b)`, `out[d] = fma(out[d], a, part[d] * b)`;
 //! at the end `out[d] *= 1 / sum`. A sink is a logit that weighs in the softmax and has no value: with
-//! `m = max(max, sink)` and `a = exp(max - m)` the last factor is `a / fma(sum, a, exp(sink - m))`. None of this depends on which rows are computed together, or
-//! where a pass begins or ends.
+//! `m = max(max, sink)` and `a = exp(max - m)` the last factor is `a / fma(sum, a, exp(sink - m))`. None of
+//! this depends on which rows are computed together, or where a pass begins or ends.
 //!
 //! Where the values are the first elements of the keys ([`Values::OfKeys`]), keys are read token by token:
 //! element `d` of the head adds to lane `d % 16` of a score, and the lanes are folded in halves.

@@ -5,9 +5,10 @@
 //! best of each row, and goes on: over a vocabulary of 152 thousand tokens that spares sixteen rows ten megabytes
 //! written and read again, and what is done with a row is done on all threads. Rows that are wanted whole are
 //! copied from the scratch. Of a row whose token takes more than the best of its tasks (top-k, top-p, reports) what
-//! tasks have kept is joined afterwards, on all threads if there are several such rows. The operations on a logit are those of [`matmul`](super::matmul()),
-//! [`scale`](crate::scaling::scale) and [`soft_cap`](crate::scaling::soft_cap); those of the choice are of its own row
-//! alone, and the same however outputs are shared out.
+//! tasks have kept is joined afterwards, on all threads if there are several such rows. The operations on a logit are
+//! those of [`matmul`](super::matmul()), [`scale`](crate::scaling::scale) and
+//! [`soft_cap`](crate::scaling::soft_cap); those of the choice are of its own row alone, and the same however outputs
+//! are shared out.
 
 use std::cell::RefCell;
 use std::ops::Range;
@@ -17,7 +18,7 @@ use crate::LANES;
 use crate::pack::{PackedMatrix, Part};
 use crate::pool::ThreadPool;
 use crate::sampling::choice::{Choice, Chosen, SHARE_CHUNK};
-use crate::sampling::part::{Masses, Part as RowPart};
+use crate::sampling::part::{Joined, Masses, Part as RowPart};
 use crate::shared_out::SharedOut;
 
 /// What is wanted of a row.
@@ -56,11 +57,14 @@ const SCRATCH_ROWS: usize = 48;
 const CHUNK_PANELS: usize = SHARE_CHUNK / LANES;
 const _: () = assert!(SHARE_CHUNK.is_multiple_of(LANES));
 
-/// What tasks leave behind, and what comes of it; buffers that are used again and again.
+/// What tasks leave behind, and what comes of it; buffers that are used again and again. A pass of few rows between two
+/// of many gives none back.
 #[derive(Debug, Default)]
 pub struct HeadRoom {
-    /// `[rows, tasks]`
+    /// `[rows, tasks]`, at least.
     parts: Vec<RowPart>,
+    /// `[rows]`, at least.
+    joined: Vec<Joined>,
     /// `[rows, chunks]`
     masses: Vec<Masses>,
     /// `[rows]`: where whole rows go.
@@ -114,7 +118,7 @@ pub fn head(
     room.begin(rows, tasks, num_chunks, wanted);
     let HeadRoom { parts, masses, places, .. } = &mut *room;
     let out = Outputs {
-        parts: SharedOut::new(parts),
+        parts: SharedOut::new(&mut parts[..rows * tasks]),
         masses: SharedOut::new(masses),
         whole: SharedOut::new(whole),
         places,
@@ -143,9 +147,14 @@ impl HeadRoom {
     }
 
     fn begin(&mut self, rows: usize, tasks: usize, num_chunks: usize, wanted: &[Wanted]) {
-        self.parts.truncate(tasks * rows);
-        self.parts.iter_mut().for_each(RowPart::clear);
-        self.parts.resize(tasks * rows, RowPart::default());
+        let num_parts = rows * tasks;
+        if self.parts.len() < num_parts {
+            self.parts.resize_with(num_parts, RowPart::default);
+        }
+        self.parts[..num_parts].iter_mut().for_each(RowPart::clear);
+        if self.joined.len() < rows {
+            self.joined.resize_with(rows, Joined::default);
+        }
         let sums = wanted.iter().any(|wanted| matches!(wanted, Wanted::Token(choice) if choice.sums()));
         // Of rows that sum nothing they stay as they are.
         self.masses.resize(if sums { rows * num_chunks } else { 0 }, Masses::default());
@@ -168,16 +177,15 @@ impl HeadRoom {
         num_chunks: usize,
         num_tokens: usize,
     ) {
-        let HeadRoom { parts, masses, outcomes, chosen, top, .. } = self;
-        let (shared, chosen_of) = (SharedOut::new(parts), SharedOut::new(outcomes));
+        let HeadRoom { parts, joined, masses, outcomes, chosen, top, .. } = self;
+        let (joined_of, chosen_of) = (SharedOut::new(joined), SharedOut::new(outcomes));
         let choose = |row: usize| {
             let Wanted::Token(choice) = &wanted[row] else { return };
             let masses = if choice.sums() { &masses[row * num_chunks..][..num_chunks] } else { &[] };
+            let parts = &parts[row * tasks..][..tasks];
             // SAFETY: the row's own.
-            unsafe {
-                let parts = shared.part(row * tasks, tasks);
-                chosen_of.part(row, 1)[0] = RowPart::choose(parts, choice, masses, num_tokens);
-            }
+            let (joined, chosen) = unsafe { (joined_of.part(row, 1), chosen_of.part(row, 1)) };
+            chosen[0] = RowPart::choose(parts, choice, masses, num_tokens, &mut joined[0]);
         };
         let is_joined = |wanted: &&Wanted| matches!(wanted, Wanted::Token(choice) if choice.is_joined());
         match wanted.iter().filter(is_joined).count() {
@@ -186,7 +194,7 @@ impl HeadRoom {
         }
         for (row, wanted) in wanted.iter().enumerate() {
             if !wanted.is_whole() {
-                top.extend_from_slice(parts[row * tasks].top(&outcomes[row]));
+                top.extend_from_slice(joined[row].top(&outcomes[row]));
                 chosen.push(outcomes[row]);
             }
         }

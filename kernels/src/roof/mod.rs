@@ -1,15 +1,14 @@
 //! What this machine allows, and how near the kernels come.
 //!
 //! Three roofs, taken on the same threads and from the same kind of memory as operations are: reading, dot
-//! products of bytes, multiply-adds of f32. [`products`] and [`attention`] measure operations at the shapes of real models
-//! in turns with the roofs, so that a share does not depend on what else the machine did meanwhile. Of
+//! products of bytes, multiply-adds of f32. [`products`] and [`attention`] measure operations at the shapes of real
+//! models in turns with the roofs, so that a share does not depend on what else the machine did meanwhile. Of
 //! every time the least over the rounds counts: what disturbs a kernel only adds.
 
 pub mod attention;
 pub mod products;
 
 use std::hint::black_box;
-
 use std::time::Instant;
 
 use crate::pack::memory::Lines;
@@ -194,7 +193,8 @@ pub(crate) mod vector {
     #[inline(always)]
     unsafe fn dots<V: Integers, const N: usize>(rounds: usize) -> f32 {
         let codes = [3u8; 64];
-        // Where a dot product is several instructions, those before the last would be done once for all sums of one `x`.
+        // Where a dot product is several instructions, those before the last would be done once for all sums of one
+        // `x`.
         let x = std::hint::black_box([[5i8; 4]; N]);
         // SAFETY: the caller's promise; 64 bytes and 4 bytes are there.
         unsafe {
@@ -216,13 +216,19 @@ pub(crate) mod vector {
     unsafe fn tiles<V: Integers>(rounds: usize) -> f32 {
         /// Pairs of rows whose sums registers hold; each is four dot products of 64 bytes.
         const PAIRS: usize = FEW_CHAINS / 2;
-        let (codes, x) = ([3u8; 64], [5i8; 8]);
+        // Of codes or rows known to be equal one sum would do for all.
+        let codes = std::hint::black_box([[3u8; 64]; 2]);
+        let x = std::hint::black_box([[[5i8; 8]; 2]; PAIRS]);
+        let mut rows = [[x[0][0].as_ptr(); 2]; PAIRS];
+        for (rows, x) in rows.iter_mut().zip(&x) {
+            *rows = [x[0].as_ptr(), x[1].as_ptr()];
+        }
         // SAFETY: the caller's promise; 64 bytes and 8 bytes are there.
         unsafe {
+            let codes = [V::load_bytes(codes[0].as_ptr()), V::load_bytes(codes[1].as_ptr())];
             let mut sums = [[V::zero(); 2]; PAIRS];
             for _ in 0..rounds * (CHAINS / (4 * PAIRS)) {
-                let codes = V::load_bytes(std::hint::black_box(codes.as_ptr()));
-                V::tiles(&mut sums, [codes; 2], [[x.as_ptr(); 2]; PAIRS]);
+                V::tiles(&mut sums, codes, rows);
             }
             let sums = sums.into_iter().flatten();
             sums.map(|sum| V::to_f32(sum)).fold(V::splat(0.0), |a, b| a.add(b)).sum()

@@ -4,7 +4,8 @@
 //! keeps only the tokens that may be among them: those above a logit that is raised with what has been seen, by the
 //! `top_k` likeliest so far, or by the greatest logit and the sum of exponentials so far. What several parts have
 //! kept is joined, and only then decided, by sums of the whole row: which tokens stay does not depend on how the
-//! row was cut. Of a flat row many are kept, in the end up to eight bytes for each of its tokens.
+//! row was cut. Of a flat row many are kept, up to eight bytes for each of its tokens by its parts and as many again
+//! where they are joined; buffers, which stay as large as they have been, grow by doubling, to twice that at most.
 
 use super::choice::{Keep, Mass};
 use crate::dispatch::Kernels;
@@ -17,9 +18,10 @@ const SLACK: f64 = 1e-3;
 /// A token and its logit.
 pub(crate) type Token = (u32, f32);
 
-/// The likeliest first; of equal logits the lower id.
+/// The likeliest first; of equal logits the lower id. (Adding zero makes both zeros one, as they are where the greatest
+/// logit is looked for.)
 fn by_rank(a: &Token, b: &Token) -> std::cmp::Ordering {
-    b.1.total_cmp(&a.1).then(a.0.cmp(&b.0))
+    (b.1 + 0.0).total_cmp(&(a.1 + 0.0)).then(a.0.cmp(&b.0))
 }
 
 /// Sorts the `num` first by rank to the front, and gives them.

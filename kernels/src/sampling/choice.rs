@@ -3,8 +3,8 @@
 //! Before that, logits of some tokens may be changed and all but some tokens masked; of what is left top-k, top-p and
 //! min-p may keep only the likeliest (`candidates.rs`).
 //!
-//! The draw is Gumbel-max with common random numbers ([`Noise`]): with `c` one less a token's uniform number, its score is
-//! `logit / temperature - ln(-ln(1 - c))`, and the greatest score wins; of equals, the lowest id. A score is a
+//! The draw is Gumbel-max with common random numbers ([`Noise`]): with `c` one less a token's uniform number, its score
+//! is `logit / temperature - ln(-ln(1 - c))`, and the greatest score wins; of equals, the lowest id. A score is a
 //! function of its own token alone, so a row can be cut anywhere and looked at in any order: whoever has the
 //! greatest score of all parts has won. That makes the choice part of the product that computes the logits
 //! ([`crate::matmul::head`]).
@@ -155,7 +155,7 @@ impl Choice {
 /// The token that a row gives.
 #[derive(Clone, Copy, Debug, Default, PartialEq)]
 pub struct Chosen {
-    /// Its id.
+    /// Its id; 0 where every token is masked or forbidden.
     pub token: u32,
     /// Its probability at temperature 1; 0 if nobody asked.
     pub share: f32,
@@ -168,7 +168,7 @@ pub struct Chosen {
 /// Of a row's bare logits.
 #[derive(Clone, Copy, Debug, PartialEq)]
 pub struct Report {
-    /// The chosen token's.
+    /// The chosen token's; negative infinity where every token is masked or forbidden and none was chosen.
     pub logit: f32,
     /// `ln(sum of exp(logit))`: a logit less this is a log-probability.
     pub log_sum: f64,
@@ -215,7 +215,7 @@ impl Race {
         f64::from(logit) * self.inverse_temperature - ln(-ln_1p(-self.noise.complement(id)))
     }
 
-    /// Lets a token run against the best of those before it.
+    /// Lets a token run against the best of those before it, in any order: of equals the lowest id is the best.
     #[inline]
     pub(crate) fn offer(&self, best: &mut Best, id: u32, logit: f32) {
         let lead = f64::from(logit) * self.inverse_temperature - best.score;
@@ -223,12 +223,12 @@ impl Race {
             return;
         }
         let score = self.score(id, logit);
-        if score > best.score {
+        if score > best.score || (score == best.score && id < best.id) {
             *best = Best { id, logit, score, is_finite: best.is_finite };
         }
     }
 
-    /// The winner among `candidates`, of equals the first; [`Best::NONE`] if none has a logit above negative infinity.
+    /// The winner among `candidates`, in any order; [`Best::NONE`] if none has a logit above negative infinity.
     pub(crate) fn winner(&self, candidates: impl Iterator<Item = (u32, f32)>) -> Best {
         let mut best = Best::NONE;
         candidates.for_each(|(id, logit)| self.offer(&mut best, id, logit));

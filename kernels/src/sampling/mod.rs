@@ -1,6 +1,6 @@
 //! What a sampler does to a row of logits. See [`choice`] for how a token is chosen, `part` for how that is done piece
-//! by piece: here of a row that lies in memory, on one thread; rows that nobody has to see never do, but are chosen from
-//! in [`crate::matmul::head`].
+//! by piece. This file's functions take a row that lies in memory, on one thread; rows that nobody has to see never lie
+//! there, and are chosen from in [`crate::matmul::head`].
 
 pub(crate) mod candidates;
 pub mod choice;
@@ -14,7 +14,7 @@ use std::sync::OnceLock;
 use crate::dispatch::{self, Kernels};
 use crate::isa;
 use choice::{Best, Choice, Chosen, Mass, Race, SHARE_CHUNK};
-use part::{Masses, Part};
+use part::{Joined, Masses, Part};
 
 /// [`scalar::collect`] on an instruction set.
 pub(crate) type Collect = unsafe fn(logits: &[f32], first: u32, least: f32, out: &mut Vec<(u32, f32)>);
@@ -39,6 +39,7 @@ pub fn argmax(values: &[f32]) -> usize {
 #[derive(Clone, Debug, Default)]
 pub struct RowRoom {
     part: Part,
+    joined: Joined,
     /// `[chunks]`
     masses: Vec<Masses>,
     /// `[SHARE_CHUNK]`
@@ -49,7 +50,7 @@ pub struct RowRoom {
 impl RowRoom {
     /// The likeliest tokens of the last row and their bare logits, likeliest first, if they were to be reported.
     pub fn top(&self) -> &[(u32, f32)] {
-        self.part.top(&self.chosen)
+        self.joined.top(&self.chosen)
     }
 }
 
@@ -64,7 +65,7 @@ pub fn choose_in(logits: &[f32], choice: &Choice, room: &mut RowRoom) -> Chosen 
 }
 
 fn choose_with(kernels: &Kernels, logits: &[f32], choice: &Choice, room: &mut RowRoom) -> Chosen {
-    let RowRoom { part, masses, scratch, chosen } = room;
+    let RowRoom { part, joined, masses, scratch, chosen } = room;
     part.clear();
     masses.clear();
     for (first, chunk) in (0..).step_by(SHARE_CHUNK).zip(logits.chunks(SHARE_CHUNK)) {
@@ -75,7 +76,7 @@ fn choose_with(kernels: &Kernels, logits: &[f32], choice: &Choice, room: &mut Ro
             masses.push(sums);
         }
     }
-    *chosen = Part::choose(std::slice::from_mut(part), choice, masses, logits.len());
+    *chosen = Part::choose(std::slice::from_ref(part), choice, masses, logits.len(), joined);
     *chosen
 }
 
@@ -94,16 +95,6 @@ pub(crate) fn look_at(kernels: &Kernels, logits: &[f32], first: u32, race: Optio
 pub(crate) fn mass(kernels: &Kernels, logits: &[f32], factor: f32) -> Mass {
     // SAFETY: a table is of an available instruction set; any length will do.
     unsafe { (kernels.mass)(logits, factor) }
-}
-
-/// `out = exp(x - max)`, element by element, with [`crate::math::exp`].
-///
-/// # Panics
-/// If the lengths differ.
-pub fn exp_sub(x: &[f32], max: f32, out: &mut [f32]) {
-    assert!(x.len() == out.len(), "exp_sub: x has {} elements, out {}", x.len(), out.len());
-    // SAFETY: the table is of an available instruction set; lengths are equal.
-    unsafe { (active().exp_sub)(x, max, out) }
 }
 
 #[cfg(test)]
@@ -136,17 +127,10 @@ mod tests {
         for isa in Isa::available() {
             let kernels = dispatch::kernels(isa);
             for row in rows() {
-                let mut exps = vec![0.0; row.len()];
-                let mut expected = exps.clone();
-                scalar::exp_sub(&row, 3.5, &mut expected);
-                // SAFETY: the instruction set is available; lengths are equal.
+                // SAFETY: the instruction set is available.
                 unsafe {
                     assert_eq!((kernels.argmax)(&row), scalar::argmax(&row), "{isa}");
                     assert_eq!((kernels.all_finite)(&row), scalar::all_finite(&row), "{isa}");
-                    (kernels.exp_sub)(&row, 3.5, &mut exps);
-                }
-                for (got, expected) in exps.iter().zip(&expected) {
-                    assert!(got.to_bits() == expected.to_bits() || got.is_nan() && expected.is_nan());
                 }
             }
         }
@@ -294,6 +278,31 @@ mod tests {
         assert_eq!(room.top(), []);
     }
 
+    /// Greedy, truncated and reported, the first of equals comes first, and zeros are equal.
+    #[test]
+    fn both_zeros_are_one_logit() {
+        for row in [[-0.0, 0.0], [0.0, -0.0]] {
+            let report = Some(2);
+            let mut room = RowRoom::default();
+            let chosen = choose_in(&row, &Choice { report, ..Choice::default() }, &mut room);
+            assert_eq!(chosen.token, 0);
+            assert_eq!(room.top().iter().map(|token| token.0).collect::<Vec<_>>(), [0, 1]);
+            for race in races().map(Some) {
+                let keep = Keep { top_k: 1, ..Keep::ALL };
+                assert_eq!(choose(&row, &Choice { race, keep, ..Choice::default() }).token, 0);
+            }
+        }
+    }
+
+    #[test]
+    fn of_equal_scores_the_lowest_id_wins_in_any_order() {
+        // So cold that no noise is left of a score.
+        let race = Race { noise: Noise::new(1, 2), inverse_temperature: 1e38 };
+        let candidates = [(7, 1.0), (3, 1.0), (5, 1.0), (2, 0.5)];
+        assert_eq!(race.winner(candidates.into_iter()).id, 3);
+        assert_eq!(race.winner(candidates.into_iter().rev()).id, 3);
+    }
+
     #[test]
     fn nobody_wins_where_all_is_masked() {
         let mask = Some(Arc::new(vec![0; 200]));
@@ -301,7 +310,8 @@ mod tests {
             for race in [None, races().next()] {
                 let choice = Choice { race, keep, mask: mask.clone(), report: Some(1), ..Choice::default() };
                 let chosen = choose(&[1.0; 5000], &choice);
-                assert!(chosen.is_finite && chosen.token == 0 && chosen.report.is_some());
+                assert!(chosen.is_finite && chosen.token == 0);
+                assert_eq!(chosen.report.unwrap().logit, f32::NEG_INFINITY);
             }
         }
     }

@@ -34,6 +34,31 @@ impl Choice {
     }
 }
 
+/// What all parts of a row have kept; buffers that are used again and again.
+#[derive(Clone, Debug, Default)]
+pub(crate) struct Joined {
+    /// Who runs, where that is not all.
+    runners: Likely,
+    /// The likeliest of the bare logits.
+    top: Likely,
+}
+
+impl Joined {
+    fn join(&mut self, parts: &[Part]) {
+        self.runners.clear();
+        self.top.clear();
+        for part in parts {
+            self.runners.join(&part.runners);
+            self.top.join(&part.top);
+        }
+    }
+
+    /// The likeliest tokens, as they are to be reported, and their bare logits.
+    pub(crate) fn top(&self, chosen: &Chosen) -> &[Token] {
+        self.top.first(chosen.report.map_or(0, |report| report.num_top as usize))
+    }
+}
+
 /// What was found out about a part of a row. (Aligned, so that threads share no line of theirs.)
 #[derive(Clone, Debug)]
 #[repr(align(64))]
@@ -66,8 +91,8 @@ impl Part {
         self.bare.clear();
     }
 
-    /// Looks at the logits from `first` on, a chunk of a row of `num_tokens`, and changes them as `choice` has it. Gives
-    /// what of the chunk is summed.
+    /// Looks at the logits from `first` on, a chunk of a row of `num_tokens`, and changes them as `choice` has it.
+    /// Gives what of the chunk is summed.
     pub(crate) fn look(
         &mut self,
         kernels: &Kernels,
@@ -126,30 +151,27 @@ impl Part {
     }
 
     /// What the row of `num_tokens` gives of which these are all parts, in any order; `masses` is of all its chunks
-    /// in order. The likeliest tokens to report are in the first part's [`Part::top`] afterwards.
+    /// in order. The likeliest tokens to report are in [`Joined::top`] afterwards.
     pub(crate) fn choose(
-        parts: &mut [Part],
+        parts: &[Part],
         choice: &Choice,
         masses: &[Masses],
         num_tokens: usize,
+        joined: &mut Joined,
     ) -> Chosen {
         let is_finite = parts.iter().all(|part| part.is_finite && part.best.is_finite);
         if !is_finite {
             return Chosen::default();
         }
-        let (part, others) = parts.split_first_mut().expect("a row has a part: this is a bug");
-        for other in others {
-            part.best = part.best.or(other.best);
-            part.runners.join(&other.runners);
-            part.top.join(&other.top);
-        }
+        joined.join(parts);
+        let mut best = parts.iter().fold(Best::NONE, |best, part| best.or(part.best));
         if let Some(race) = choice.kept_race() {
             let of = factor(race.inverse_temperature);
             let (_, total) = Mass::total(masses.iter().map(|masses| masses.tempered), of);
-            let runners = part.runners.kept(&choice.keep, race.inverse_temperature, total, num_tokens);
-            part.best = race.winner(runners.iter().copied());
+            let runners = joined.runners.kept(&choice.keep, race.inverse_temperature, total, num_tokens);
+            best = race.winner(runners.iter().copied());
         }
-        let Best { id: token, logit, .. } = part.best;
+        let Best { id: token, logit, .. } = best;
         let share = if choice.share && logit > f32::NEG_INFINITY {
             let (max, total) = Mass::total(masses.iter().map(|masses| masses.own), 1.0);
             (f64::from(crate::math::exp(logit - max)) / total) as f32
@@ -158,17 +180,12 @@ impl Part {
         };
         let report = choice.report.map(|num_top| {
             let (max, total) = Mass::total(masses.iter().map(|masses| masses.bare), 1.0);
-            let num_top = parts[0].top.sort(num_top as usize) as u32;
-            let mut changed = parts.iter().flat_map(|part| &part.bare);
-            let logit = changed.find(|bare| bare.0 == token).map_or(logit, |bare| bare.1);
+            let num_top = joined.top.sort(num_top as usize) as u32;
+            let bare = parts.iter().flat_map(|part| &part.bare).find(|bare| bare.0 == token);
+            let logit = bare.filter(|_| logit > f32::NEG_INFINITY).map_or(logit, |bare| bare.1);
             Report { logit, log_sum: f64::from(max) + ln(total), num_top }
         });
         Chosen { token, share, is_finite, report }
-    }
-
-    /// The likeliest tokens, as they are to be reported, and their bare logits.
-    pub(crate) fn top(&self, chosen: &Chosen) -> &[Token] {
-        self.top.first(chosen.report.map_or(0, |report| report.num_top as usize))
     }
 }
 
@@ -182,6 +199,11 @@ mod tests {
     use crate::dispatch;
     use crate::isa::Isa;
 
+    /// The likeliest first, of equals the first; both zeros are equal.
+    fn textbook_rank(a: &(u32, f32), b: &(u32, f32)) -> std::cmp::Ordering {
+        (b.1 + 0.0).total_cmp(&(a.1 + 0.0)).then(a.0.cmp(&b.0))
+    }
+
     /// The textbook's candidates, likeliest first: every token is sorted, nothing is passed over. (Where a nucleus
     /// ends to the last bit is a matter of sums: its total is the row's.)
     fn kept(row: &[f32], keep: &Keep, inverse_temperature: f64, total: f64) -> Vec<u32> {
@@ -189,7 +211,7 @@ mod tests {
             (0..).zip(row.iter().copied()).filter(|token| token.1 > f32::NEG_INFINITY).collect();
         let weight =
             |max: f32, logit: f32| crate::math::double::exp(f64::from(logit - max) * inverse_temperature);
-        tokens.sort_by(|a, b| b.1.total_cmp(&a.1).then(a.0.cmp(&b.0)));
+        tokens.sort_by(textbook_rank);
         let Some(&(_, max)) = tokens.first() else { return Vec::new() };
         let mut total = total;
         if keep.top_k > 0 {
@@ -278,12 +300,13 @@ mod tests {
             let (part, first) = (&mut parts[index % num_parts], (index * SHARE_CHUNK) as u32);
             masses.push(part.look(dispatch::kernels(isa), choice, (first, row.len()), &mut chunk.to_vec()));
         }
-        let chosen = Part::choose(&mut parts, choice, &masses, row.len());
+        let mut joined = Joined::default();
+        let chosen = Part::choose(&parts, choice, &masses, row.len(), &mut joined);
         let of = factor(choice.race.as_ref().map_or(1.0, |race| race.inverse_temperature));
         let total = Mass::total(masses.iter().map(|masses| masses.tempered), of).1;
-        let num = parts[0].runners.len();
-        let runners = parts[0].runners.first(num).iter().map(|token| token.0).collect();
-        (chosen, runners, parts[0].top(&chosen).to_vec(), total)
+        let num = joined.runners.len();
+        let runners = joined.runners.first(num).iter().map(|token| token.0).collect();
+        (chosen, runners, joined.top(&chosen).to_vec(), total)
     }
 
     #[test]
@@ -298,7 +321,7 @@ mod tests {
                 let winner = race.winner(expected.iter().map(|&id| (id, changed[id as usize])));
                 assert_eq!(chosen.token, winner.id, "{choice:?}");
                 let mut ranked: Vec<(u32, f32)> = (0..).zip(row.iter().copied()).collect();
-                ranked.sort_by(|a, b| b.1.total_cmp(&a.1).then(a.0.cmp(&b.0)));
+                ranked.sort_by(textbook_rank);
                 ranked.truncate(choice.report.map_or(0, |num_top| num_top as usize));
                 assert_eq!(top, ranked, "{choice:?}");
                 for isa in Isa::available() {

@@ -19,12 +19,6 @@ pub(crate) fn all_finite(values: &[f32]) -> bool {
     values.iter().all(|value| value.is_finite())
 }
 
-pub(crate) fn exp_sub(x: &[f32], max: f32, out: &mut [f32]) {
-    for (out, &x) in out.iter_mut().zip(x) {
-        *out = exp(x - max);
-    }
-}
-
 pub(crate) fn greatest(logits: &[f32], first: u32, best: &mut Best) {
     for (id, &logit) in (first..).zip(logits) {
         best.is_finite &= logit.is_finite();

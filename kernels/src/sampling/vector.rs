@@ -64,19 +64,6 @@ pub(crate) unsafe fn all_finite<V: Simd>(values: &[f32]) -> bool {
 }
 
 /// # Safety
-/// The processor has `V`'s instruction set; the slices are of one length.
-#[inline(always)]
-pub(crate) unsafe fn exp_sub<V: Simd>(x: &[f32], max: f32, out: &mut [f32]) {
-    for (x, out) in x.chunks(LANES).zip(out.chunks_mut(LANES)) {
-        // SAFETY: as many elements as the chunks have.
-        unsafe {
-            let x = V::load_part(x.as_ptr(), x.len());
-            exp(x.sub(V::splat(max))).store_part(out.as_mut_ptr(), out.len());
-        }
-    }
-}
-
-/// # Safety
 /// The processor has `V`'s instruction set.
 #[inline(always)]
 pub(crate) unsafe fn greatest<V: Simd>(logits: &[f32], first: u32, best: &mut Best) {

@@ -14,8 +14,8 @@ fn mask(len: usize) -> __mmask16 {
     ((1u32 << len) - 1) as __mmask16
 }
 
-/// The upper 31 bits of eight lanes of noise; not a closure, which would be too large to be compiled into functions that
-/// enable the instruction set.
+/// The upper 31 bits of eight lanes of noise; not a closure, which would be too large to be compiled into functions
+/// that enable the instruction set.
 ///
 /// # Safety
 /// The processor has AVX-512 F and DQ.

@@ -1,5 +1,5 @@
-//! Sixteen f32 lanes, whatever the machine: one `__m512`, two `__m256`, or four `float32x4_t`. The vector versions of the
-//! operations are written once over [`Simd`] and compiled once per implementation, inside functions
+//! Sixteen f32 lanes, whatever the machine: one `__m512`, two `__m256`, or four `float32x4_t`. The vector versions of
+//! the operations are written once over [`Simd`] and compiled once per implementation, inside functions
 //! that enable its instruction set (see [`crate::dispatch`]); every method is `inline(always)`, so
 //! nothing of the trait is left in the machine code.
 //!

@@ -1,8 +1,8 @@
 //! NEON: four registers are sixteen lanes.
 //!
-//! Every 64-bit Arm processor has what the f32 kernels use. How products of bytes are added up ([`integers`]) depends on
-//! more, which is the type's parameter: [`WIDENING`], [`DOTS`] or [`TILES`]. Instructions whose intrinsics the oldest Rust
-//! that builds this crate does not have are written out.
+//! Every 64-bit Arm processor has what the f32 kernels use. How products of bytes are added up ([`integers`]) depends
+//! on more, which is the type's parameter: [`WIDENING`], [`DOTS`] or [`TILES`]. Instructions whose intrinsics the
+//! oldest Rust that builds this crate does not have are written out.
 
 mod integers;
 

@@ -41,12 +41,13 @@ pub struct CpuBackend {
 }
 
 /// Bytes of the KV cache that are made ready ahead of use, over all layers.
-const BYTES_AHEAD: usize = 256 << 20;
+const BYTES_AHEAD: usize = 512 << 20;
 
 impl CpuBackend {
     /// A backend whose operations run on `pool` and whose keys and values are stored as `kv_type`.
     pub fn new(pool: Arc<ThreadPool>, kv_type: KvType) -> Self {
-        CpuBackend { pool, kv_type, warmer: PageWarmer::new(BYTES_AHEAD), block_size: 1 }
+        let warmer = PageWarmer::new(BYTES_AHEAD, &pool);
+        CpuBackend { pool, kv_type, warmer, block_size: 1 }
     }
 }
 

@@ -1,9 +1,9 @@
 //! Sums of whole numbers of the inputs that share a scale, for a few rows and panels at a time.
 //!
-//! A quad of codes is a line, four inputs of each of 16 outputs, and is multiplied with four inputs of one row after the
-//! other. Where the instruction set multiplies tiles of two rows by eight inputs ([`Integers::TILES`]), rows go in pairs
-//! and quads too, whose lines are interleaved first; of an odd number of rows the last one is its own partner, which
-//! takes as many instructions as going alone. Sums of whole numbers are exact, so both ways give the same.
+//! A quad of codes is a line, four inputs of each of 16 outputs, and is multiplied with four inputs of one row after
+//! the other. Where the instruction set multiplies tiles of two rows by eight inputs ([`Integers::TILES`]), rows go in
+//! pairs and quads too, whose lines are interleaved first; of an odd number of rows the last one is its own partner,
+//! which takes as many instructions as going alone. Sums of whole numbers are exact, so both ways give the same.
 
 #![allow(
     clippy::needless_range_loop,
@@ -118,14 +118,14 @@ unsafe fn tiles<V: Integers, Q: Quads<V, P>, const N: usize, const R: usize, con
             let rows = [2 * n, (2 * n + 1).min(R - 1)];
             codes[n] = [x.codes.add(rows[0] * x.codes_stride), x.codes.add(rows[1] * x.codes_stride)];
             if offset_bits > 0 {
-                let neg_sums = rows.map(|row| x.neg_sums.wrapping_add(row * x.sums_stride));
+                let neg_sums = rows.map(|row| x.neg_sums.add(row * x.sums_stride));
                 for p in 0..P {
                     sums[p][n] = V::start_tiles(neg_sums, offset_bits);
                 }
             }
         }
-        // Two pairs of quads or four; the compiler leaves a loop of so many matrix instructions as it is, and then moves
-        // the sums from register to register.
+        // Two pairs of quads or four; the compiler leaves a loop of so many matrix instructions as it is, and then
+        // moves the sums from register to register.
         add_pair::<V, Q, N, P>(&mut sums, quads, &codes, 0);
         add_pair::<V, Q, N, P>(&mut sums, quads, &codes, 1);
         if num_quads == 8 {

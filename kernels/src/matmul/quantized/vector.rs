@@ -6,8 +6,8 @@
 //! at once, and one panel is one stream from memory. More rows than one block holds go by in several, against
 //! two panels together, because then the activations' loads, one for two instructions, are what limits; a few rows
 //! wait for memory, which gives two streams up to a sixth less than one ([`Shape::is_narrow`]). The offset of the
-//! codes is folded into what a sum starts from. With few registers, where a
-//! block has one panel and three rows, some formats do better as [`super::grouped`] has it.
+//! codes is folded into what a sum starts from. With few registers, where a block has one panel and three rows, some
+//! formats do better as [`super::grouped`] has it.
 //!
 //! What bounds many rows is the two pipes that take dot products: they take multiplications and multiply-adds too,
 //! while conversions, additions, masks and constant shifts go elsewhere (measured on Zen 5). Of 32 inputs, a row and

@@ -127,7 +127,9 @@ pub(crate) enum PassKind {
     /// The draft: the fast lane, and the deep sequences that still propose. Round 0 also takes what
     /// the draft has not seen yet of the deep sequences that propose.
     Round(usize),
-    /// The draft: the fast lane alone, between two layers of the target.
+    /// The draft: the fast lane alone, between two layers of the target. Without its texts to embed, or their chunks
+    /// would go into each pass of a gap and take the lane's time from those that somebody reads; they have round 0,
+    /// which comes whatever the deep lane has to do.
     FastOnly,
     /// The target: decode, verification and prefill of the deep lane.
     Target,
@@ -145,7 +147,7 @@ impl PassKind {
         let in_lane = match (self, sequence.lane) {
             // The rounds after the first should be short: the deep lane waits for its drafts.
             (PassKind::Round(round), Lane::Fast) => round == 0 || !sequence.is_embedding(),
-            (PassKind::FastOnly, Lane::Fast) => true,
+            (PassKind::FastOnly, Lane::Fast) => !sequence.is_embedding(),
             (PassKind::Round(round), Lane::Deep) => sequence.num_planned_draft_tokens > round,
             (PassKind::FastOnly, Lane::Deep) | (PassKind::Target, Lane::Fast) => false,
             (PassKind::Target, Lane::Deep) => true,

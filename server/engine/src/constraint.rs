@@ -4,7 +4,8 @@
 //! A mask is a function of the output's tokens alone, so it can be asked for along a drafted path, after
 //! a rejected draft and after a preemption, and is the same each time. [`Constrained`] sees to that: it
 //! moves the constraint to whatever output is asked about, and keeps the masks of the path, so that what
-//! was computed to draft a token serves to verify it.
+//! was computed to draft a token serves to verify it. A constraint that panics has failed, as one that errs has:
+//! masks are asked for outside passes too, where nobody else would catch it.
 //!
 //! Costs: a mask a position, computed once (with a real grammar some ten microseconds, now and then a
 //! few hundred), one `advance` a token, and a bit a token of the vocabulary for each mask that is kept.
@@ -12,6 +13,7 @@
 use std::sync::Arc;
 
 use crate::api::{EngineError, MAX_DRAFT_TOKENS, SamplingParams, TokenId};
+use crate::pass::guard;
 
 /// A set of token ids.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -114,6 +116,12 @@ pub enum Ending {
 #[error("{0}")]
 pub struct ConstraintError(pub String);
 
+impl From<ConstraintError> for EngineError {
+    fn from(ConstraintError(reason): ConstraintError) -> Self {
+        EngineError::Constraint(reason)
+    }
+}
+
 /// The form of one output. Begins before the output's first token.
 ///
 /// Whatever it answers must be a function of the tokens taken so far. Stop tokens are the engine's
@@ -176,7 +184,7 @@ impl Constrained {
     ///
     /// # Errors
     /// What the constraint says when it is asked for this output from its beginning: what was drafted
-    /// meanwhile cannot make a sequence fail.
+    /// meanwhile cannot make a sequence fail. [`EngineError::Forward`] if it panics.
     pub(crate) fn allowed(
         &mut self,
         output: &[TokenId],
@@ -203,13 +211,17 @@ impl Constrained {
         let index = match found {
             Some(index) => index,
             None => {
-                let known = self.look(output, params).or_else(|_| {
-                    self.restart();
-                    self.look(output, params)
+                let known = guard(|| self.look(output, params)).or_else(|_| {
+                    guard(|| {
+                        self.restart();
+                        self.look(output, params)
+                    })
                 });
-                let known = known.map_err(|ConstraintError(reason)| {
-                    self.restart();
-                    EngineError::Constraint(reason)
+                let known = known.or_else(|error| {
+                    guard(|| {
+                        self.restart();
+                        Err(error)
+                    })
                 })?;
                 self.make_room();
                 self.known.push(known);
@@ -234,7 +246,7 @@ impl Constrained {
     }
 
     /// Moves the constraint to `output` and asks it.
-    fn look(&mut self, output: &[TokenId], params: &SamplingParams) -> Result<Known, ConstraintError> {
+    fn look(&mut self, output: &[TokenId], params: &SamplingParams) -> Result<Known, EngineError> {
         let num_common = self.taken.iter().zip(output).take_while(|(a, b)| a == b).count();
         if num_common < self.taken.len() {
             self.constraint.rollback(self.taken.len() - num_common)?;
@@ -267,7 +279,8 @@ impl Constrained {
             params.stop_token_ids.iter().for_each(|&id| mask.allow(id));
         }
         if mask.is_empty() && ending != Ending::Forced {
-            return Err(ConstraintError("no token of the vocabulary can continue the answer".to_owned()));
+            let reason = "no token of the vocabulary can continue the answer";
+            return Err(EngineError::Constraint(reason.to_owned()));
         }
         Ok(Known { len: output.len(), ending, mask })
     }
@@ -296,7 +309,7 @@ mod tests {
         assert_eq!(mask.only(), Some(0));
     }
 
-    /// Counts what it is asked, allows `last + 1 ..= last + 3`, and breaks at 40.
+    /// Counts what it is asked, allows `last + 1 ..= last + 3`, breaks at 40, and panics at 44.
     #[derive(Default)]
     struct Steps {
         tokens: Vec<TokenId>,
@@ -318,6 +331,10 @@ mod tests {
 
         fn advance(&mut self, token: TokenId) -> Result<(), ConstraintError> {
             self.is_broken |= token >= 40;
+            if token == 44 {
+                // Not `panic!`, whose message would be printed although somebody catches it.
+                std::panic::resume_unwind(Box::new("no such step"));
+            }
             if self.is_broken {
                 return Err(ConstraintError("too far".to_owned()));
             }
@@ -370,6 +387,16 @@ mod tests {
         let (mut constrained, _) = steps();
         assert!(constrained.allowed(&[1, 2], &params).is_ok());
         assert_eq!(constrained.allowed(&[1, 2, 41], &params), Err(EngineError::Constraint("too far".into())));
+        assert_eq!(ids(constrained.allowed(&[1, 2, 3], &params).expect("a mask")), [4, 5, 6]);
+    }
+
+    #[test]
+    fn a_panic_is_an_error_and_forgotten_as_one() {
+        let params = SamplingParams::default();
+        let (mut constrained, _) = steps();
+        assert!(constrained.allowed(&[1, 2], &params).is_ok());
+        let panicked = EngineError::Forward("internal error: no such step".into());
+        assert_eq!(constrained.allowed(&[1, 2, 44], &params), Err(panicked));
         assert_eq!(ids(constrained.allowed(&[1, 2, 3], &params).expect("a mask")), [4, 5, 6]);
     }
 

@@ -36,10 +36,20 @@ impl DrainRate {
         self.waited = self.since.map_or(Duration::ZERO, |since| now.saturating_sub(since));
     }
 
-    /// Time until so many have started. A wait that already takes longer than others did is what to expect.
+    /// Notes that the last who waited has gone without having started.
+    pub(crate) fn nobody_waits(&mut self) {
+        self.since = None;
+        self.waited = Duration::ZERO;
+    }
+
+    /// Time until so many have started. A wait that already takes longer than others did is what to expect of the
+    /// first; of all, if there were no others.
     pub(crate) fn time_for(&self, num_starts: usize) -> Duration {
-        let interval = self.interval.unwrap_or(0.0).max(self.waited.as_secs_f64());
-        Duration::from_secs_f64((num_starts as f64 * interval).min(LONGEST_SECONDS))
+        let Some(num_later) = num_starts.checked_sub(1) else { return Duration::ZERO };
+        let waited = self.waited.as_secs_f64();
+        let interval = self.interval.unwrap_or(waited);
+        let seconds = interval.max(waited) + num_later as f64 * interval;
+        Duration::from_secs_f64(seconds.min(LONGEST_SECONDS))
     }
 }
 
@@ -65,6 +75,18 @@ mod tests {
     }
 
     #[test]
+    fn between_two_starts_only_the_first_place_is_overdue() {
+        let mut rate = DrainRate::default();
+        for turn in 0..50 {
+            rate.observe(16, true, seconds(10 * turn));
+        }
+        assert_eq!((rate.time_for(0), rate.time_for(64)), (Duration::ZERO, seconds(40)));
+        rate.observe(0, true, seconds(490) + Duration::from_millis(9_900));
+        let told = rate.time_for(64);
+        assert!((seconds(40)..seconds(50)).contains(&told), "{told:?}");
+    }
+
+    #[test]
     fn time_in_which_nobody_waits_does_not_count() {
         let mut rate = DrainRate::default();
         rate.observe(0, true, seconds(0));
@@ -76,6 +98,11 @@ mod tests {
         assert_eq!(rate.time_for(3), seconds(6));
         // The last one gives up.
         rate.observe(0, false, seconds(1_300));
+        assert_eq!(rate.time_for(3), seconds(6));
+        // Another does, and nobody looks at the queue until somebody comes.
+        rate.observe(0, true, seconds(1_400));
+        rate.nobody_waits();
+        rate.observe(1, false, seconds(5_000));
         assert_eq!(rate.time_for(3), seconds(6));
     }
 

@@ -20,7 +20,7 @@ use crate::sequence::{ModelRole, Sequence};
 use crate::speculation::{DraftPolicy, HeadPolicy, verify};
 
 /// Turns a panic into an error.
-fn guard<T>(work: impl FnOnce() -> Result<T, EngineError>) -> Result<T, EngineError> {
+pub(crate) fn guard<T>(work: impl FnOnce() -> Result<T, EngineError>) -> Result<T, EngineError> {
     catch_unwind(AssertUnwindSafe(work)).unwrap_or_else(|panic| {
         let text = panic.downcast_ref::<&str>().map(|text| (*text).to_owned());
         let text = text.or_else(|| panic.downcast_ref::<String>().cloned());
@@ -75,7 +75,10 @@ impl Engine {
         if drawing.is_none() {
             self.run_one_by_one(role, &sequences, clock);
         }
-        self.batch_of(role).sequences = sequences;
+        let batch = self.batch_of(role);
+        batch.sequences = sequences;
+        // Nobody asks for these rows again, and the masks in it are to be used again.
+        batch.inputs.wanted.clear();
         drawing.unwrap_or_default()
     }
 
@@ -303,7 +306,7 @@ impl SequencePass<'_, '_> {
         }
         let num_prompt_tokens = sequence.num_prompt_tokens();
         self.tools.stats.num_prompt_tokens += end.min(num_prompt_tokens).saturating_sub(start) as u64;
-        let rows = self.score_prompt(start, rows);
+        let rows = self.score_prompt(start, rows)?;
         let sequence = &mut *self.sequence;
         if sequence.params.max_tokens == 0 && end >= num_prompt_tokens {
             sequence.finished = Some(FinishReason::Length);
@@ -333,10 +336,13 @@ impl SequencePass<'_, '_> {
 
     /// Takes the rows of prompt tokens whose successor is in the prompt too, if they are to be scored;
     /// returns the others. A preempted sequence sees some of them twice.
-    fn score_prompt<'r>(&mut self, start: usize, mut rows: Rows<'r>) -> Rows<'r> {
+    ///
+    /// # Errors
+    /// [`EngineError::NonFiniteLogits`] if a row that is to score a token is not of numbers.
+    fn score_prompt<'r>(&mut self, start: usize, mut rows: Rows<'r>) -> Result<Rows<'r>, EngineError> {
         let sequence = &mut *self.sequence;
         let Some(num_top) = sequence.params.prompt_logprobs.filter(|_| sequence.scores_prompt()) else {
-            return rows;
+            return Ok(rows);
         };
         let mut position = start;
         while position + 1 < sequence.num_prompt_tokens()
@@ -345,12 +351,12 @@ impl SequencePass<'_, '_> {
             if position >= sequence.num_scored() {
                 let next = sequence.tokens()[position + 1];
                 let scores =
-                    self.tools.sampler.score(&row.logits()[..self.num_token_ids], next, num_top.into());
+                    self.tools.sampler.score(&row.logits()[..self.num_token_ids], next, num_top.into())?;
                 sequence.push_prompt_logprobs(scores);
             }
             position += 1;
         }
-        rows
+        Ok(rows)
     }
 
     fn verify(&mut self, rows: Rows<'_>) -> Result<(), EngineError> {

@@ -310,9 +310,13 @@ impl Scheduler {
     /// that nobody counts as computed: whoever gets such a block next fills it in a later pass of that
     /// model.
     pub(crate) fn remove(&mut self, id: SequenceId) -> Option<Box<Sequence>> {
-        for lane in &mut self.waiting {
+        for (lane, drain) in self.waiting.iter_mut().zip(&mut self.drain) {
             if let Some(index) = lane.iter().position(|s| s.id == id) {
-                return lane.remove(index);
+                let removed = lane.remove(index);
+                if lane.is_empty() {
+                    drain.nobody_waits();
+                }
+                return removed;
             }
         }
         let seat = self.seats.iter_mut().find(|seat| seat.as_ref().is_some_and(|s| s.id == id))?;
@@ -325,6 +329,7 @@ impl Scheduler {
     pub(crate) fn remove_all(&mut self) -> Vec<Box<Sequence>> {
         let mut removed: Vec<Box<Sequence>> =
             self.waiting.iter_mut().flat_map(|lane| lane.drain(..)).collect();
+        self.drain.iter_mut().for_each(DrainRate::nobody_waits);
         for mut sequence in self.seats.iter_mut().filter_map(Option::take) {
             self.blocks.release(std::mem::take(&mut sequence.block_table));
             removed.push(sequence);

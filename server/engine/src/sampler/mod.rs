@@ -25,11 +25,44 @@ fn race(params: &SamplingParams, position: usize) -> Option<Race> {
     })
 }
 
-/// How often tokens occurred, kept only for sequences that ask for a penalty.
-#[derive(Debug, Default)]
+/// What penalties are taken of.
+#[derive(Clone, Copy, Debug)]
+struct Penalties {
+    repetition: f32,
+    presence: f32,
+    frequency: f32,
+}
+
+impl Penalties {
+    fn of(params: &SamplingParams) -> Self {
+        Penalties {
+            repetition: params.repetition_penalty,
+            presence: params.presence_penalty,
+            frequency: params.frequency_penalty,
+        }
+    }
+
+    /// What becomes of the logit of a token of prompt or output that is so often in the output.
+    fn change(&self, id: TokenId, in_output: u32) -> Change {
+        let less = match in_output {
+            0 => 0.0,
+            _ => self.presence + self.frequency * in_output as f32,
+        };
+        Change { repetition: self.repetition, less, ..Change::none(id) }
+    }
+}
+
+/// How often tokens occurred and what that makes of their logits, kept only for sequences that ask for a penalty.
+///
+/// A long prompt has thousands of tokens, every row of logits takes a change of each, and a committed token changes
+/// one: so the changes are kept in order, and rows share them.
+#[derive(Debug)]
 pub(crate) struct TokenCounts {
-    /// How often in the output, of all tokens of prompt and output; in the order of ids, as changes of logits are.
-    counts: BTreeMap<TokenId, u32>,
+    penalties: Penalties,
+    /// Of the tokens in the output.
+    in_output: BTreeMap<TokenId, u32>,
+    /// What penalties and bias make of logits, as [`Choice::changes`] wants it.
+    changes: Arc<Vec<Change>>,
 }
 
 impl TokenCounts {
@@ -39,18 +72,72 @@ impl TokenCounts {
             || params.presence_penalty != 0.0
             || params.frequency_penalty != 0.0;
         needed.then(|| {
-            let mut counts = TokenCounts::default();
-            for &id in prompt {
-                counts.counts.entry(id).or_default();
-            }
-            counts
+            let penalties = Penalties::of(params);
+            let mut ids = if params.repetition_penalty != 1.0 { prompt.to_vec() } else { Vec::new() };
+            ids.sort_unstable();
+            ids.dedup();
+            let mut changes: Vec<Change> = ids.into_iter().map(|id| penalties.change(id, 0)).collect();
+            add_biases(&mut changes, params);
+            TokenCounts { penalties, in_output: BTreeMap::new(), changes: Arc::new(changes) }
         })
     }
 
     /// Notes one more output token.
     pub(crate) fn push(&mut self, id: TokenId) {
-        *self.counts.entry(id).or_default() += 1;
+        let in_output = self.in_output.entry(id).or_default();
+        *in_output += 1;
+        let change = self.penalties.change(id, *in_output);
+        // Copies them if a row that was not chosen from yet shares them.
+        penalise(Arc::make_mut(&mut self.changes), &change);
     }
+
+    /// The changes with `provisional` tokens counted as output.
+    fn changes_after(&self, provisional: &[TokenId]) -> Arc<Vec<Change>> {
+        let mut changes = Arc::clone(&self.changes);
+        for (i, &id) in provisional.iter().enumerate() {
+            if !provisional[..i].contains(&id) {
+                let drafted = provisional[i..].iter().filter(|&&other| other == id).count() as u32;
+                let committed = self.in_output.get(&id).copied().unwrap_or(0);
+                let change = self.penalties.change(id, committed + drafted);
+                penalise(Arc::make_mut(&mut changes), &change);
+            }
+        }
+        changes
+    }
+}
+
+/// Gives the token of `penalty` this penalty instead of the one it had; its bias stays.
+fn penalise(changes: &mut Vec<Change>, penalty: &Change) {
+    let id = penalty.id;
+    match changes.binary_search_by_key(&id, |change| change.id) {
+        Ok(at) => {
+            let change = Change { bias: changes[at].bias, ..*penalty };
+            if change == Change::none(id) {
+                changes.remove(at);
+            } else {
+                changes[at] = change;
+            }
+        }
+        Err(at) if *penalty != Change::none(id) => changes.insert(at, *penalty),
+        Err(_) => {}
+    }
+}
+
+/// Adds the biases to changes that are one a token and in the order of ids, and leaves them so.
+fn add_biases(changes: &mut Vec<Change>, params: &SamplingParams) {
+    if params.logit_bias.is_empty() {
+        return;
+    }
+    changes.extend(params.logit_bias.iter().map(|&(id, bias)| Change { bias, ..Change::none(id) }));
+    // Stable: of one token the penalty stays before its biases, and those in their order.
+    changes.sort_by_key(|change| change.id);
+    changes.dedup_by(|other, change| {
+        let is_same = other.id == change.id;
+        if is_same {
+            change.bias += other.bias;
+        }
+        is_same
+    });
 }
 
 /// What a token is drawn for: the sequence's side of the draw.
@@ -97,60 +184,29 @@ impl Draw<'_> {
     /// What bias, penalties and the least length make of logits.
     fn changes(&self) -> Option<Arc<Vec<Change>>> {
         let params = self.params;
-        // A mask says itself where stop tokens may stand.
-        let mask_stops = self.allowed.is_none() && self.num_output_tokens < params.min_tokens as usize;
-        let stops = if mask_stops { &params.stop_token_ids[..] } else { &[] };
-        if params.logit_bias.is_empty() && self.counts.is_none() && stops.is_empty() {
-            return None;
-        }
-        let mut changes = Vec::new();
-        self.penalise(&mut changes);
-        changes.extend(params.logit_bias.iter().map(|&(id, bias)| Change { bias, ..Change::none(id) }));
-        changes.extend(stops.iter().map(|&id| Change { is_forbidden: true, ..Change::none(id) }));
-        changes.sort_by_key(|change| change.id);
-        changes.dedup_by(|other, change| {
-            let is_same = other.id == change.id;
-            if is_same {
-                *change = join(change, other);
-            }
-            is_same
-        });
-        Some(Arc::new(changes))
-    }
-
-    /// Adds what penalties make of logits.
-    fn penalise(&self, changes: &mut Vec<Change>) {
-        let Some(counts) = self.counts else { return };
-        let params = self.params;
-        let mut penalise = |id: TokenId, in_output: u32| {
-            let less = match in_output {
-                0 => 0.0,
-                _ => params.presence_penalty + params.frequency_penalty * in_output as f32,
-            };
-            if params.repetition_penalty != 1.0 || less != 0.0 {
-                changes.push(Change { repetition: params.repetition_penalty, less, ..Change::none(id) });
+        let mut changes = match self.counts {
+            Some(counts) => counts.changes_after(self.provisional),
+            None => {
+                let mut changes = Vec::new();
+                add_biases(&mut changes, params);
+                Arc::new(changes)
             }
         };
-        let drafted = |id: TokenId| self.provisional.iter().filter(|&&p| p == id).count() as u32;
-        for (&id, &in_output) in &counts.counts {
-            penalise(id, in_output + drafted(id));
-        }
-        for (i, &id) in self.provisional.iter().enumerate() {
-            if !counts.counts.contains_key(&id) && !self.provisional[..i].contains(&id) {
-                penalise(id, drafted(id));
+        // A mask says itself where stop tokens may stand.
+        if self.allowed.is_none() && self.num_output_tokens < params.min_tokens as usize {
+            for &id in &params.stop_token_ids {
+                forbid(Arc::make_mut(&mut changes), id);
             }
         }
+        (!changes.is_empty()).then_some(changes)
     }
 }
 
-/// Both changes of one token's logit; of penalties only one has any.
-fn join(a: &Change, b: &Change) -> Change {
-    Change {
-        id: a.id,
-        bias: a.bias + b.bias,
-        repetition: a.repetition * b.repetition,
-        less: a.less + b.less,
-        is_forbidden: a.is_forbidden || b.is_forbidden,
+/// Keeps the token from being chosen.
+fn forbid(changes: &mut Vec<Change>, id: TokenId) {
+    match changes.binary_search_by_key(&id, |change| change.id) {
+        Ok(at) => changes[at].is_forbidden = true,
+        Err(at) => changes.insert(at, Change { is_forbidden: true, ..Change::none(id) }),
     }
 }
 
@@ -225,11 +281,20 @@ impl Sampler {
     }
 
     /// The log-probability of `token` and of the `num_top` likeliest of the row.
-    pub(crate) fn score(&mut self, logits: &[f32], token: TokenId, num_top: u32) -> TokenLogprobs {
+    ///
+    /// # Errors
+    /// [`EngineError::NonFiniteLogits`] if a logit is NaN or infinite.
+    pub(crate) fn score(
+        &mut self,
+        logits: &[f32],
+        token: TokenId,
+        num_top: u32,
+    ) -> Result<TokenLogprobs, EngineError> {
         let choice = Choice { report: Some(num_top), ..Choice::default() };
-        let report = choose_in(logits, &choice, &mut self.room).report;
-        let log_sum = report.map_or(f64::NAN, |report| report.log_sum);
-        logprobs(logits[token as usize], log_sum, self.room.top())
+        let chosen = choose_in(logits, &choice, &mut self.room);
+        // Nothing is reported of a row that is not finite.
+        let report = chosen.report.ok_or(EngineError::NonFiniteLogits)?;
+        Ok(logprobs(logits[token as usize], report.log_sum, self.room.top()))
     }
 }
 

@@ -106,6 +106,8 @@ fn logits_that_are_not_numbers_are_refused() {
             allowed: None,
         };
         assert_eq!(draw_of(&logits, &draw), Err(EngineError::NonFiniteLogits));
+        let scored = Sampler::default().score(&logits, 3, 2).map(|scored| scored.logprob);
+        assert_eq!(scored, Err(EngineError::NonFiniteLogits));
     }
 }
 
@@ -147,7 +149,7 @@ fn what_is_said_of_a_token_is_of_the_bare_logits() {
     assert!((sum - 1.0).abs() < 1e-6);
     assert_eq!(scores.logprob, scores.top[4].1);
     assert_eq!(drawn.logprobs(1).top, [scores.top[0]]);
-    let scored = sampler.score(&logits, 4, 1);
+    let scored = sampler.score(&logits, 4, 1).expect("finite logits");
     assert_eq!((scored.logprob, scored.top), (scores.top[3].1, vec![scores.top[0]]));
     // Between one token and none there is no margin.
     let drawn = sampler.draw(Row::Whole(&[3.0]), &draw, asked).expect("finite logits");
@@ -185,6 +187,37 @@ fn changes_are_one_a_token_in_the_order_of_ids() {
     assert_eq!(draw.choice(Asked::default()).changes.as_deref(), Some(&expected.to_vec()));
     let plain = SamplingParams { min_tokens: 0, ..SamplingParams::default() };
     assert_eq!(Draw { params: &plain, counts: None, ..draw }.choice(Asked::default()).changes, None);
+}
+
+/// What a draw makes of logits, by the definition: token by token, with the counts taken anew.
+fn textbook_changes(prompt: &[TokenId], output: &[TokenId], params: &SamplingParams) -> Vec<Change> {
+    let change = |id: TokenId| {
+        let in_output = output.iter().filter(|&&other| other == id).count();
+        let mut change = Change::none(id);
+        if in_output > 0 {
+            change.less = params.presence_penalty + params.frequency_penalty * in_output as f32;
+        }
+        if in_output > 0 || prompt.contains(&id) {
+            change.repetition = params.repetition_penalty;
+        }
+        change.bias = params.logit_bias.iter().filter(|bias| bias.0 == id).map(|bias| bias.1).sum();
+        let is_early = output.len() < params.min_tokens as usize;
+        change.is_forbidden = is_early && params.stop_token_ids.contains(&id);
+        change
+    };
+    (0..12).map(change).filter(|change| *change != Change::none(change.id)).collect()
+}
+
+#[test]
+fn rows_without_provisional_tokens_share_their_changes() {
+    let params = SamplingParams { repetition_penalty: 1.5, ..SamplingParams::default() };
+    let mut counts = TokenCounts::for_sequence(&[7, 5], &params).expect("penalties are on");
+    let shared = counts.changes_after(&[]);
+    assert!(Arc::ptr_eq(&shared, &counts.changes_after(&[])));
+    assert!(!Arc::ptr_eq(&shared, &counts.changes_after(&[9])));
+    counts.push(3);
+    let ids = |changes: &[Change]| changes.iter().map(|change| change.id).collect::<Vec<_>>();
+    assert_eq!((ids(&shared), ids(&counts.changes_after(&[]))), (vec![5, 7], vec![3, 5, 7]));
 }
 
 proptest! {
@@ -243,6 +276,36 @@ proptest! {
         prop_assert_eq!(draw(&output, &[]), draw(&output[..split], &output[split..]));
     }
 
+    /// However output is split, changes are those of the definition.
+    #[test]
+    fn changes_are_the_textbooks(
+        prompt in prop::collection::vec(0u32..12, 1..6),
+        output in prop::collection::vec(0u32..12, 0..8),
+        split in 0usize..8,
+        repetition_penalty in prop_oneof![Just(1.0f32), Just(1.3f32)],
+        // Of the first, two occurrences leave nothing.
+        presence_penalty in prop_oneof![Just(0.5f32), Just(0.0f32), Just(0.375f32)],
+        logit_bias in prop::collection::vec((0u32..12, prop_oneof![Just(1.5f32), Just(-2.25f32)]), 0..5),
+        min_tokens in 0u32..5,
+    ) {
+        let params = SamplingParams {
+            repetition_penalty, presence_penalty, frequency_penalty: -0.25, logit_bias, min_tokens,
+            stop_token_ids: vec![4, 2], ..SamplingParams::default()
+        };
+        let (committed, provisional) = output.split_at(split.min(output.len()));
+        let mut counts = TokenCounts::for_sequence(&prompt, &params).expect("penalties are on");
+        committed.iter().for_each(|&id| counts.push(id));
+        let draw = Draw {
+            params: &params, counts: Some(&counts), provisional,
+            position: prompt.len() + output.len(), num_output_tokens: output.len(), allowed: None,
+        };
+        let changes = draw.choice(Asked::default()).changes;
+        let got = changes.as_deref().map_or(&[][..], |changes| &changes[..]);
+        // A bias that was cancelled out changes nothing, and may be there or not.
+        let got: Vec<Change> = got.iter().copied().filter(|change| *change != Change::none(change.id)).collect();
+        prop_assert_eq!(got, textbook_changes(&prompt, &output, &params));
+    }
+
     /// Passing tokens over unseen never changes the winner.
     #[test]
     fn the_race_equals_gumbel_max(
@@ -289,8 +352,9 @@ proptest! {
         prop_assert!(params.validate(logits.len()).is_ok());
         let mut counts = TokenCounts::for_sequence(&[0], &params).expect("penalties are on");
         counts.push(0);
-        let draw =
-            Draw { params: &params, counts: Some(&counts), provisional: &[0], position: 3, num_output_tokens: 1, allowed: None };
+        let draw = Draw {
+            params: &params, counts: Some(&counts), provisional: &[0], position: 3, num_output_tokens: 1, allowed: None,
+        };
         let id = draw_of(&logits, &draw).expect("finite logits");
         prop_assert!((id as usize) < logits.len());
     }

@@ -9,7 +9,7 @@ use std::path::PathBuf;
 use std::process::ExitCode;
 use std::time::Instant;
 
-use anyhow::{Context as _, bail};
+use anyhow::{Context as _, bail, ensure};
 use clap::Args;
 use indicatif::ProgressBar;
 use serde_json::{Value, json};
@@ -114,6 +114,11 @@ pub(super) fn run(args: &PolicyArgs) -> anyhow::Result<ExitCode> {
     let header = Header::of("policy", &runtime)?;
     header.print();
     let random = random_pair(args, &config, &runtime)?;
+    ensure!(
+        !args.only_random || random.is_some(),
+        "--only-random leaves nothing to measure: a draft of random weights takes the place of a draft model, and \
+         there is no pair of target and draft here"
+    );
     let mut cells = Vec::new();
     if args.only_random {
         runtime.engine.shutdown();

@@ -103,8 +103,8 @@ impl Report {
         };
         println!("{}", report::table(&HEADER, 2, self.rows.iter().map(cells)));
         println!(
-            "{} fast requests of {} tokens a phase, in {} rounds; loaded: {} deep streams and a deep prompt of {} \
-             tokens in prefill",
+            "{} fast requests of at most {} tokens a phase, in {} rounds; loaded: {} deep streams and a deep prompt of \
+             {} tokens in prefill",
             self.requests, self.fast_tokens, self.rounds, self.deep_streams, self.deep_prompt_tokens
         );
         println!("{}", verdict(&self.rows));

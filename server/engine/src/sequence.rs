@@ -501,7 +501,7 @@ impl Sequence {
     pub(crate) fn emit(&mut self) -> Result<(), ClientGone> {
         let prompt_done = self.num_computed(self.lane.answered_by()) >= self.prompt.len();
         let last = self.finished.map(|reason| Event::Finished(Finished { reason, usage: self.usage }));
-        self.outbox.flush(prompt_done, last)
+        self.outbox.flush(prompt_done, self.usage, last)
     }
 
     /// True once the client has been handed everything.

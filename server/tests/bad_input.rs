@@ -111,7 +111,16 @@ async fn every_fault_is_named() {
             Some("priority"),
             &["urgent", "\"interactive\" or \"batch\""],
         ),
-        ("{\"prompt\": \"a\", \"priority\": 3}", Some("priority"), &["expected a string"]),
+        (
+            "{\"prompt\": \"a\", \"priority\": 3}",
+            Some("priority"),
+            &["integer `3`", "expected \"interactive\" or \"batch\""],
+        ),
+        (
+            "{\"prompt\": \"a\", \"speculative\": {\"num_speculative_tokens\": 3}}",
+            Some("speculative.num_speculative_tokens"),
+            &["unknown field `num_speculative_tokens`", "`max_draft_tokens` or `sources`"],
+        ),
         (
             "{\"prompt\": \"a\", \"t_max_predict_ms\": -2}",
             Some("t_max_predict_ms"),

@@ -329,3 +329,31 @@ async fn a_continuation_outlives_the_request_that_it_joined() {
     server.until("nobody reads the rest", |stats| stats.num_running == 0).await;
     server.stop().await;
 }
+
+#[tokio::test]
+async fn who_started_the_sequence_and_ends_first_reports_what_was_so_up_to_then() {
+    let server = server(TestOptions::default()).await;
+    let extra = json!({
+        "prompt": "def add(a, b):\n    return a + b\n\n".repeat(8), "max_tokens": 400,
+        "speculative": { "max_draft_tokens": 4 },
+    });
+    let whole = alone(&server, &greedy(extra.clone())).await;
+    let seats = take_seats(&server, &[]).await;
+    let mut ends_first = extra.clone();
+    ends_first["stop"] = json!(whole.chars().skip(30).take(3).collect::<String>());
+    let first = server.post_open(PATH, &[], &greedy(ends_first)).await;
+    server.until("the first waits", |stats| stats.num_waiting == 1).await;
+    let other = server.post_open(PATH, &[], &greedy(extra)).await;
+    assert_eq!((kind(&first), kind(&other)), (None, Some("identical")));
+    drop(seats);
+    let first = finish(first).await;
+    let usage = usage(&first);
+    let count = |value: &Value| value.as_u64().expect("a count");
+    assert!(count(&usage["prompt_tokens_details"]["cached_tokens"]) > 0, "{usage}");
+    let timings =
+        first.events().into_iter().rev().map(|event| event["timings"].clone()).find(Value::is_object);
+    let timings = timings.expect("timings");
+    assert!(count(&timings["draft_n"]) > 0, "{timings}");
+    assert_eq!(text(&finish(other).await), whole);
+    server.stop().await;
+}

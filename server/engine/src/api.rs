@@ -142,6 +142,8 @@ pub struct TokenChunk {
     /// is the logarithm of how many times likelier the best token was than any other. None of tokens to which the
     /// output's form left no alternative.
     pub margins: Vec<f32>,
+    /// The account so far, for who listens no longer than this.
+    pub usage: Usage,
 }
 
 /// One output token and who found it.

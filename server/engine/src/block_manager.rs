@@ -121,6 +121,13 @@ impl BlockManager {
         position / self.block_size < table.num_registered
     }
 
+    /// Tokens of a sequence with this table that a model must have computed for the cache to have `num_more` of them
+    /// or more that it has not now, in whole blocks; `None` without a cache.
+    pub(crate) fn reach(&self, table: &BlockTable, role: ModelRole, num_more: usize) -> Option<usize> {
+        self.cache.as_ref()?;
+        Some((table.num_marked[role as usize] + self.blocks_for(num_more)) * self.block_size)
+    }
+
     /// The longest cached prefix of `tokens` in whole blocks; its blocks are used from now on.
     pub(crate) fn acquire_prefix(&mut self, salt: CacheSalt, tokens: &[TokenId]) -> CachedPrefix {
         let mut prefix = CachedPrefix::default();

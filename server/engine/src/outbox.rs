@@ -7,7 +7,7 @@
 use std::collections::VecDeque;
 
 use crate::api::{
-    EngineError, Event, EventSink, OutputToken, SamplingParams, SinkError, TokenChunk, TokenLogprobs,
+    EngineError, Event, EventSink, OutputToken, SamplingParams, SinkError, TokenChunk, TokenLogprobs, Usage,
 };
 
 /// Nobody listens to a sequence's events any more.
@@ -88,11 +88,16 @@ impl Outbox {
     }
 
     /// Offers what is there, in order, as far as the client has room; `last` after all else, once. Prompt scores go
-    /// out together, when `prompt_done`.
+    /// out together, when `prompt_done`; tokens with the account so far.
     ///
     /// # Errors
     /// If nobody listens any more.
-    pub(crate) fn flush(&mut self, prompt_done: bool, last: Option<Event>) -> Result<(), ClientGone> {
+    pub(crate) fn flush(
+        &mut self,
+        prompt_done: bool,
+        usage: Usage,
+        last: Option<Event>,
+    ) -> Result<(), ClientGone> {
         if self.delivered {
             return Ok(());
         }
@@ -116,7 +121,8 @@ impl Outbox {
                 Err(_) => return Err(ClientGone),
             }
         }
-        while let Some(chunk) = self.tokens.pop_front() {
+        while let Some(mut chunk) = self.tokens.pop_front() {
+            chunk.usage = usage;
             match self.sink.try_send(Event::Tokens(chunk)) {
                 Ok(()) => {}
                 Err(SinkError::Full(Event::Tokens(chunk))) => {

@@ -10,6 +10,11 @@
 //! computes later what it lost. The most urgent one is never preempted and every sequence fits alone
 //! (checked at submission), so somebody always makes progress; and who has waited long for blocks
 //! keeps everybody younger from starting, so nobody starves.
+//!
+//! **Prompts** that begin alike are computed once: while a running sequence computes what a waiting one
+//! could then find in the prefix cache, that one waits and others may have the seat. It waits only for a
+//! more urgent one, which goes before it in every pass anyhow, and only while that one runs and computes
+//! its prompt: nobody waits in a circle, nor for an answer.
 
 #![expect(clippy::vec_box, reason = "sequences move from queue to seat to delivery: their boxes do")]
 
@@ -25,6 +30,9 @@ use crate::sequence::{ModelRole, Sequence, Urgency};
 /// anybody must be preempted; fewer if it will not need as many.
 const HEADROOM_BLOCKS: usize = 4;
 
+/// Fewer tokens of a prompt are sooner computed beside others than found a pass later.
+const WORTH_WAITING_FOR: usize = 32;
+
 /// Waiting and running sequences, and the blocks they own.
 pub(crate) struct Scheduler {
     max_num_seqs: usize,
@@ -38,6 +46,8 @@ pub(crate) struct Scheduler {
     delivering: Vec<Box<Sequence>>,
     /// Ended while they waited, to be retired.
     expired: Vec<Box<Sequence>>,
+    /// Scratch: seats of those whose prompts others may wait for.
+    forerunners: Vec<usize>,
     num_preemptions: u64,
     num_cached_tokens: u64,
     /// By lane.
@@ -54,6 +64,7 @@ impl Scheduler {
             seats: std::iter::repeat_with(|| None).take(2 * max_num_seqs).collect(),
             delivering: Vec::new(),
             expired: Vec::new(),
+            forerunners: Vec::with_capacity(max_num_seqs),
             num_preemptions: 0,
             num_cached_tokens: 0,
             drain: Default::default(),
@@ -108,8 +119,10 @@ impl Scheduler {
         let mut overdue: Option<Urgency> = None;
         for lane in 0..2 {
             let mut num_started = 0;
+            self.find_forerunners(lane);
             while let Some(seat) = self.seat_for(lane, now) {
-                let may = |s: &Sequence| self.seats[seat].is_none() || self.outranks(s, seat, now);
+                let has_seat = |s: &Sequence| self.seats[seat].is_none() || self.outranks(s, seat, now);
+                let may = |s: &Sequence| has_seat(s) && !self.is_forerun(s, now);
                 let Some((index, turn)) = self.first_waiting(lane, now, may) else { break };
                 if overdue.is_some_and(|overdue| overdue < turn) {
                     break;
@@ -123,9 +136,11 @@ impl Scheduler {
                 // Unless that was done for its blocks.
                 self.preempt(seat);
                 self.start(lane, index, seat, now);
+                self.find_forerunners(lane);
                 num_started += 1;
             }
-            self.drain[lane].observe(num_started, !self.waiting[lane].is_empty(), now);
+            let others_wait = self.waiting[lane].iter().any(|s| !self.is_forerun(s, now));
+            self.drain[lane].observe(num_started, others_wait, now);
         }
     }
 
@@ -139,6 +154,44 @@ impl Scheduler {
         sequence.start(prefix, now);
         self.num_cached_tokens += sequence.num_computed(sequence.lane.answered_by()) as u64;
         self.seats[seat] = Some(sequence);
+    }
+
+    /// Notes who of the lane computes a prompt that is worth waiting for.
+    fn find_forerunners(&mut self, lane: usize) {
+        let mut forerunners = std::mem::take(&mut self.forerunners);
+        forerunners.clear();
+        if self.waiting[lane].is_empty() {
+            self.forerunners = forerunners;
+            return;
+        }
+        let of_lane = lane * self.max_num_seqs..(lane + 1) * self.max_num_seqs;
+        forerunners.extend(of_lane.filter(|&seat| {
+            let Some(sequence) = self.seats[seat].as_deref() else { return false };
+            let computes_prompt = sequence.is_prefilling() && !sequence.is_embedding();
+            let has_more = |reach| reach <= sequence.num_prompt_tokens();
+            computes_prompt && sequence.finished.is_none() && self.reach(sequence, 1).is_some_and(has_more)
+        }));
+        self.forerunners = forerunners;
+    }
+
+    /// True if the waiting sequence's prompt begins as one that is being computed, by a sequence that goes before it.
+    fn is_forerun(&self, waiting: &Sequence, now: Duration) -> bool {
+        // It computes all of its prompt in any case.
+        if self.forerunners.is_empty() || waiting.is_embedding() || waiting.scores_prompt() {
+            return false;
+        }
+        let forerunners = self.forerunners.iter().filter_map(|&seat| self.seats[seat].as_deref());
+        forerunners.filter(|s| s.turn(now) < waiting.turn(now)).any(|s| {
+            // Who has waited for it so far may as well have the rest.
+            let num_more = if waiting.was_alike(s.id) { 1 } else { WORTH_WAITING_FOR };
+            s.cache_salt == waiting.cache_salt
+                && self.reach(s, num_more).is_some_and(|reach| waiting.begins_as(s, reach))
+        })
+    }
+
+    /// How far a running sequence must be computed for the cache to have so many tokens more of it, in whole blocks.
+    fn reach(&self, sequence: &Sequence, num_more: usize) -> Option<usize> {
+        self.blocks.reach(&sequence.block_table, sequence.lane.answered_by(), num_more)
     }
 
     /// Whose turn it is of those that `may`.

@@ -1,5 +1,6 @@
 //! One generation: its tokens, what of them each model has computed, and its account.
 
+use std::cell::Cell;
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -92,6 +93,8 @@ pub(crate) struct Sequence {
     max_predict_time: Option<Duration>,
     pub(crate) speculation: SpeculationParams,
     prompt: Arc<[TokenId]>,
+    /// Whose prompt begins with so many of the same tokens: see [`Sequence::begins_as`].
+    alike: Cell<Option<(SequenceId, usize)>>,
     tokens: Vec<TokenId>,
     num_tokens: usize,
     num_computed: [usize; 2],
@@ -130,6 +133,7 @@ impl Sequence {
         Sequence {
             id: request.id,
             lane: request.lane,
+            alike: Cell::new(None),
             tokens: Vec::new(),
             num_tokens: request.prompt.len(),
             num_computed: [0; 2],
@@ -251,6 +255,28 @@ impl Sequence {
 
     pub(crate) fn num_prompt_tokens(&self) -> usize {
         self.prompt.len()
+    }
+
+    /// True if the first `num_tokens` of both prompts are the same. Of the sequence that was so last only what is new
+    /// is compared: the question is asked again before every pass.
+    pub(crate) fn begins_as(&self, other: &Sequence, num_tokens: usize) -> bool {
+        let (Some(own), Some(theirs)) = (self.prompt.get(..num_tokens), other.prompt.get(..num_tokens))
+        else {
+            return false;
+        };
+        let known = self.alike.get().filter(|&(id, _)| id == other.id);
+        let num_known = known.map_or(0, |(_, num_known)| num_known.min(num_tokens));
+        // The answers to one request have one prompt.
+        let is_alike = Arc::ptr_eq(&self.prompt, &other.prompt) || own[num_known..] == theirs[num_known..];
+        if is_alike {
+            self.alike.set(Some((other.id, num_tokens)));
+        }
+        is_alike
+    }
+
+    /// True if [`Sequence::begins_as`] was so of that one last.
+    pub(crate) fn was_alike(&self, other: SequenceId) -> bool {
+        self.alike.get().is_some_and(|(id, _)| id == other)
     }
 
     /// Tokens of prompt and committed output.
@@ -475,7 +501,7 @@ impl Sequence {
     pub(crate) fn emit(&mut self) -> Result<(), ClientGone> {
         let prompt_done = self.num_computed(self.lane.answered_by()) >= self.prompt.len();
         let last = self.finished.map(|reason| Event::Finished(Finished { reason, usage: self.usage }));
-        self.outbox.flush(prompt_done, last)
+        self.outbox.flush(prompt_done, self.usage, last)
     }
 
     /// True once the client has been handed everything.

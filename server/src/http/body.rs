@@ -80,7 +80,8 @@ fn parse<T: DeserializeOwned>(bytes: &[u8]) -> Result<T, ApiError> {
     }
     let mut deserializer = serde_json::Deserializer::from_slice(bytes);
     let value = serde_path_to_error::deserialize(&mut deserializer).map_err(|error| {
-        let path = error.path().to_string();
+        // Its last part may be a key of the client's own.
+        let path = shortened(&error.path().to_string());
         let inner = error.into_inner();
         let is_syntax = !inner.is_data();
         let inner = in_plain_words(&inner.to_string(), may_be_quoted(&path));

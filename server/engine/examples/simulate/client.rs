@@ -3,7 +3,7 @@
 use std::sync::mpsc::{Receiver, TryRecvError, sync_channel};
 use std::time::Duration;
 
-use tandem_engine::{EmbedRequest, Engine, Event, SequenceId, SubmitRequest};
+use tandem_engine::{EmbedRequest, Engine, Event, Lane, SequenceId, SubmitRequest};
 
 use super::rng::Rng;
 use super::workload::{AMPLE_CAPACITY, Deed, Plan};
@@ -85,10 +85,13 @@ impl<'a> Client<'a> {
         self.answer.finished.is_some() || self.answer.failed.is_some()
     }
 
-    /// Counts a step that begins at `now`, if the sequence's time was up by then.
-    pub(crate) fn count_overdue(&mut self, now: Duration) {
+    /// Counts a step that began at `now`, if the sequence's time was up by then. For the deep lane the draft's do not
+    /// count: between two layers of the target's pass there are as many as there is time for.
+    pub(crate) fn count_overdue(&mut self, now: Duration, is_draft_step: bool) {
         let limit = self.plan.max_predict_time.zip(self.first_token);
-        if limit.is_some_and(|(limit, first)| now >= first + limit)
+        let is_between = is_draft_step && self.plan.lane == Lane::Deep;
+        if !is_between
+            && limit.is_some_and(|(limit, first)| now >= first + limit)
             && self.is_prompt_reader()
             && !self.closed
             && !self.has_ended()

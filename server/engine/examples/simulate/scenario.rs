@@ -43,7 +43,7 @@ impl Scenario {
     /// The scenario of `rng`'s seed. The oracle answers along the way, because clients go on from answers.
     pub(crate) fn generate(rng: &Rng, oracle: impl FnOnce(PairSpec) -> Oracle) -> (Self, Oracle) {
         let shape = Shape {
-            max_prompt: rng.pick(&[3, 20, 60, 60, 120]),
+            max_prompt: rng.pick(&[3, 20, 60, 60, 120, 240]),
             max_output: rng.pick(&[2, 12, 24, 40]),
             num_clients: match rng.range(0, 19) {
                 0 => rng.range(40, 90),

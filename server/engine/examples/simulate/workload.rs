@@ -99,6 +99,8 @@ pub(crate) struct Workload {
     /// There is one lane.
     is_alone: bool,
     earlier: Vec<Plan>,
+    /// So many more ask what the last one did.
+    num_twins: usize,
 }
 
 impl Workload {
@@ -128,10 +130,15 @@ impl Workload {
             plain: config.draft_tokens == DraftTokens::Fixed(0) && rng.one_in(2),
             is_alone: pair.target.is_none() || pair.draft.is_none(),
             earlier: Vec::new(),
+            num_twins: 0,
         }
     }
 
     pub(crate) fn next_plan(&mut self, rng: &Rng, oracle: &mut Oracle) -> Plan {
+        if let Some(twin) = self.next_twin(rng) {
+            self.earlier.push(twin.clone());
+            return twin;
+        }
         let lane = self.lane(rng);
         let mut params = self.params(rng);
         let mut prompt = self.prompt(rng, oracle);
@@ -173,6 +180,36 @@ impl Workload {
         let plan = if rng.percent(self.embedding) { plan.embedding() } else { plan };
         self.earlier.push(plan.clone());
         plan
+    }
+
+    /// The next of a crowd with one prompt, or one beginning, that all come at about the same time.
+    fn next_twin(&mut self, rng: &Rng) -> Option<Plan> {
+        let first = self.earlier.last()?;
+        if self.num_twins == 0 {
+            self.num_twins = if rng.one_in(12) { rng.range(1, 8) } else { return None };
+        }
+        self.num_twins -= 1;
+        let mut twin = first.clone();
+        twin.arrives_after = rng.pick(&[0, 0, 0, rng.range(0, 4)]);
+        twin.params.seed = rng.next();
+        if rng.one_in(2) {
+            twin.params.temperature = 0.8;
+        }
+        if rng.percent(self.batch / 2) {
+            twin.priority = Priority::Batch;
+        }
+        if rng.one_in(3) {
+            // The same beginning; or the same prompt, though not one and the same.
+            let kept = rng.range(0, first.prompt.len());
+            let mut prompt = first.prompt[..kept].to_vec();
+            prompt.extend(self.fresh(rng, first.prompt.len() - kept));
+            if let Some(fault) = self.fault {
+                avoid(fault, &mut prompt, &mut twin.params);
+            }
+            twin.prompt = prompt.into();
+        }
+        twin.deed = self.deed(rng, twin.prompt.len(), &twin.params);
+        Some(twin)
     }
 
     fn lane(&self, rng: &Rng) -> Lane {

@@ -193,9 +193,7 @@ impl<'a> World<'a> {
     }
 
     fn act(&mut self) {
-        let now = self.clock.now();
         for client in &mut self.clients {
-            client.count_overdue(now);
             if let Some(deed) = client.act(&mut self.engine, self.step)
                 && self.verbose
             {
@@ -207,6 +205,7 @@ impl<'a> World<'a> {
     /// As the engine's thread does: a step if there is work, otherwise only the rest of the events.
     fn step_engine(&mut self) -> Result<(), String> {
         let before = self.engine.stats();
+        let began = self.clock.now();
         if self.engine.is_idle() {
             self.engine.deliver();
         } else {
@@ -216,6 +215,9 @@ impl<'a> World<'a> {
         self.engine.check_integrity().map_err(|error| format!("step {}: {error}", self.step))?;
         let stats = self.engine.stats();
         self.check_stats(&stats)?;
+        let is_draft_step = stats.num_draft_passes > before.num_draft_passes
+            && stats.num_target_passes == before.num_target_passes;
+        self.clients.iter_mut().for_each(|client| client.count_overdue(began, is_draft_step));
         if let Some(wrong) = self.watch.take() {
             return Err(format!("step {}: {wrong}", self.step));
         }

@@ -1,6 +1,6 @@
 //! The fields that every endpoint that generates takes under the same names, and what they become.
 //!
-//! `null` is the same as absent. Fields not named here are ignored.
+//! `null` is the same as absent. Fields not named here are ignored, but those of `speculative` are all ours.
 
 mod bounded;
 mod format;
@@ -8,11 +8,13 @@ mod json;
 mod schema;
 mod speculation;
 
+use std::fmt;
 use std::sync::Arc;
 use std::time::Duration;
 
 use rand::Rng;
-use serde::Deserialize;
+use serde::de::Visitor;
+use serde::{Deserialize, Deserializer};
 use tandem_engine::{CacheSalt, Priority, SamplingParams, SpeculationParams};
 
 pub(super) use bounded::{Bounded, bounded_from_str, object, objects, wrong_type};
@@ -55,6 +57,27 @@ const FILLS: &[(&str, bool)] = &[("fit", true), ("raw", false)];
 
 const PRIORITIES: &[(&str, Priority)] = &[("interactive", Priority::Interactive), ("batch", Priority::Batch)];
 
+/// A priority's name, not yet checked. Elsewhere it is a number: whoever sends one is told what it is here.
+fn priority_name<'de, D: Deserializer<'de>>(deserializer: D) -> Result<Option<String>, D::Error> {
+    struct NameVisitor;
+    impl Visitor<'_> for NameVisitor {
+        type Value = Option<String>;
+
+        fn expecting(&self, formatter: &mut fmt::Formatter<'_>) -> fmt::Result {
+            formatter.write_str("\"interactive\" or \"batch\"")
+        }
+
+        fn visit_str<E>(self, name: &str) -> Result<Option<String>, E> {
+            Ok(Some(name.to_owned()))
+        }
+
+        fn visit_unit<E>(self) -> Result<Option<String>, E> {
+            Ok(None)
+        }
+    }
+    deserializer.deserialize_any(NameVisitor)
+}
+
 /// The fields, as they stand in the body.
 #[derive(Debug, Default, Deserialize, ToSchema)]
 pub(super) struct CommonFields {
@@ -81,6 +104,7 @@ pub(super) struct CommonFields {
     min_tokens: Option<i128>,
     ignore_eos: Option<bool>,
     stop_token_ids: Option<Ids>,
+    #[serde(default, deserialize_with = "priority_name")]
     priority: Option<String>,
     #[serde(default, deserialize_with = "integer")]
     t_max_predict_ms: Option<i128>,

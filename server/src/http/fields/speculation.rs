@@ -16,6 +16,7 @@ use crate::http::state::{AppState, ServedModel};
 
 /// `speculative`
 #[derive(Debug, Default, Deserialize, ToSchema)]
+#[serde(deny_unknown_fields)]
 pub(super) struct Speculative {
     #[serde(default, deserialize_with = "integer")]
     max_draft_tokens: Option<i128>,

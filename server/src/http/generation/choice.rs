@@ -59,7 +59,7 @@ pub(super) struct Choice {
     num_tokens: u32,
     /// Tokens of the present sequence that were looked at.
     num_taken: u32,
-    /// The engine's account, once the sequence that was started for this answer has ended.
+    /// The engine's account, once this answer, for which the sequence was started, has ended.
     usage: Option<Usage>,
 }
 
@@ -137,6 +137,7 @@ impl Choice {
                 News::Tokens => {
                     let is_cut = self.take_tokens()?;
                     if is_cut {
+                        self.usage = self.usage_so_far();
                         return Poll::Ready(self.end(Some(FinishReason::Length)).map(Some));
                     }
                     if !self.delta.text.is_empty() || !self.delta.tokens.is_empty() {
@@ -159,6 +160,12 @@ impl Choice {
                 }
             }
         }
+    }
+
+    /// The engine's account of a sequence that was started for this answer and goes on for others.
+    fn usage_so_far(&self) -> Option<Usage> {
+        let reader = self.reader.as_ref().filter(|_| self.shared.is_none());
+        reader.map(|reader| reader.flight().usage())
     }
 
     /// True if the answer is whole although the sequence goes on.

@@ -12,7 +12,7 @@ use std::time::Duration;
 
 use tandem_engine::{
     CacheSalt, EngineError, EngineHandle, Event, EventSink, Finished, Lane, OutputToken, Priority,
-    SamplingParams, SequenceId, SinkError, SpeculationParams, SubmitRequest, TokenLogprobs,
+    SamplingParams, SequenceId, SinkError, SpeculationParams, SubmitRequest, TokenLogprobs, Usage,
 };
 
 use super::PromptText;
@@ -51,6 +51,8 @@ struct Log {
     /// Of the first tokens, if they were asked for.
     margins: Vec<f32>,
     prompt_logprobs: Option<Vec<Option<TokenLogprobs>>>,
+    /// As of the last tokens.
+    usage: Usage,
     end: Option<End>,
     /// The engine's bound, which readers that want more can raise.
     max_tokens: u32,
@@ -102,6 +104,7 @@ impl Flight {
             logprobs: Vec::new(),
             margins: Vec::new(),
             prompt_logprobs: None,
+            usage: Usage::default(),
             end: None,
             max_tokens: plan.params.max_tokens,
             num_readers: 0,
@@ -151,6 +154,11 @@ impl Flight {
         self.log().tokens.iter().take(most).map(|token| token.id).collect()
     }
 
+    /// The engine's account, as of the last tokens.
+    pub(super) fn usage(&self) -> Usage {
+        self.log().usage
+    }
+
     /// The bound on the output.
     pub(super) fn max_tokens(&self) -> u32 {
         self.log().max_tokens
@@ -184,6 +192,7 @@ impl EventSink for FlightSink {
                 log.tokens.extend(chunk.tokens);
                 log.logprobs.extend(chunk.logprobs);
                 log.margins.extend(chunk.margins);
+                log.usage = chunk.usage;
             }
             Event::Finished(finished) => log.end = Some(End::Finished(finished)),
             // Nobody asks a sequence of text for one.

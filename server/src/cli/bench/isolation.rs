@@ -96,6 +96,9 @@ const CONTEXT_RESERVE: usize = 16;
 /// Longest pause between two fast requests; long enough that the deep lane's speed is seen beside them.
 const MAX_PAUSE: Duration = Duration::from_millis(50);
 
+/// Rest before the first request.
+const SETTLING: Duration = Duration::from_secs(3);
+
 /// How long deep streams may take to begin, and the server to come to rest.
 const PATIENCE: Duration = Duration::from_secs(120);
 
@@ -143,6 +146,8 @@ async fn measure(
     subjects: &mut [Subject],
     phases: &mut [[Phase; 2]],
 ) -> anyhow::Result<()> {
+    // What a server does ahead of its first client, such as making memory ready, is not what is measured either.
+    tokio::time::sleep(SETTLING).await;
     for subject in &mut *subjects {
         // First passes and caches are not what is measured.
         for _ in 0..5 {

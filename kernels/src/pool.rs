@@ -7,9 +7,10 @@
 //! operations workers spin for some tens of microseconds and then park.
 //!
 //! That one task is what other programs cost: nobody else may do it again, so the operation waits until
-//! the worker has a core once more, a hundred times as long as it had worked. In a pool of two threads such
-//! a wait is therefore followed by a while on the caller alone (`pool/alone.rs`); with more threads the caller
-//! alone would be slower than the wait.
+//! the worker has a core once more, a hundred times as long as it had worked. Two things keep that rare. Between
+//! operations a worker offers its core as it spins, so that the system has less reason to take it later. And in a
+//! pool of two threads such a wait is followed by a while on the caller alone (`pool/alone.rs`); with more threads
+//! the caller alone would be slower than the wait.
 //!
 //! Cost: about a cache-line exchange each way when the workers spin; a wake-up by the operating system
 //! (some microseconds) when they have parked. Operations too small to pay for that run on the caller,
@@ -386,6 +387,9 @@ fn wait(shared: &Shared, seat: &Seat, last: u64) -> Option<u64> {
         if start.elapsed() > SPIN {
             break;
         }
+        // A thread behind a socket that the system lets wait for this core would wait for its next tick:
+        // milliseconds, several times what a token of the fast lane takes.
+        thread::yield_now();
     }
     seat.parked.store(true, Ordering::Relaxed);
     fence(Ordering::SeqCst);

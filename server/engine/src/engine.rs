@@ -282,6 +282,15 @@ impl Engine {
         self.scheduler.is_idle()
     }
 
+    /// The target's pass is suspended between two layers.
+    pub(crate) fn is_in_target_pass(&self) -> bool {
+        matches!(self.phase, Phase::Target { .. })
+    }
+
+    pub(crate) fn fast_lane_runs(&self) -> bool {
+        self.scheduler.running().any(|sequence| sequence.lane == Lane::Fast)
+    }
+
     /// Every finished sequence's client has taken all events.
     pub fn is_delivered(&self) -> bool {
         self.scheduler.num_delivering() == 0

@@ -96,6 +96,7 @@ impl EngineHandle {
                     start,
                     ending: None,
                     num_received: [0; 2],
+                    fast_lane_ran: None,
                     broken: None,
                 }
                 .guarded_run()
@@ -245,6 +246,9 @@ impl EngineHandle {
     }
 }
 
+/// For how long after its last sequence the fast lane is taken to be in use.
+const IN_USE: Duration = Duration::from_secs(1);
+
 /// How the thread is to end.
 #[derive(Clone, Copy, PartialEq, Eq)]
 enum Ending {
@@ -262,6 +266,8 @@ struct EngineThread {
     ending: Option<Ending>,
     /// Submissions taken from the channel since the statistics were last published, by lane.
     num_received: [u64; 2],
+    /// When a sequence of the fast lane last ran, from `start`.
+    fast_lane_ran: Option<Duration>,
     /// What the engine found wrong with itself.
     broken: Option<EngineError>,
 }
@@ -301,6 +307,7 @@ impl EngineThread {
                     self.broken = Some(error.clone());
                     panic!("{error}: this is a bug");
                 }
+                self.offer_core();
             }
             self.publish();
         }
@@ -321,6 +328,19 @@ impl EngineThread {
             self.engine.deliver();
         }
         self.publish();
+    }
+
+    /// Between two steps of the target's pass, while the fast lane is in use: its next request may be with a thread
+    /// that waits for this core, and without this waits until the system's next tick, for some milliseconds.
+    fn offer_core(&mut self) {
+        let now = self.start.elapsed();
+        if self.engine.fast_lane_runs() {
+            self.fast_lane_ran = Some(now);
+        }
+        let in_use = self.fast_lane_ran.is_some_and(|ran| now - ran < IN_USE);
+        if in_use && self.engine.is_in_target_pass() {
+            std::thread::yield_now();
+        }
     }
 
     fn publish(&mut self) {
@@ -455,6 +475,7 @@ mod tests {
             start: Instant::now(),
             ending: None,
             num_received: [0; 2],
+            fast_lane_ran: None,
             broken: None,
         };
         let ended = catch_unwind(AssertUnwindSafe(|| thread.guarded_run()));

@@ -287,10 +287,6 @@ impl Engine {
         matches!(self.phase, Phase::Target { .. })
     }
 
-    pub(crate) fn fast_lane_runs(&self) -> bool {
-        self.scheduler.running().any(|sequence| sequence.lane == Lane::Fast)
-    }
-
     /// Every finished sequence's client has taken all events.
     pub fn is_delivered(&self) -> bool {
         self.scheduler.num_delivering() == 0

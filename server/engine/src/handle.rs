@@ -96,7 +96,7 @@ impl EngineHandle {
                     start,
                     ending: None,
                     num_received: [0; 2],
-                    fast_lane_ran: None,
+                    fast_lane_asked: None,
                     broken: None,
                 }
                 .guarded_run()
@@ -246,8 +246,9 @@ impl EngineHandle {
     }
 }
 
-/// For how long after its last sequence the fast lane is taken to be in use.
-const IN_USE: Duration = Duration::from_secs(1);
+/// For how long after its last request the fast lane is taken to be in use: longer than somebody who writes code
+/// looks at it.
+const IN_USE: Duration = Duration::from_secs(60);
 
 /// How the thread is to end.
 #[derive(Clone, Copy, PartialEq, Eq)]
@@ -266,8 +267,8 @@ struct EngineThread {
     ending: Option<Ending>,
     /// Submissions taken from the channel since the statistics were last published, by lane.
     num_received: [u64; 2],
-    /// When a sequence of the fast lane last ran, from `start`.
-    fast_lane_ran: Option<Duration>,
+    /// When the fast lane was last asked for a completion, from `start`.
+    fast_lane_asked: Option<Duration>,
     /// What the engine found wrong with itself.
     broken: Option<EngineError>,
 }
@@ -307,7 +308,9 @@ impl EngineThread {
                     self.broken = Some(error.clone());
                     panic!("{error}: this is a bug");
                 }
-                self.offer_core();
+                if self.offers_core(start.elapsed()) {
+                    std::thread::yield_now();
+                }
             }
             self.publish();
         }
@@ -330,17 +333,12 @@ impl EngineThread {
         self.publish();
     }
 
-    /// Between two steps of the target's pass, while the fast lane is in use: its next request may be with a thread
-    /// that waits for this core, and without this waits until the system's next tick, for some milliseconds.
-    fn offer_core(&mut self) {
-        let now = self.start.elapsed();
-        if self.engine.fast_lane_runs() {
-            self.fast_lane_ran = Some(now);
-        }
-        let in_use = self.fast_lane_ran.is_some_and(|ran| now - ran < IN_USE);
-        if in_use && self.engine.is_in_target_pass() {
-            std::thread::yield_now();
-        }
+    /// Whether the threads behind the sockets are to have this core now if they want it: between two steps of the
+    /// target's pass, while the fast lane is in use. Its next request may be with a thread that waits for this very
+    /// core, which it would do until the system's next tick, for some milliseconds.
+    fn offers_core(&self, now: Duration) -> bool {
+        let in_use = self.fast_lane_asked.is_some_and(|asked| now.saturating_sub(asked) < IN_USE);
+        in_use && self.engine.is_in_target_pass()
     }
 
     fn publish(&mut self) {
@@ -385,7 +383,11 @@ impl EngineThread {
         match command {
             Command::Submit(request) => {
                 self.num_received[request.lane as usize] += 1;
-                self.engine.submit(request, self.start.elapsed());
+                let now = self.start.elapsed();
+                if request.lane == Lane::Fast {
+                    self.fast_lane_asked = Some(now);
+                }
+                self.engine.submit(request, now);
             }
             Command::Embed(request) => {
                 self.num_received[request.lane as usize] += 1;
@@ -458,6 +460,41 @@ mod tests {
         })
     }
 
+    fn thread(engine: Engine, inbox: Receiver<Command>) -> EngineThread {
+        EngineThread {
+            engine,
+            inbox,
+            shared: shared(),
+            start: Instant::now(),
+            ending: None,
+            num_received: [0; 2],
+            fast_lane_asked: None,
+            broken: None,
+        }
+    }
+
+    #[test]
+    fn the_core_is_offered_in_the_targets_pass_while_the_fast_lane_is_in_use() {
+        let engine = Engine::new(&config(DraftTokens::Fixed(0)), hash_pair(1.0)).expect("the engine starts");
+        let (_commands, inbox) = sync_channel(1);
+        let mut thread = thread(engine, inbox);
+        let params = SamplingParams { max_tokens: 50, ..SamplingParams::default() };
+        let (deep, _deep_events) = request(1, Lane::Deep, &[1, 2, 3], params.clone(), 100);
+        let (fast, _fast_events) = request(2, Lane::Fast, &[1, 2, 3], params, 100);
+        thread.apply(Command::Submit(deep));
+        while !thread.engine.is_in_target_pass() {
+            thread.engine.step(&|| Duration::ZERO).expect("its account is whole");
+        }
+        assert!(!thread.offers_core(Duration::ZERO), "nobody asks the fast lane");
+        thread.apply(Command::Submit(fast));
+        let asked = thread.fast_lane_asked.expect("now somebody does");
+        assert!(thread.offers_core(asked + IN_USE / 2) && !thread.offers_core(asked + IN_USE));
+        while thread.engine.is_in_target_pass() {
+            thread.engine.step(&|| Duration::ZERO).expect("its account is whole");
+        }
+        assert!(!thread.offers_core(asked), "no layer is on its way");
+    }
+
     #[test]
     fn a_broken_account_fails_everybody_and_stops_the_engine() {
         let mut engine =
@@ -466,18 +503,9 @@ mod tests {
         let (submit, events) = request(1, Lane::Deep, &[1, 2, 3], params, 100);
         engine.submit(submit, Duration::ZERO);
         engine.scheduler.blocks.corrupt();
-        let shared = shared();
         let (_commands, inbox) = sync_channel(1);
-        let thread = EngineThread {
-            engine,
-            inbox,
-            shared: Arc::clone(&shared),
-            start: Instant::now(),
-            ending: None,
-            num_received: [0; 2],
-            fast_lane_ran: None,
-            broken: None,
-        };
+        let thread = thread(engine, inbox);
+        let shared = Arc::clone(&thread.shared);
         let ended = catch_unwind(AssertUnwindSafe(|| thread.guarded_run()));
         assert!(ended.is_err(), "it must not go on");
         assert!(!shared.healthy.load(Ordering::Relaxed) && !shared.accepting.load(Ordering::Relaxed));

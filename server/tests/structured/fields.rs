@@ -74,8 +74,7 @@ async fn each_name_for_it_is_understood() {
         if name == "output_config" {
             format = json!({ "format": format });
         }
-        let message =
-            json!({ "messages": [{ "role": "user", "content": "x" }], "max_tokens": 200, name: format });
+        let message = json!({ "messages": [{ "role": "user", "content": "x" }], "max_tokens": 200, "seed": 1, name: format });
         let answer = server.post("/v1/messages", &message).await.json();
         assert!(is_right(&answer["content"][0]["text"]), "{answer}");
     }
